@@ -1,0 +1,1 @@
+//! A capture becomes the frames of an attempt.

@@ -1,0 +1,114 @@
+//! Which blocks were written: the trait all trackers share.
+//!
+//! A tracker watches every volume of one group. It forgets a block only when it is told that the block's content is
+//! durable at the target (`retain_unacked`); whatever it cannot vouch for is dirty. It is owned by the one thread
+//! that cuts.
+
+use cdp_protocol::units::{Block, VolumeSlot};
+use roaring::RoaringBitmap;
+
+/// A volume as the tracker found it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrackedVolume {
+    /// Its place in the group.
+    pub slot: VolumeSlot,
+    /// Its size in bytes when it was opened.
+    pub size_bytes: u64,
+}
+
+/// Watches the volumes of a group. Volumes are named by their index in `volumes`; a set of blocks is a bitmap each.
+pub trait Tracker: Send {
+    /// The volumes, in the order they were given.
+    fn volumes(&self) -> &[TrackedVolume];
+
+    /// What was dirty and not acked when the tracker was opened: everything, where its identity did not match.
+    /// Gives it once; it stays in `unacked` until `retain_unacked` leaves it out.
+    fn take_recovered(&mut self) -> Vec<RoaringBitmap>;
+
+    /// One instant τ for all volumes: from here marks go elsewhere, and what was marked before is given back. Every
+    /// block given back is in `unacked` first.
+    ///
+    /// # Errors
+    /// Where the instant cannot be vouched for (stragglers past their deadline, a device that changed). What had been
+    /// drained is kept and comes with the next flip.
+    fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError>;
+
+    /// Whether a write to the block may have been issued after the last flip. To be asked when its read has returned.
+    fn is_conflicted(&self, volume: usize, block: Block) -> bool;
+
+    /// Ends a round: whether what was read since the last flip and is not conflicted stands. (A tracker that has no
+    /// marks of issued writes compares the volume once more here.)
+    ///
+    /// # Errors
+    /// Where the volume cannot be looked at.
+    fn settle(&mut self) -> Result<bool, TrackerError>;
+
+    /// Makes `unacked` exactly this: all that is captured and not acked, and what the next cut has to carry.
+    ///
+    /// # Errors
+    /// Where the pinned bitmap cannot be written.
+    fn retain_unacked(&mut self, union: &[RoaringBitmap]) -> Result<(), TrackerError>;
+
+    /// A few bytes (at most 1 KiB) that live exactly as long as the tracking: the head of the chain. Empty at first.
+    ///
+    /// # Errors
+    /// Where they cannot be read.
+    fn memo(&self) -> Result<Vec<u8>, TrackerError>;
+
+    /// Keeps `memo`, surviving the death of this process wherever the tracking itself does.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    fn set_memo(&mut self, memo: &[u8]) -> Result<(), TrackerError>;
+
+    /// Name and counters, for `status` and metrics.
+    fn report(&self) -> TrackerReport;
+}
+
+/// What a tracker says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct TrackerReport {
+    /// `ebpf` or `scan`.
+    pub kind: &'static str,
+    /// Why everything was dirty at open; `None` where the tracking went on.
+    pub started_over: Option<String>,
+    /// Writes issued, as the tracker counted them.
+    pub issued: u64,
+    /// Writes completed, as the tracker counted them.
+    pub completed: u64,
+    /// Runs the kernel passed over.
+    pub misses: u64,
+}
+
+/// Why a tracker cannot vouch.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackerError {
+    /// A volume is not what it was: vanished, grown, shrunk, another device. Stop; an operator or a reopen decides.
+    #[error("volume {slot}: {reason}")]
+    VolumeChanged {
+        /// The volume.
+        slot: VolumeSlot,
+        /// What is different, in a line.
+        reason: String,
+    },
+    /// This cut cannot be had; another may.
+    #[error("straggling tracker runs: {0}")]
+    Stragglers(String),
+    /// The tracker cannot work here: which step, and why. The hint says what would help.
+    #[error("{step}: {reason}")]
+    Unsupported {
+        /// What was tried.
+        step: String,
+        /// What came back.
+        reason: String,
+    },
+    /// A system call failed.
+    #[error("{step}")]
+    Io {
+        /// What was tried, on what.
+        step: String,
+        /// What came back.
+        #[source]
+        source: std::io::Error,
+    },
+}

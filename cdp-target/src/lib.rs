@@ -1,0 +1,1 @@
+//! The offsite end: receives, journals, and gives any recovery point back.

@@ -1,0 +1,1 @@
+//! The line: one connection between a source and a target, as messages and frames see it.

@@ -1,0 +1,17 @@
+//! The words both sides share: units and ids, the frame, the records, the control messages, the session state machines.
+//!
+//! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
+//! * `units`, `limits`: newtypes and bounds.
+//! * `frame`, `record`, `codec`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
+//! * `message`: the control messages.
+//! * `session`: who may say what when, and what is sent again after a broken line.
+
+pub mod codec;
+pub mod escrow;
+pub mod frame;
+pub mod limits;
+pub mod message;
+pub mod record;
+pub mod seal;
+pub mod session;
+pub mod units;

@@ -1,0 +1,283 @@
+//! Control messages between source and target, and the one place that encodes them (serde + bincode, bounded).
+//!
+//! They travel on the first bidirectional stream of a connection, each behind its length as a little-endian `u32`. Nothing
+//! on disk depends on this encoding. There is no verb that deletes, rewrites or shortens anything.
+
+use crate::escrow::Envelope;
+use crate::limits::MESSAGE_BYTES_MAX;
+use crate::record::{PartChain, Volume};
+use crate::units::{AttemptId, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Version of the protocol: both sides have to speak the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// The ALPN protocol of the connection.
+pub const ALPN: &[u8] = b"cdp/1";
+
+/// What a source says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceMessage {
+    /// The first message of a connection.
+    Hello {
+        /// `PROTOCOL_VERSION` of the source. Stays the first field of the first variant for ever.
+        version: u32,
+        /// The source's program and version, for the log.
+        software: String,
+        /// The source's clock.
+        time: Timestamp,
+    },
+    /// Opens (or makes) a group on this connection. Its frames then come on a unidirectional stream of its own, which
+    /// starts with the group's id.
+    OpenGroup(OpenGroup),
+    /// No write since the point `head` was cut, validated at `as_of`.
+    Unchanged {
+        /// The group.
+        group: GroupId,
+        /// The point that still describes the volumes.
+        epoch: Epoch,
+        /// When this was validated, by the source's clock.
+        as_of: Timestamp,
+    },
+    /// Asks for recovery points, oldest first.
+    ListPoints {
+        /// Comes back with the answer.
+        request: u64,
+        /// The group.
+        group: GroupId,
+        /// Only points above this number.
+        after: Option<Epoch>,
+    },
+    /// Asks for a `Pong`.
+    Ping,
+}
+
+/// A source's view of a group at hello.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenGroup {
+    /// The group.
+    pub group: GroupId,
+    /// Its name within the office.
+    pub name: String,
+    /// The generation the source was last granted; `None` before the first time.
+    pub generation: Option<Generation>,
+    /// Its newest acked points, newest first, at most 16.
+    pub acked: Vec<Head>,
+    /// A commit that was sent and may have been acked unheard.
+    pub sent: Option<Head>,
+    /// The data key, sealed to the target.
+    pub envelope: Envelope,
+    /// The volumes.
+    pub volumes: Vec<Volume>,
+}
+
+/// What a target says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TargetMessage {
+    /// The connection is accepted.
+    Welcome {
+        /// `PROTOCOL_VERSION` of the target.
+        version: u32,
+        /// The target's program and version, for the log.
+        software: String,
+        /// The target's clock.
+        time: Timestamp,
+    },
+    /// The connection is refused and will be closed.
+    Refused {
+        /// Why, in one line.
+        reason: String,
+        /// The versions the target speaks.
+        versions: Vec<u32>,
+    },
+    /// A group is open: frames may come.
+    GroupOpened(GroupOpened),
+    /// A group cannot be opened, or no longer goes on.
+    GroupRefused {
+        /// The group.
+        group: GroupId,
+        /// Why.
+        reason: RefusalReason,
+    },
+    /// An epoch is durable and visible as a recovery point.
+    Acked {
+        /// The group.
+        group: GroupId,
+        /// The point.
+        head: Head,
+    },
+    /// A part is durable.
+    PartAcked {
+        /// The group.
+        group: GroupId,
+        /// The part's attempt.
+        attempt: AttemptId,
+        /// The epoch's parts with it.
+        parts: PartChain,
+    },
+    /// The target cannot take frames for now (its disk is full): what is unacked stays at the source, which opens the
+    /// group again later.
+    Busy {
+        /// The group.
+        group: GroupId,
+        /// Why, in one line.
+        reason: String,
+        /// When to try again, in milliseconds.
+        retry_after_ms: u32,
+    },
+    /// Recovery points asked for; a page of at most 256.
+    Points {
+        /// Of the request.
+        request: u64,
+        /// The points, oldest first.
+        points: Vec<PointSummary>,
+        /// Whether there are more after the last one.
+        more: bool,
+    },
+    /// Answers a `Ping`.
+    Pong,
+}
+
+/// How the source's history stands to the target's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// A group the target did not have: everything is dirty.
+    New,
+    /// The source's newest point is the target's: go on.
+    Continue,
+    /// The source stands at an older point of the target's chain (it was restored or rolled back): a new generation,
+    /// everything is compared, and the next epoch says so.
+    Rollback {
+        /// Where the source stands; `None` where it knows no point at all.
+        to: Option<Epoch>,
+    },
+    /// The target stands at an older point of the source's chain (the target lost points it had acked, and says so
+    /// loudly): a new generation, everything is dirty.
+    TargetBehind,
+}
+
+/// The answer to `OpenGroup`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupOpened {
+    /// The group.
+    pub group: GroupId,
+    /// The generation of all frames from here on.
+    pub generation: Generation,
+    /// How the two histories stand to each other.
+    pub verdict: Verdict,
+    /// The target's newest point, and its attempt.
+    pub head: Option<(Head, AttemptId)>,
+    /// The acked parts of the epoch after it.
+    pub parts: Option<PartChain>,
+    /// The unfinished attempt that may go on, if the source still has it.
+    pub resume: Option<Resume>,
+}
+
+/// How far an unfinished attempt got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The first frame that is missing.
+    pub next: Sequence,
+}
+
+/// Why a group is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RefusalReason {
+    /// The source's history is not in the target's chain: frozen, both kept, until an operator resolves it.
+    Fork,
+    /// A source with a higher generation took over.
+    Fenced,
+    /// Another connection holds the group.
+    InUse,
+    /// The name is taken by another group of the office.
+    NameTaken,
+    /// The target cannot serve the group; an operator has to look. The line says why.
+    Failed(String),
+}
+
+/// A recovery point, as a source may list it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointSummary {
+    /// Its number.
+    pub epoch: Epoch,
+    /// The instant of its cut, by the source's clock.
+    pub cut_time: Timestamp,
+    /// Its class.
+    pub class: Class,
+    /// Its label.
+    pub label: Option<String>,
+    /// Bytes it took on the line.
+    pub bytes: u64,
+    /// Duration of the cut in microseconds.
+    pub cut_us: u64,
+    /// Rounds of the cut.
+    pub cut_rounds: u32,
+}
+
+/// Why bytes are not a control message.
+#[derive(Debug, thiserror::Error)]
+pub enum MessageError {
+    /// Longer than any message may be.
+    #[error("control message of {0} bytes, at most {MESSAGE_BYTES_MAX} are allowed")]
+    Oversize(usize),
+    /// Not a message, or one with bytes behind it.
+    #[error("control message does not decode")]
+    Decode(#[source] bincode::error::DecodeError),
+    /// A message with bytes left behind it.
+    #[error("control message has {0} bytes too many")]
+    Trailing(usize),
+}
+
+/// A message's bytes, without the length in front.
+#[must_use]
+pub fn encode<M: Serialize>(message: &M) -> Vec<u8> {
+    let bytes = bincode::serde::encode_to_vec(message, config()).expect("messages have no unencodable types");
+    assert!(bytes.len() <= MESSAGE_BYTES_MAX, "messages are built within their bound");
+    bytes
+}
+
+/// Parses a message; every byte has to belong to it.
+///
+/// # Errors
+/// Where the bytes are too many, too few or no message.
+pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, MessageError> {
+    if bytes.len() > MESSAGE_BYTES_MAX {
+        return Err(MessageError::Oversize(bytes.len()));
+    }
+    let (message, used) = bincode::serde::decode_from_slice(bytes, config()).map_err(MessageError::Decode)?;
+    if used == bytes.len() { Ok(message) } else { Err(MessageError::Trailing(bytes.len() - used)) }
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<MESSAGE_BYTES_MAX>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hello_is_these_bytes_for_ever() {
+        let hello = SourceMessage::Hello { version: 1, software: "x".into(), time: Timestamp(2) };
+        let bytes = [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, b'x', 2, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(encode(&hello), bytes);
+        assert_eq!(decode::<SourceMessage>(&bytes).expect("hello"), hello);
+    }
+
+    #[test]
+    fn garbage_truncation_and_trailing_bytes_are_refused() {
+        let bytes = encode(&SourceMessage::Hello { version: 1, software: "x".into(), time: Timestamp(2) });
+        for len in 0..bytes.len() {
+            assert!(decode::<SourceMessage>(&bytes[..len]).is_err(), "cut to {len}");
+        }
+        let longer = [bytes.as_slice(), &[0]].concat();
+        assert!(matches!(decode::<SourceMessage>(&longer), Err(MessageError::Trailing(1))));
+        assert!(matches!(decode::<SourceMessage>(&[0xff; MESSAGE_BYTES_MAX + 1]), Err(MessageError::Oversize(_))));
+        let mut huge_text = bytes;
+        huge_text[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(decode::<SourceMessage>(&huge_text).is_err());
+    }
+}
