@@ -1,6 +1,17 @@
 //! The branch office's end: tracks, cuts, reads, encodes and sends.
 
+pub mod agent;
+pub mod capture;
+pub mod cli;
+pub mod config;
+pub mod connect;
+pub mod control;
 pub mod cut;
+pub mod doctor;
 pub mod encoder;
+pub mod join;
+pub mod metrics;
 pub mod reader;
+pub mod sender;
+pub mod state;
 pub mod tracker;

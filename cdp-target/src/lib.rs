@@ -1,1 +1,17 @@
 //! The offsite end: receives, journals, and gives any recovery point back.
+
+pub mod authority;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod enroll;
+pub mod inspect;
+pub mod journal;
+pub mod listener;
+pub mod metrics;
+pub mod points;
+pub mod receiver;
+pub mod restore;
+pub mod serve;
+pub mod store;
+pub mod verify;

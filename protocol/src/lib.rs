@@ -6,6 +6,7 @@
 //! * `message`: the control messages.
 //! * `session`: who may say what when, and what is sent again after a broken line.
 
+pub mod bundle;
 pub mod codec;
 pub mod escrow;
 pub mod frame;

@@ -1,6 +1,10 @@
 //! Reading blocks of live volumes: the trait of all readers.
 //!
-//! A mounted device is never read through the page cache: O_DIRECT only. A partition is read through its whole-disk node.
+//! A mounted device is never read through the page cache: `O_DIRECT` only. A partition is read through its whole-disk node.
+
+pub mod aligned;
+pub mod pread;
+pub mod uring;
 
 use cdp_protocol::units::Extent;
 
@@ -16,6 +20,9 @@ pub struct ReadRequest {
     pub extent: Extent,
 }
 
+/// Called once for each request, with its index.
+pub type ReadDone<'a> = dyn FnMut(usize, Result<&[u8], std::io::Error>) + 'a;
+
 /// Reads blocks of a group's volumes.
 pub trait BlockReader: Send {
     /// Runs all requests, several at a time, in any order. `done` is called once for each as soon as it has returned,
@@ -24,9 +31,5 @@ pub trait BlockReader: Send {
     ///
     /// # Errors
     /// Where reading itself is impossible (not where a device fails a request: that goes to `done`).
-    fn read(
-        &mut self,
-        requests: &[ReadRequest],
-        done: &mut dyn FnMut(usize, Result<&[u8], std::io::Error>),
-    ) -> std::io::Result<()>;
+    fn read(&mut self, requests: &[ReadRequest], done: &mut ReadDone<'_>) -> std::io::Result<()>;
 }

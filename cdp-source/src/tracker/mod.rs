@@ -4,6 +4,12 @@
 //! durable at the target (`retain_unacked`); whatever it cannot vouch for is dirty. It is owned by the one thread
 //! that cuts.
 
+pub mod bitmap;
+pub mod device;
+pub mod ebpf;
+pub mod identity;
+pub mod scan;
+
 use cdp_protocol::units::{Block, VolumeSlot};
 use roaring::RoaringBitmap;
 

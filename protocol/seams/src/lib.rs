@@ -5,5 +5,7 @@
 
 pub mod clock;
 pub mod line;
+#[cfg(feature = "quic")]
+pub mod quic;
 pub mod random;
 pub mod storage;

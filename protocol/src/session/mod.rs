@@ -5,3 +5,5 @@
 //! * `target`: what a target grants and answers.
 
 pub mod chain;
+pub mod source;
+pub mod target;

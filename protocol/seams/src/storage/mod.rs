@@ -5,6 +5,8 @@
 //! file is not to be trusted and the call not to be repeated (the page cache may have dropped the data; a second sync
 //! would say it is well).
 
+#[cfg(feature = "sim")]
+pub mod sim;
 mod system;
 
 use std::io;

@@ -1,0 +1,1 @@
+//! The agent: one capture thread a group, one runtime for the line.

@@ -1,0 +1,1 @@
+//! What a cut took: the content of its blocks.

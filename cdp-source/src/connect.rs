@@ -1,0 +1,1 @@
+//! Opens the line to the target with the office's certificate.

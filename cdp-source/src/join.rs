@@ -1,0 +1,1 @@
+//! Redeems a bundle: keys are made here and stay here.

@@ -1,0 +1,3 @@
+//! `cdp-source`: the branch office's program.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Drives the sessions of all groups over the line, and reconnects.

@@ -1,0 +1,1 @@
+//! What a protected device is: disk, window, size, sequence.

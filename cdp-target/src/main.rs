@@ -1,0 +1,3 @@
+//! `cdp-target`: the offsite store's program.
+
+fn main() {}

@@ -1,0 +1,4 @@
+//! Getting a recovery point back.
+
+pub mod image;
+pub mod point;

@@ -1,0 +1,1 @@
+//! The one-time bundle that `enroll` writes and `join` redeems.

@@ -1,0 +1,1 @@
+//! A source's end of a group's session.

@@ -1,0 +1,1 @@
+//! A target's end of a group's session.
