@@ -1,1 +1,29 @@
-//! Helpers of the whole-system tests.
+//! What the whole-system tests stand on: loop devices, file systems, an office and a target as real processes.
+//!
+//! The tests run the programs as a user would, by their commands. Everything cleans up behind itself, also after a panic.
+
+#![allow(clippy::disallowed_methods, reason = "tests use the real file system and the real clock")]
+#![allow(clippy::missing_errors_doc, reason = "every helper fails with what went wrong")]
+
+pub mod files;
+pub mod image;
+pub mod loop_device;
+pub mod process;
+pub mod site;
+pub mod sqlite;
+
+/// Whether the privileged tests can run here; says on stderr why not.
+#[must_use]
+pub fn privileged(test: &str) -> bool {
+    let lacking = if !rustix::process::geteuid().is_root() {
+        "not root"
+    } else if !std::path::Path::new("/sys/kernel/btf/vmlinux").exists() {
+        "no kernel BTF"
+    } else if !std::path::Path::new("/dev/loop-control").exists() {
+        "no loop devices"
+    } else {
+        return true;
+    };
+    eprintln!("skipped: {test}: {lacking} (`./scripts/test` as root runs it)");
+    false
+}

@@ -1,0 +1,98 @@
+//! Loop devices and mounts that go away when they are dropped.
+
+use crate::process::{tool, wait_for};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A loop device over a file of its own.
+pub struct LoopDevice {
+    node: PathBuf,
+    file: PathBuf,
+}
+
+impl LoopDevice {
+    /// Makes a sparse file of `size_bytes` at `file` and attaches it.
+    pub fn new(file: &Path, size_bytes: u64) -> Result<Self> {
+        std::fs::File::create_new(file)?.set_len(size_bytes)?;
+        Self::attach(file)
+    }
+
+    /// Attaches an existing file, its partitions included.
+    pub fn attach(file: &Path) -> Result<Self> {
+        let file_text = file.to_str().context("a path of text")?;
+        let node = tool("losetup", &["--find", "--show", "--partscan", "--direct-io=on", file_text])?;
+        Ok(Self { node: PathBuf::from(node.trim()), file: file.to_owned() })
+    }
+
+    /// The device node.
+    #[must_use]
+    pub fn node(&self) -> &Path {
+        &self.node
+    }
+
+    /// The file behind it.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// The node of partition `number`, once the kernel and devtmpfs have it.
+    pub fn partition(&self, number: u32) -> Result<PathBuf> {
+        let node = PathBuf::from(format!("{}p{number}", self.node.display()));
+        wait_for("the partition's node", Duration::from_secs(10), || Ok(node.exists().then_some(())))?;
+        Ok(node)
+    }
+
+    /// Puts another file behind the same device node.
+    pub fn reattach(&mut self, file: &Path) -> Result<()> {
+        let node = self.node.to_str().context("a path of text")?;
+        tool("losetup", &["--detach", node])?;
+        let file_text = file.to_str().context("a path of text")?;
+        wait_for("the device to be free", Duration::from_secs(10), || {
+            Ok(tool("losetup", &["--partscan", "--direct-io=on", node, file_text]).ok())
+        })?;
+        file.clone_into(&mut self.file);
+        Ok(())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = tool("losetup", &["--detach", &self.node.display().to_string()]);
+    }
+}
+
+/// A mounted file system.
+pub struct Mount {
+    folder: PathBuf,
+}
+
+impl Mount {
+    /// Mounts `device` on `folder`, which is made.
+    pub fn new(device: &Path, folder: &Path, options: &str) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let (device, folder_text) = (device.display().to_string(), folder.display().to_string());
+        tool("mount", &["-o", options, &device, &folder_text])?;
+        Ok(Self { folder: folder.to_owned() })
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Unmounts, or says what keeps it busy.
+    pub fn unmount(self) -> Result<()> {
+        let folder = self.folder.display().to_string();
+        std::mem::forget(self);
+        tool("umount", &[&folder]).map(drop)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = tool("umount", &["--lazy", &self.folder.display().to_string()]);
+    }
+}

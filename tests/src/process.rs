@@ -1,0 +1,124 @@
+//! Commands and long-running children.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Path of one of the project's programs, as built beside this test.
+#[must_use]
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let profile = test.parent().and_then(|deps| deps.parent()).expect("tests are built in a profile's `deps`");
+    let program = profile.join(name);
+    assert!(program.exists(), "{} is missing: `cargo build --workspace` makes it", program.display());
+    program
+}
+
+/// Runs a command to its end; gives its stdout, or an error with its stderr.
+pub fn run(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {stderr}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs a program of Debian's by name and arguments.
+pub fn tool(name: &str, arguments: &[&str]) -> Result<String> {
+    run(Command::new(name).args(arguments))
+}
+
+/// Calls `ready` until it gives something, or fails after `deadline`.
+pub fn wait_for<T>(what: &str, deadline: Duration, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = ready()? {
+            return Ok(value);
+        }
+        if start.elapsed() > deadline {
+            bail!("waited {deadline:?} for {what}");
+        }
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+/// A child that runs until it is told to end, and whose stderr is kept. Killed when dropped.
+pub struct Daemon {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Daemon {
+    /// Starts `command`.
+    pub fn start(command: &mut Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {command:?}"))?;
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
+        let sink = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                sink.lock().expect("no holder panics").push(line);
+            }
+        });
+        Ok(Self { child, log })
+    }
+
+    /// Waits until a line of stderr contains `text`, and gives the line.
+    pub fn wait_for_line(&mut self, text: &str, deadline: Duration) -> Result<String> {
+        wait_for(&format!("the line {text:?}"), deadline, || {
+            let line = self.log.lock().expect("no holder panics").iter().find(|line| line.contains(text)).cloned();
+            if line.is_none()
+                && let Some(status) = self.child.try_wait()?
+            {
+                bail!("ended with {status}:\n{}", self.log());
+            }
+            Ok(line)
+        })
+        .with_context(|| format!("stderr so far:\n{}", self.log()))
+    }
+
+    /// Everything said on stderr so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.lock().expect("no holder panics").join("\n")
+    }
+
+    /// Whether the child still runs.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// `kill -9`, and waits for the end.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// SIGTERM, and waits for a clean end.
+    pub fn stop(mut self) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let status = wait_for("the end after SIGTERM", Duration::from_secs(20), || Ok(self.child.try_wait()?))
+            .with_context(|| self.log())?;
+        ensure!(status.success(), "ended with {status} after SIGTERM:\n{}", self.log());
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- stderr of the child\n{}\n---", self.log());
+        }
+    }
+}
