@@ -229,8 +229,8 @@ fn a_full_disk_at_the_target_pushes_back_and_loses_nothing() -> Result<()> {
     // Ballast takes what is left but 8 MiB; then more is written than fits.
     let free = rustix::fs::statvfs(&place)?;
     let ballast = place.join("ballast");
-    let size = free.f_bavail * free.f_frsize - 8 * MIB;
-    tool("fallocate", &["--length", &size.to_string(), &ballast.display().to_string()])?;
+    let ballast_bytes = free.f_bavail * free.f_frsize - 8 * MIB;
+    tool("fallocate", &["--length", &ballast_bytes.to_string(), &ballast.display().to_string()])?;
     fill(device.node(), 2, 48 << 20)?;
     let status = wait_for("the push back", PATIENCE, || {
         let status = site.source_status()?;

@@ -67,17 +67,17 @@ fn both_ends_may_die_and_come_back() -> Result<()> {
     for round in 0..5_u64 {
         let before = site.point_now()?;
         if round % 2 == 0 {
-            site.kill_target()?
+            site.kill_target()?;
         } else {
-            site.kill_source()?
+            site.kill_source()?;
         }
         let mut file = std::fs::File::options().write(true).open(&image)?;
         file.seek(SeekFrom::Start(round * 100_000))?;
         file.write_all(&content(round + 10, 10_000))?;
         if round % 2 == 0 {
-            site.start_target()?
+            site.start_target()?;
         } else {
-            site.start_source()?
+            site.start_source()?;
         }
         cdp_tests::process::wait_for("the agent to be connected", PATIENCE, || {
             let status = site.source_status().ok();
