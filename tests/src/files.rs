@@ -34,10 +34,15 @@ impl Churn {
 #[must_use]
 pub fn content(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
-    let (noise, text) = bytes.split_at_mut(len / 2);
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(noise);
+    let (head, text) = bytes.split_at_mut(len / 2);
+    noise(seed, head);
     text.iter_mut().zip(format!("file {seed} ").bytes().cycle()).for_each(|(byte, letter)| *byte = letter);
     bytes
+}
+
+/// Fills `bytes` with what does not compress.
+pub fn noise(seed: u64, bytes: &mut [u8]) {
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(bytes);
 }
 
 fn churn(folder: &Path, stop: &AtomicBool) -> Result<u64> {
