@@ -1,4 +1,4 @@
-//! `cdp-bench`: the end-to-end benchmarks behind `scripts/bench`, each printed as rows of a table.
+//! `cdp-benches`: the end-to-end benchmarks behind `scripts/bench`, each printed as rows of a table.
 //!
 //! Every figure that is judged is a ratio of two runs taken in turn, so that it holds when the machine's speed drifts.
 //! Needs root and loop devices.

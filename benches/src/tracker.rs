@@ -4,6 +4,7 @@ use crate::median;
 use anyhow::{Context, Result, ensure};
 use cdp_protocol::units::{GroupId, VolumeSlot};
 use cdp_seams::storage::SystemStorage;
+use cdp_source::tracker::pins::BPFFS;
 use cdp_source::tracker::ebpf::{self, EbpfOptions, EbpfTracker};
 use cdp_tests::loop_device::LoopDevice;
 use cdp_tests::process::tool;
@@ -24,8 +25,7 @@ pub(crate) fn attach(device: &LoopDevice, folder: &Path) -> Result<EbpfTracker> 
 /// Takes the tracker off again, pins and all.
 pub(crate) fn detach(tracker: EbpfTracker, folder: &Path) -> Result<()> {
     drop(tracker);
-    let options = EbpfOptions::new(GROUP, vec![], folder.to_owned(), Arc::new(SystemStorage));
-    Ok(ebpf::remove(&options.bpffs, &GROUP, &options.state_folder, options.storage.as_ref())?)
+    Ok(ebpf::remove(Path::new(BPFFS), folder, &SystemStorage, GROUP)?)
 }
 
 pub(crate) fn run(folder: &Path) -> Result<()> {
