@@ -37,8 +37,10 @@ impl LoopDevice {
         &self.file
     }
 
-    /// The node of partition `number`, once the kernel and devtmpfs have it.
+    /// The node of partition `number`, once devtmpfs has it. Tells the kernel of the partitions: not every kernel reads
+    /// the tables itself.
     pub fn partition(&self, number: u32) -> Result<PathBuf> {
+        tool("partx", &["--update", &self.node.display().to_string()])?;
         let node = PathBuf::from(format!("{}p{number}", self.node.display()));
         wait_for("the partition's node", Duration::from_secs(10), || Ok(node.exists().then_some(())))?;
         Ok(node)
@@ -59,6 +61,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        let _ = tool("partx", &["--delete", &self.node.display().to_string()]);
         let _ = tool("losetup", &["--detach", &self.node.display().to_string()]);
     }
 }
