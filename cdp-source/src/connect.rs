@@ -181,8 +181,8 @@ pub enum ConnectError {
         /// Its address.
         target: String,
     },
-    /// The target has too much to do.
-    #[error("the target at {target} is busy: {reason}")]
+    /// The target has too much to do, or failed.
+    #[error("the target at {target} cannot serve us for now: {reason}")]
     Busy {
         /// Its address.
         target: String,
@@ -293,6 +293,7 @@ fn failed(target: String, error: ConnectionError) -> ConnectError {
             match close.error_code {
                 code if code == CloseCode::Unauthorized.code() => ConnectError::Refused { target, reason },
                 code if code == CloseCode::Protocol.code() => ConnectError::Version { target },
+                code if code == CloseCode::Done.code() => ConnectError::Connection { target, source: error },
                 _ => ConnectError::Busy { target, reason },
             }
         }

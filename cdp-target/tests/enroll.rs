@@ -1,5 +1,7 @@
 //! What a bundle is good for, and what becomes of a bad one: each row a clear error, and nothing enrolled.
 
+#![expect(clippy::disallowed_methods, reason = "a test that breaks what a crash could have left unfinished")]
+
 mod support;
 
 use cdp_protocol::bundle::BundleError;
@@ -85,7 +87,7 @@ async fn a_bundle_works_once_in_time_and_for_its_target_only() {
     target.counts(Refusal::Join, 3).await;
 
     let states: Vec<(String, OfficeState)> = {
-        let authority = target.authority.lock().unwrap();
+        let authority = target.authority.lock().expect("not poisoned");
         let state = |office: &cdp_target::enroll::Office| {
             (office.name.clone(), office.state(cdp_protocol::units::Timestamp(target.clock.wall_ms())))
         };
@@ -104,7 +106,7 @@ async fn an_answer_that_was_lost_is_asked_for_again_with_the_same_key() {
     std::fs::remove_file(office.state.path().join("identity/target.json")).expect("removed");
     let first = office.credentials().certificate;
     office.join(bundle.as_bytes(), None).await.expect("joined again");
-    assert_eq!(target.authority.lock().unwrap().admit(&first), Err(NotAdmitted::Revoked));
+    assert_eq!(target.authority.lock().expect("not poisoned").admit(&first), Err(NotAdmitted::Revoked));
     target.serves(&office).await;
     let error = office.join(bundle.as_bytes(), None).await.expect_err("joined already");
     assert!(matches!(error, JoinError::AlreadyJoined { .. }), "{error}");
@@ -128,7 +130,7 @@ async fn new_hardware_needs_replace_and_ends_the_old_certificate_at_once() {
     let new = Office::new(target.clock.clone());
     let joined = new.join(bundle.to_text().as_bytes(), None).await.expect("joined");
     target.serves(&new).await;
-    let offices = target.authority.lock().unwrap().offices().to_vec();
+    let offices = target.authority.lock().expect("not poisoned").offices().to_vec();
     assert_eq!(offices.len(), 1);
     assert_eq!(offices[0].id, joined.target.office, "the office is the same one");
 }

@@ -79,7 +79,7 @@ impl Target {
     pub(crate) fn invite(&self, office: &str, replace: bool) -> Result<Bundle, EnrollError> {
         let targets = [self.address.to_string()];
         let valid_for = Duration::from_secs(24 * 3600);
-        self.authority.lock().unwrap().invite(&Invite { office, targets: &targets, valid_for, replace })
+        self.authority.lock().expect("not poisoned").invite(&Invite { office, targets: &targets, valid_for, replace })
     }
 
     /// An office that joined, on a machine with the right clock.
@@ -95,7 +95,7 @@ impl Target {
     }
 
     pub(crate) fn authority_certificate(&self) -> CertificateDer<'static> {
-        self.authority.lock().unwrap().certificate().clone()
+        self.authority.lock().expect("not poisoned").certificate().clone()
     }
 
     /// An honest office connects and is served.
