@@ -358,11 +358,12 @@ mod tests {
         driver.world.scratch(0, Block(9));
         driver.carry = vec![(0..20).collect(), RoaringBitmap::new()];
         let Ok(Cut::Captured(capture)) = attempt(&mut driver, &LIMITS) else { panic!("not captured") };
-        let unreadable: Vec<Block> = capture.volumes[0]
-            .iter()
-            .filter_map(|(block, content)| (content == BlockContent::Unreadable).then_some(block))
-            .collect();
-        assert_eq!((unreadable.as_slice(), capture.meters.unreadable_blocks), ([Block(9)].as_slice(), 1));
+        assert_eq!(capture.volumes[0].block(Block(9)), BlockContent::Unreadable);
+        assert_eq!(capture.unreadable(), [RoaringBitmap::from([9]), RoaringBitmap::new()]);
+        assert_eq!(
+            (capture.meters.unreadable_blocks, capture.meters.dirty_blocks),
+            (1, capture.volumes.iter().map(|volume| volume.blocks().len()).sum())
+        );
     }
 
     #[test]
