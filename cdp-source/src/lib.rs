@@ -13,5 +13,7 @@ pub mod join;
 pub mod metrics;
 pub mod reader;
 pub mod sender;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod state;
 pub mod tracker;
