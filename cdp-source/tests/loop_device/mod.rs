@@ -43,40 +43,31 @@ impl LoopDevice {
         run("losetup", &["--detach", &self.node.to_string_lossy()]);
     }
 
-    /// Writes a partition table with one partition, and gives its node; `None` where none appears.
-    pub(crate) fn partition(&self, start_sectors: u64, len_sectors: u64) -> Option<PathBuf> {
-        let mut table = [0; 512];
-        table[446 + 4] = 0x83;
-        table[446 + 8..446 + 12].copy_from_slice(&(start_sectors as u32).to_le_bytes());
-        table[446 + 12..446 + 16].copy_from_slice(&(len_sectors as u32).to_le_bytes());
-        table[510..].copy_from_slice(&[0x55, 0xaa]);
-        RawDisk::open(&self.node).write_bytes(0, &table);
-        run("blockdev", &["--rereadpt", &self.node.to_string_lossy()]);
+    /// Makes one partition, by the same call a partitioning tool makes: kernels without a parser for the table on the
+    /// disk have partitions too. Gives its node.
+    pub(crate) fn partition(&self, start_sectors: u64, len_sectors: u64) -> PathBuf {
+        run("addpart", &[&self.node.to_string_lossy(), "1", &start_sectors.to_string(), &len_sectors.to_string()]);
         let node = PathBuf::from(format!("{}p1", self.node.display()));
         if !node.exists() {
-            make_node(&node)?;
+            make_node(&node);
         }
-        Some(node)
+        node
     }
 }
 
-/// Makes a partition's node where no daemon does.
-fn make_node(node: &Path) -> Option<()> {
-    let name = node.file_name()?.to_str()?;
-    let number = std::fs::read_to_string(format!("/sys/class/block/{name}/dev")).ok()?;
-    let (major, minor) = number.trim().split_once(':')?;
+/// Makes a partition's node where nothing else does.
+fn make_node(node: &Path) {
+    let name = node.file_name().expect("a name").to_string_lossy();
+    let number = std::fs::read_to_string(format!("/sys/class/block/{name}/dev")).expect("read");
+    let (major, minor) = number.trim().split_once(':').expect("two numbers");
     run("mknod", &[&node.to_string_lossy(), "b", major, minor]);
-    Some(())
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        let quietly = Command::new("losetup").arg("--detach").arg(&self.node).output();
-        drop(quietly);
-        let partition = PathBuf::from(format!("{}p1", self.node.display()));
-        if partition.exists() {
-            drop(std::fs::remove_file(partition));
-        }
+        // What is not there cannot be removed; nothing else may stop the rest.
+        drop(Command::new("delpart").arg(&self.node).arg("1").output());
+        drop(Command::new("losetup").arg("--detach").arg(&self.node).output());
     }
 }
 
@@ -91,15 +82,11 @@ impl RawDisk {
 
     /// Fills a range; returns when the device has completed it.
     pub(crate) fn write(&self, offset: u64, len: u64, fill: u8) {
-        self.write_bytes(offset, &vec![fill; len as usize]);
-    }
-
-    fn write_bytes(&self, offset: u64, bytes: &[u8]) {
         // A mapping is aligned, as the kernel wants it.
-        let mut buffer = MmapMut::map_anon(bytes.len()).expect("memory");
-        buffer.copy_from_slice(bytes);
+        let mut buffer = MmapMut::map_anon(len as usize).expect("memory");
+        buffer.fill(fill);
         let written = rustix::io::pwrite(&self.0, &buffer, offset).expect("written");
-        assert_eq!(written, bytes.len());
+        assert_eq!(written as u64, len);
     }
 }
 
