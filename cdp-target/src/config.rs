@@ -141,6 +141,17 @@ impl Config {
         Ok(())
     }
 
+    /// Where offices reach the server when it listens on `port`, each `HOST:PORT`.
+    #[must_use]
+    pub fn targets(&self, port: u16) -> Vec<String> {
+        let names = if self.names.is_empty() { &["localhost".to_owned()] } else { self.names.as_slice() };
+        let target = |name: &String| match name.parse() {
+            Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
+            _ => format!("{name}:{port}"),
+        };
+        names.iter().map(target).collect()
+    }
+
     /// The file's text, with a line on each key.
     #[must_use]
     pub fn to_text(&self) -> String {
@@ -198,6 +209,14 @@ mod tests {
         config.metrics_listen = Some(([127, 0, 0, 1], 9743).into());
         assert_eq!(Config::parse(config.to_text().as_bytes()), Ok(config));
         assert_eq!(Config::parse(b""), Ok(Config::new(LISTEN_DEFAULT, Vec::new())));
+    }
+
+    #[test]
+    fn targets_are_names_with_the_port() {
+        let names = ["backup.example".to_owned(), "10.0.0.1".to_owned(), "fd00::1".to_owned()];
+        let config = Config::new(LISTEN_DEFAULT, names.to_vec());
+        assert_eq!(config.targets(7443), ["backup.example:7443", "10.0.0.1:7443", "[fd00::1]:7443"]);
+        assert_eq!(Config::new(LISTEN_DEFAULT, Vec::new()).targets(1), ["localhost:1"]);
     }
 
     #[test]
