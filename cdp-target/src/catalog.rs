@@ -189,16 +189,22 @@ impl Group {
 
     /// Its recovery points, oldest first.
     #[must_use]
-    pub fn points(&self) -> Vec<PointInfo> {
+    ///
+    /// # Errors
+    /// Where a segment cannot be read: what would be left out is not to be missed silently.
+    pub fn points(&self) -> Result<Vec<PointInfo>, JournalError> {
         points_of(&self.view)
     }
 }
 
 /// The recovery points of a history, oldest first.
-#[must_use]
-pub fn points_of(view: &GroupView) -> Vec<PointInfo> {
+///
+/// # Errors
+/// Where a segment cannot be read.
+pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
     let mut before = None;
     let points = view.points().map(|point| {
+        let point = point?;
         let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
         before = Some(time);
         let rollback = point.after_rollback_to.map(|to| format!("after rollback to {to}"));
@@ -206,7 +212,7 @@ pub fn points_of(view: &GroupView) -> Vec<PointInfo> {
         let unreadable = (unreadable > 0).then(|| format!("{unreadable} blocks unreadable at the source"));
         let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
         let warnings: Vec<String> = [damaged, unreadable, rollback].into_iter().flatten().collect();
-        PointInfo {
+        Ok(PointInfo {
             epoch: point.epoch,
             first_epoch: point.first_epoch,
             time,
@@ -218,8 +224,9 @@ pub fn points_of(view: &GroupView) -> Vec<PointInfo> {
             bytes: point.bytes,
             cut_us: point.meters.cut_us,
             cut_rounds: point.meters.cut_rounds,
+            damaged: point.damaged,
             warning: (!warnings.is_empty()).then(|| warnings.join("; ")),
-        }
+        })
     });
     points.collect()
 }

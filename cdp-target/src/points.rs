@@ -32,6 +32,8 @@ pub struct PointInfo {
     pub cut_us: u64,
     /// Rounds of its cut.
     pub cut_rounds: u32,
+    /// What is damaged that it needs.
+    pub damaged: Option<String>,
     /// What a reader has to know about it: damage, unreadable blocks, a rollback.
     pub warning: Option<String>,
 }
@@ -323,6 +325,7 @@ mod tests {
             bytes: 0,
             cut_us: 0,
             cut_rounds: 1,
+            damaged: None,
             warning: None,
         }
     }

@@ -4,7 +4,9 @@
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
 use crate::catalog::{Catalog, CatalogError, Group};
+use crate::journal::JournalError;
 use crate::points::{Instant, PointInfo};
+use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -145,8 +147,9 @@ pub fn report(
             let used_bytes = used_bytes(store, &store.group_folder(place));
             let live = live.map(|live| live.group(place));
             groups.push(match group {
-                Ok(group) => group_status(&group, live, used_bytes, now),
-                Err(error) => unreadable(place, &error, used_bytes),
+                Ok(group) => group_status(&group, live, used_bytes, now)
+                    .unwrap_or_else(|error| unreadable(place, group.name(), &error, used_bytes)),
+                Err(error) => unreadable(place, &place.group.to_string(), &error, used_bytes),
             });
         }
         let state = serde_json::to_value(office.state(now)).ok();
@@ -166,11 +169,16 @@ pub fn report(
     })
 }
 
-fn group_status(group: &Group, live: Option<LiveGroup>, used_bytes: u64, now: Timestamp) -> GroupStatus {
-    let points = group.points();
+fn group_status(
+    group: &Group,
+    live: Option<LiveGroup>,
+    used_bytes: u64,
+    now: Timestamp,
+) -> Result<GroupStatus, JournalError> {
+    let points = group.points()?;
     let newest = points.last();
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
-    let frozen = group.view().frozen().map(str::to_owned);
+    let frozen = group.view().manifest().frozen.clone();
     let (state, reason) = match (&live, frozen) {
         (_, Some(reason)) => (GroupState::Frozen, Some(reason)),
         (None, None) => (GroupState::NotServed, None),
@@ -178,7 +186,7 @@ fn group_status(group: &Group, live: Option<LiveGroup>, used_bytes: u64, now: Ti
         (Some(live), None) if live.connected => (GroupState::Connected, None),
         (Some(_), None) => (GroupState::Disconnected, None),
     };
-    GroupStatus {
+    Ok(GroupStatus {
         id: group.place().group,
         name: group.name().to_owned(),
         state,
@@ -196,15 +204,15 @@ fn group_status(group: &Group, live: Option<LiveGroup>, used_bytes: u64, now: Ti
         watermarks: live.map(|live| live.watermarks),
         quota_bytes: None,
         last_drill: None,
-    }
+    })
 }
 
-fn unreadable(place: GroupPlace, error: &dyn std::error::Error, used_bytes: u64) -> GroupStatus {
+fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u64) -> GroupStatus {
     GroupStatus {
         id: place.group,
-        name: place.group.to_string(),
+        name: name.to_owned(),
         state: GroupState::Failed,
-        reason: Some(error.to_string()),
+        reason: Some(one_line(error)),
         points: 0,
         newest: None,
         unchanged_as_of: None,
@@ -251,6 +259,7 @@ mod tests {
             bytes: 0,
             cut_us: 0,
             cut_rounds: 1,
+            damaged: None,
             warning: None,
         };
         let rpo = |unchanged, now| live_rpo_ms(&newest, unchanged, Timestamp(now));

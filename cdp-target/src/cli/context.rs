@@ -9,7 +9,10 @@ use cdp_protocol::units::Timestamp;
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::SystemRandom;
 use cdp_seams::storage::{Storage, SystemStorage};
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The machine's storage.
 pub(super) fn storage() -> Arc<dyn Storage> {
@@ -39,4 +42,30 @@ pub(super) fn ask_server(store: &Store, request: &Request) -> Result<Option<serd
         Some(Reply::Done(value)) => Ok(Some(value)),
         Some(Reply::Failed { error, hint, user }) => Err(Failure::reported(user, error, hint)),
     }
+}
+
+/// Turns true when the operator ends the command. Not where the output is stdout: there is nothing to clean up there, and
+/// the signal may end us while we wait for the reader.
+pub(super) fn stop_on_signal(output: &Path) -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    if output.as_os_str() == "-" {
+        return stop;
+    }
+    let flag = Arc::clone(&stop);
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+        let waited = runtime.and_then(|runtime| {
+            runtime.block_on(async {
+                let mut interrupt = signal(SignalKind::interrupt())?;
+                let mut terminate = signal(SignalKind::terminate())?;
+                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+                Ok(())
+            })
+        });
+        match waited {
+            Ok(()) => flag.store(true, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "signals are not handled: an unfinished image may be left behind"),
+        }
+    });
+    stop
 }

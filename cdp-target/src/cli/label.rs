@@ -35,7 +35,7 @@ fn label(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
-    let points = group.points();
+    let points = group.points()?;
     let point = name.find(&points)?;
     if let Some(other) = points.iter().find(|other| other.label.as_ref() == Some(&arguments.name)) {
         if other.epoch == point.epoch {

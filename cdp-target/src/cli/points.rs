@@ -73,7 +73,7 @@ fn list(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
-    let points = group.points();
+    let points = group.points()?;
     let gaps = gaps(&points);
     let listed = points.iter().zip(gaps).filter(|(point, _)| {
         since.is_none_or(|since| point.time >= since) && until.is_none_or(|until| point.time <= until)
@@ -170,6 +170,7 @@ mod tests {
             bytes: 4096,
             cut_us: 1500,
             cut_rounds: 1,
+            damaged: None,
             warning: None,
         };
         times.iter().enumerate().map(point).collect()

@@ -1,10 +1,11 @@
 //! Export: a recovery point's volume as a raw image.
 //!
 //! Invariant: the image has exactly the volume's size and content; what cannot be read is an error, or, where damage was
-//! allowed, a bad range in the report, never silent zeros. Two threads read and decode, the caller writes in order and
-//! hashes; between them at most `THREADS * (QUEUE_CHUNKS + 2)` chunks of 1 MiB.
+//! allowed, a bad range in the report, never silent zeros. A thread a source reads and decodes, the caller writes in order and
+//! hashes; between them at most `QUEUE_CHUNKS + 2` chunks of 1 MiB a thread.
 
 use super::output::Output;
+use super::point::{Content, PointImage};
 use cdp_protocol::units::{Block, Extent, VolumeSlot, blocks_in};
 use serde::Serialize;
 use std::error::Error;
@@ -13,7 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 const CHUNK_BLOCKS: u64 = 256;
-const THREADS: u64 = 2;
 const QUEUE_CHUNKS: usize = 3;
 
 /// What a run of blocks holds.
@@ -38,6 +38,22 @@ pub trait BlockSource: Sync {
     /// Where any of them cannot be had; what was given before counts for nothing.
     fn read(&self, slot: VolumeSlot, extent: Extent, out: &mut dyn FnMut(Extent, Piece<'_>))
     -> Result<(), SourceError>;
+}
+
+impl BlockSource for PointImage {
+    fn read(
+        &self,
+        slot: VolumeSlot,
+        extent: Extent,
+        out: &mut dyn FnMut(Extent, Piece<'_>),
+    ) -> Result<(), SourceError> {
+        let mut give = |run: Extent, content: Content<'_>| match content {
+            Content::Bytes(bytes) => out(run, Piece::Bytes(bytes)),
+            Content::Zero => out(run, Piece::Zero),
+            Content::Unreadable => out(run, Piece::Unreadable),
+        };
+        Ok(self.read_blocks(slot, extent, &mut give)?)
+    }
 }
 
 /// A run of bytes that the image does not have. It reads as zeros there.
@@ -91,8 +107,8 @@ pub enum ExportError {
 
 /// How an export goes.
 pub struct Export<'a> {
-    /// The point.
-    pub source: &'a dyn BlockSource,
+    /// The point, opened once for each thread that is to read it; at least one.
+    pub sources: &'a [&'a dyn BlockSource],
     /// The volume's place in its group.
     pub slot: VolumeSlot,
     /// The volume's size.
@@ -119,24 +135,25 @@ struct Chunk {
     runs: Vec<(u64, Kind)>,
 }
 
-impl Export<'_> {
+impl<'b> Export<'b> {
     /// Writes the image to `output` and syncs it; to publish it is the caller's.
     ///
     /// # Errors
     /// Where the point cannot be read, the output fails or the operator ends it.
     pub fn run(&self, output: &mut dyn Output) -> Result<Exported, ExportError> {
         let chunks = blocks_in(self.size_bytes).div_ceil(CHUNK_BLOCKS);
+        let threads = self.sources.len() as u64;
         let mut writer = Writer::new(self, output);
         std::thread::scope(|scope| {
-            let lanes: Vec<Receiver<Chunk>> = (0..THREADS)
-                .map(|lane| {
-                    let (sender, receiver) = sync_channel(QUEUE_CHUNKS);
-                    scope.spawn(move || self.read_lane(lane, chunks, &sender));
-                    receiver
-                })
-                .collect();
+            let lane = |(lane, source): (usize, &&'b dyn BlockSource)| {
+                let (sender, receiver) = sync_channel(QUEUE_CHUNKS);
+                let (reader, mine) = (Reader { export: self, source: *source }, lane as u64..chunks);
+                scope.spawn(move || reader.run(mine.step_by(threads as usize), &sender));
+                receiver
+            };
+            let lanes: Vec<Receiver<Chunk>> = self.sources.iter().enumerate().map(lane).collect();
             for chunk in 0..chunks {
-                let lane = &lanes[(chunk % THREADS) as usize];
+                let lane = &lanes[(chunk % threads) as usize];
                 let chunk = lane.recv().expect("a lane ends after its last chunk");
                 writer.take(&chunk)?;
             }
@@ -144,10 +161,18 @@ impl Export<'_> {
         })?;
         writer.finish()
     }
+}
 
-    /// Reads every `THREADS`th chunk, until the writer is gone.
-    fn read_lane(&self, lane: u64, chunks: u64, sender: &SyncSender<Chunk>) {
-        for chunk in (lane..chunks).step_by(THREADS as usize) {
+/// One reading thread.
+struct Reader<'a> {
+    export: &'a Export<'a>,
+    source: &'a dyn BlockSource,
+}
+
+impl Reader<'_> {
+    /// Reads these chunks, until the writer is gone.
+    fn run(&self, chunks: impl Iterator<Item = u64>, sender: &SyncSender<Chunk>) {
+        for chunk in chunks {
             if sender.send(self.read_chunk(chunk)).is_err() {
                 return;
             }
@@ -156,7 +181,7 @@ impl Export<'_> {
 
     fn read_chunk(&self, chunk: u64) -> Chunk {
         let first = chunk * CHUNK_BLOCKS;
-        let count = CHUNK_BLOCKS.min(blocks_in(self.size_bytes) - first);
+        let count = CHUNK_BLOCKS.min(blocks_in(self.export.size_bytes) - first);
         let extent = Extent::new(Block(first as u32), count as u32).expect("volumes are bounded");
         self.read_extent(extent).unwrap_or_else(|_| {
             // Something in it is bad: block by block, to know what.
@@ -176,7 +201,7 @@ impl Export<'_> {
         let mut chunk = Chunk::default();
         let mut next = u64::from(extent.start.0);
         let mut in_order = true;
-        self.source.read(self.slot, extent, &mut |run, piece| {
+        self.source.read(self.export.slot, extent, &mut |run, piece| {
             in_order &= u64::from(run.start.0) == next;
             next = run.end();
             match piece {

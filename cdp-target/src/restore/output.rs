@@ -139,8 +139,31 @@ pub fn stdout() -> Box<dyn Output> {
     Box::new(StreamOutput(io::stdout().lock()))
 }
 
+/// Takes an image nowhere: to see what is in it.
+#[derive(Clone, Copy, Debug)]
+pub struct Count;
+
+impl Output for Count {
+    fn write(&mut self, _offset: u64, _bytes: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&mut self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn publish(self: Box<Self>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The folder a file is in.
-fn folder_of(path: &Path) -> &Path {
+#[must_use]
+pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
