@@ -5,12 +5,12 @@
 
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
-use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
+use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest};
 use crate::points::{PointInfo, PointTimes, point_time};
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::escrow::EscrowError;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::{Epoch, OfficeId};
+use cdp_protocol::units::Epoch;
 use std::sync::Arc;
 
 /// The offices and groups of a store.
@@ -135,15 +135,6 @@ impl Catalog {
         })
     }
 
-    /// All groups of an office, those that cannot be read among them.
-    ///
-    /// # Errors
-    /// Where the office's folder cannot be listed.
-    pub fn groups(&self, office: OfficeId) -> Result<Vec<(GroupPlace, Result<Group, JournalError>)>, CatalogError> {
-        let places = self.store.groups(office)?;
-        Ok(places.into_iter().map(|place| (place, open_group(&self.store, place))).collect())
-    }
-
     /// The group's data key, out of escrow.
     ///
     /// # Errors
@@ -157,10 +148,27 @@ impl Catalog {
     }
 }
 
-fn open_group(store: &Store, place: GroupPlace) -> Result<Group, JournalError> {
-    let view = GroupView::open(Arc::clone(store.storage()), &store.group_folder(place))?;
+/// Opens a group's history from its files. Again where the server began another segment meanwhile: the files it was put
+/// together from may then not belong together.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn open_group(store: &Store, place: GroupPlace) -> Result<Group, JournalError> {
+    let (storage, folder) = (store.storage(), store.group_folder(place));
+    for _ in 0..OPEN_ATTEMPTS {
+        let view = GroupView::open(Arc::clone(storage), &folder);
+        let (manifest, _) = Manifest::read(storage.as_ref(), &folder)?;
+        match view {
+            Ok(view) if view.manifest().open == manifest.open => return Ok(Group { place, view: Arc::new(view) }),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    let view = GroupView::open(Arc::clone(storage), &folder)?;
     Ok(Group { place, view: Arc::new(view) })
 }
+
+/// How often a history is opened anew when its server is faster.
+const OPEN_ATTEMPTS: usize = 4;
 
 impl Group {
     /// A group that a server has open.
@@ -188,7 +196,6 @@ impl Group {
     }
 
     /// Its recovery points, oldest first.
-    #[must_use]
     ///
     /// # Errors
     /// Where a segment cannot be read: what would be left out is not to be missed silently.

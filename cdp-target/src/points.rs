@@ -211,13 +211,11 @@ impl PointName {
                 (false, Some(_)) => {}
             }
         }
-        match (self, before) {
-            (Self::Latest | Self::At(_), Some(point)) => Ok(point),
-            _ => {
-                let place = |point: &PointInfo| (point.epoch, point.time);
-                Err(NoSuchPoint { name: self.clone(), before: before.map(place), after: after.map(place) })
-            }
+        if let (Self::Latest | Self::At(_), Some(point)) = (self, before) {
+            return Ok(point);
         }
+        let place = |point: &PointInfo| (point.epoch, point.time);
+        Err(NoSuchPoint { name: self.clone(), before: before.map(place), after: after.map(place) })
     }
 }
 

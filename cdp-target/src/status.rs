@@ -3,14 +3,15 @@
 //! The live RPO is now minus the later of the newest point and the newest validated "unchanged since"; both count by the
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
-use crate::catalog::{Catalog, CatalogError, Group};
-use crate::journal::JournalError;
+use crate::catalog::{Catalog, CatalogError, Group, open_group};
+use crate::journal::{GroupView, JournalError};
 use crate::points::{Instant, PointInfo};
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::sync::Arc;
 
 /// What a store holds and does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,7 +53,9 @@ pub enum GroupState {
     NotServed,
     /// Its source's history is another one than ours: nothing is taken until an operator resolves it.
     Frozen,
-    /// Its journal failed: a person has to look.
+    /// Its source is connected and put off or refused; the reason says why.
+    Refused,
+    /// It cannot be read: a person has to look.
     Failed,
 }
 
@@ -98,19 +101,19 @@ pub struct NewestPoint {
     pub received: String,
 }
 
-/// The newest epoch in each stage.
+/// The newest epoch in each stage since the server started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watermarks {
     /// Frames of it have come.
-    pub received: Epoch,
+    pub received: Option<Epoch>,
     /// Durable.
-    pub journaled: Epoch,
+    pub journaled: Option<Epoch>,
     /// The source was told.
-    pub acked: Epoch,
+    pub acked: Option<Epoch>,
 }
 
 /// What only the server knows of a group.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default)]
 pub struct LiveGroup {
     /// Whether its source is connected.
     pub connected: bool,
@@ -118,8 +121,10 @@ pub struct LiveGroup {
     pub unchanged: Option<(Epoch, Timestamp)>,
     /// How far it got.
     pub watermarks: Watermarks,
-    /// Why it failed, if it did.
-    pub failed: Option<String>,
+    /// Why its source is put off or refused.
+    pub trouble: Option<String>,
+    /// Its history, where the server has it open.
+    pub view: Option<Arc<GroupView>>,
 }
 
 /// The server's side of a report.
@@ -127,7 +132,7 @@ pub trait Live {
     /// Where the server listens.
     fn listening(&self) -> String;
     /// What it knows of a group.
-    fn group(&self, place: GroupPlace) -> LiveGroup;
+    fn group(&self, office: &str, place: GroupPlace) -> LiveGroup;
 }
 
 /// Reports on a whole store at `now`.
@@ -143,9 +148,11 @@ pub fn report(
     let mut offices = Vec::new();
     for office in catalog.offices() {
         let mut groups = Vec::new();
-        for (place, group) in catalog.groups(office.id)? {
+        for place in store.groups(office.id)? {
             let used_bytes = used_bytes(store, &store.group_folder(place));
-            let live = live.map(|live| live.group(place));
+            let live = live.map(|live| live.group(&office.name, place));
+            let served = live.as_ref().and_then(|live| live.view.clone());
+            let group = served.map_or_else(|| open_group(store, place), |view| Ok(Group::served(place, view)));
             groups.push(match group {
                 Ok(group) => group_status(&group, live, used_bytes, now)
                     .unwrap_or_else(|error| unreadable(place, group.name(), &error, used_bytes)),
@@ -182,7 +189,7 @@ fn group_status(
     let (state, reason) = match (&live, frozen) {
         (_, Some(reason)) => (GroupState::Frozen, Some(reason)),
         (None, None) => (GroupState::NotServed, None),
-        (Some(LiveGroup { failed: Some(reason), .. }), None) => (GroupState::Failed, Some(reason.clone())),
+        (Some(LiveGroup { trouble: Some(reason), .. }), None) => (GroupState::Refused, Some(reason.clone())),
         (Some(live), None) if live.connected => (GroupState::Connected, None),
         (Some(_), None) => (GroupState::Disconnected, None),
     };

@@ -12,6 +12,7 @@
 //! Invariant: whoever changes anything below the folder holds the lock. Readers take none: they open beside a server.
 
 use crate::config::{CONFIG_BYTES_MAX, CONFIG_FILE, Config, ConfigError};
+use crate::journal::manifest;
 use crate::points::Instant;
 use cdp_protocol::units::{GroupId, OfficeId, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile, read_all, replace};
@@ -136,12 +137,8 @@ pub fn init<E: From<StoreError>>(
     let store = fill(&folder.join(AUTHORITY_FOLDER))?;
     let path = folder.join(CONFIG_FILE);
     replace(storage.as_ref(), &path, config.to_text().as_bytes()).map_err(system("write", &path))?;
-    let marker = Marker {
-        format: FORMAT_NAME.to_owned(),
-        version: FORMAT_VERSION,
-        store,
-        created: Instant(now).to_string(),
-    };
+    let marker =
+        Marker { format: FORMAT_NAME.to_owned(), version: FORMAT_VERSION, store, created: Instant(now).to_string() };
     let mut text = serde_json::to_vec_pretty(&marker).expect("text and numbers");
     text.push(b'\n');
     let path = folder.join(MARKER_FILE);
@@ -212,7 +209,8 @@ impl Store {
         self.folder.join(OFFICES_FOLDER).join(office.to_string()).join(GROUPS_FOLDER)
     }
 
-    /// All groups of an office, by id. Names that are no ids are passed over.
+    /// All groups of an office, by id. Names that are no ids are passed over, and folders without a manifest: what a crash
+    /// leaves of a group that was being made.
     ///
     /// # Errors
     /// Where the folder cannot be listed.
@@ -223,7 +221,12 @@ impl Store {
             other => other.map_err(system("list folder", &folder))?,
         };
         let ids = names.iter().filter_map(|name| name.to_str()?.parse().ok());
-        Ok(ids.map(|group| GroupPlace { office, group }).collect())
+        let places = ids.map(|group| GroupPlace { office, group });
+        let is_made = |place: &GroupPlace| {
+            let manifest = manifest::path(&self.group_folder(*place));
+            !matches!(self.storage.open(&manifest), Err(error) if error.kind() == io::ErrorKind::NotFound)
+        };
+        Ok(places.filter(is_made).collect())
     }
 
     /// Takes the lock: nobody else serves or changes the store until it is dropped.
@@ -332,6 +335,8 @@ mod tests {
         assert_eq!(store.groups(office).expect("none"), []);
         let place = GroupPlace { office, group: GroupId([2; 16]) };
         storage.create_dir_all(&store.group_folder(place)).expect("made");
+        assert_eq!(store.groups(office).expect("none"), [], "a crash came before the manifest");
+        storage.create_new(&manifest::path(&store.group_folder(place))).expect("made");
         storage.create_dir_all(&store.groups_folder(office).join("lost+found")).expect("made");
         assert_eq!(store.groups(office).expect("one"), [place]);
     }

@@ -7,21 +7,21 @@ use std::time::Duration;
 
 /// The store a command works on.
 #[derive(Clone, Debug, clap::Args)]
-pub struct DataFolder {
+pub(super) struct DataFolder {
     /// Folder of the store.
     #[arg(long = "data", value_name = "DIR", env = "CDP_TARGET_DATA", default_value = "/var/lib/cdp-target")]
-    pub folder: PathBuf,
+    pub(super) folder: PathBuf,
 }
 
 /// `OFFICE/GROUP` or `OFFICE/GROUP/VOLUME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GroupPath {
+pub(super) struct GroupPath {
     /// The office's name.
-    pub office: String,
+    pub(super) office: String,
     /// The group's name.
-    pub group: String,
+    pub(super) group: String,
     /// The volume's name, where one is meant.
-    pub volume: Option<String>,
+    pub(super) volume: Option<String>,
 }
 
 impl FromStr for GroupPath {
@@ -52,7 +52,7 @@ impl std::fmt::Display for GroupPath {
 ///
 /// # Errors
 /// Where it names a volume, or is none.
-pub fn whole_group(text: &str) -> Result<GroupPath, String> {
+pub(super) fn whole_group(text: &str) -> Result<GroupPath, String> {
     let path: GroupPath = text.parse()?;
     if path.volume.is_some() { Err("it is written OFFICE/GROUP, without a volume".to_owned()) } else { Ok(path) }
 }
@@ -61,7 +61,7 @@ pub fn whole_group(text: &str) -> Result<GroupPath, String> {
 ///
 /// # Errors
 /// Where it is none, or zero, or above ten years.
-pub fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || "it is a number and s, m, h or d, as in 30m or 24h, up to 3650d".to_owned();
     let unit = match text.chars().last() {
         Some('s') => 1,
@@ -82,7 +82,10 @@ mod tests {
     #[test]
     fn a_path_names_a_group_or_a_volume() {
         let path: GroupPath = "paris/main/root".parse().expect("a path");
-        assert_eq!((path.office.as_str(), path.group.as_str(), path.volume.as_deref()), ("paris", "main", Some("root")));
+        assert_eq!(
+            (path.office.as_str(), path.group.as_str(), path.volume.as_deref()),
+            ("paris", "main", Some("root"))
+        );
         assert_eq!(path.to_string(), "paris/main/root");
         assert!(whole_group("paris/main").is_ok());
         for wrong in ["", "paris", "paris/", "/main", "a/b/c/d", "a/../b", "a b/c"] {

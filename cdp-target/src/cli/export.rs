@@ -179,7 +179,7 @@ impl Job<'_> {
             Needs { size_bytes, content_bytes_max: size_bytes }
         };
         let needs: Vec<Needs> = targets.iter().map(whole).collect();
-        let Some(folder) = self.file_folder(targets) else { return Ok(needs) };
+        let Some(folder) = file_folder(targets) else { return Ok(needs) };
         let total = |needs: &[Needs]| needs.iter().map(|needs| needs.content_bytes_max).sum::<u64>();
         let free = context::storage().free_bytes(&folder);
         let room = free.map_err(|source| OutputError::System { verb: "look at", path: folder.clone(), source })?;
@@ -193,13 +193,6 @@ impl Job<'_> {
         }
         let needed = total(&counted);
         if needed > room { Err(OutputError::TooSmall { path: folder, room, needed }.into()) } else { Ok(counted) }
-    }
-
-    /// The folder that new files go to; `None` where the output is something else.
-    fn file_folder(&self, targets: &[Target]) -> Option<PathBuf> {
-        let path = &targets.first()?.path;
-        let other = is_stdout(path) || rustix::fs::stat(path).is_ok_and(|stat| !is_regular(stat.st_mode));
-        (!other).then(|| output::folder_of(path).to_owned())
     }
 
     fn one(&self, sources: &[&dyn BlockSource], target: &Target, output: &mut dyn Output) -> Result<Exported, Failure> {
@@ -216,6 +209,13 @@ impl Job<'_> {
         bar.finish_and_clear();
         exported.map_err(|error| Failure::from(error).context(format!("volume {}", target.volume.name)))
     }
+}
+
+/// The folder that new files go to; `None` where the output is something else.
+fn file_folder(targets: &[Target]) -> Option<PathBuf> {
+    let path = &targets.first()?.path;
+    let other = is_stdout(path) || rustix::fs::stat(path).is_ok_and(|stat| !is_regular(stat.st_mode));
+    (!other).then(|| output::folder_of(path).to_owned())
 }
 
 fn is_regular(mode: u32) -> bool {

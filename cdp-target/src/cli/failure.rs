@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 /// Whose fault a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub(super) enum Fault {
     /// The reader of our output went away: nothing to say.
     Quiet,
     /// A mistake of the user, or a negative answer.
@@ -28,7 +28,7 @@ pub enum Fault {
 
 /// A command that failed.
 #[derive(Debug)]
-pub struct Failure {
+pub(super) struct Failure {
     fault: Fault,
     error: anyhow::Error,
     hint: Option<String>,
@@ -36,57 +36,57 @@ pub struct Failure {
 
 impl Failure {
     /// The user's mistake, or a negative answer.
-    pub fn user(error: impl Into<anyhow::Error>) -> Self {
+    pub(super) fn user(error: impl Into<anyhow::Error>) -> Self {
         Self { fault: Fault::User, error: error.into(), hint: None }
     }
 
     /// The user's mistake, said in a line.
-    pub fn mistake(line: impl Into<String>) -> Self {
+    pub(super) fn mistake(line: impl Into<String>) -> Self {
         Self::user(anyhow::Error::msg(line.into()))
     }
 
     /// With the next step.
     #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
     /// With what was tried, in front of the error.
     #[must_use]
-    pub fn context(mut self, what: impl std::fmt::Display + Send + Sync + 'static) -> Self {
+    pub(super) fn context(mut self, what: impl std::fmt::Display + Send + Sync + 'static) -> Self {
         self.error = self.error.context(what.to_string());
         self
     }
 
     /// Whose fault it is.
     #[must_use]
-    pub const fn fault(&self) -> Fault {
+    pub(super) const fn fault(&self) -> Fault {
         self.fault
     }
 
     /// The error with its causes, in one line.
     #[must_use]
-    pub fn line(&self) -> String {
+    pub(super) fn line(&self) -> String {
         one_line(self.error.as_ref())
     }
 
     /// The next step.
     #[must_use]
-    pub fn next_step(&self) -> Option<&str> {
+    pub(super) fn next_step(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
     /// A failure that another process reports.
     #[must_use]
-    pub fn reported(user: bool, line: String, hint: Option<String>) -> Self {
+    pub(super) fn reported(user: bool, line: String, hint: Option<String>) -> Self {
         let fault = if user { Fault::User } else { Fault::Ours };
         Self { fault, error: anyhow::Error::msg(line), hint }
     }
 
     /// Prints it on stderr; gives the exit status.
     #[must_use]
-    pub fn report(&self) -> ExitCode {
+    pub(super) fn report(&self) -> ExitCode {
         let code = match self.fault {
             Fault::Quiet => return ExitCode::SUCCESS,
             Fault::User => 1,
@@ -133,7 +133,8 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
         return (Fault::User, Some("`cdp-target points OFFICE/GROUP` lists the points there are"));
     }
     if error.is::<PointNameError>() {
-        let hint = "name a point by number, `latest`, a label, an RFC 3339 time with its zone, or an age (30s, 10m, 2h, 3d)";
+        let hint =
+            "name a point by number, `latest`, a label, an RFC 3339 time with its zone, or an age (30s, 10m, 2h, 3d)";
         return (Fault::User, Some(hint));
     }
     if error.is::<LabelError>() {
@@ -178,17 +179,27 @@ fn output(error: &OutputError) -> (Fault, Option<&'static str>) {
         }
         OutputError::NotBlank(_) => (Fault::User, Some("--force overwrites what is on it; look first with `blkid`")),
         OutputError::TooSmall { .. } => (Fault::User, Some("give an output with more room")),
-        OutputError::System { .. } => (Fault::User, None),
+        OutputError::System { source, .. } => match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                (Fault::User, Some("give a path in a folder that exists"))
+            }
+            io::ErrorKind::PermissionDenied => (Fault::User, Some("run it as a user that may write there")),
+            io::ErrorKind::AlreadyExists => (Fault::User, Some("something took the name meanwhile: give another")),
+            io::ErrorKind::StorageFull => (Fault::User, Some("give an output with more room")),
+            _ => (Fault::Ours, None),
+        },
     }
 }
 
 fn export(error: &ExportError) -> (Fault, Option<&'static str>) {
     match error {
+        ExportError::Write { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => (Fault::Quiet, None),
         ExportError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
             (Fault::User, Some("give an output with more room; nothing was left behind"))
         }
         ExportError::Damaged { .. } => {
-            let hint = "`cdp-target verify` names the damaged points; take another one, or --allow-damaged to get the rest";
+            let hint =
+                "`cdp-target verify` names the damaged points; take another one, or --allow-damaged to get the rest";
             (Fault::User, Some(hint))
         }
         ExportError::Interrupted => (Fault::User, None),

@@ -26,7 +26,11 @@ pub(super) struct Arguments {
 }
 
 fn host(text: &str) -> Result<String, String> {
-    if is_host(text) { Ok(text.to_owned()) } else { Err("it is a host name or an IP address, without a port".to_owned()) }
+    if is_host(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("it is a host name or an IP address, without a port".to_owned())
+    }
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {

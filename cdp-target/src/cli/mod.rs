@@ -8,13 +8,11 @@ mod enroll;
 mod export;
 mod failure;
 mod init;
-mod inspect;
 mod label;
 mod output;
 mod points;
 mod serve;
 mod status;
-mod verify;
 
 use clap::{Parser, Subcommand};
 use failure::Failure;
@@ -46,10 +44,16 @@ enum Command {
     Label(label::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
-    /// Re-reads and proves what the points stand on; exit 1 and the damaged points if anything is wrong.
-    Verify(verify::Arguments),
-    /// Shows what is in a file of the store, without a server.
-    Inspect(inspect::Arguments),
+}
+
+/// A server's answer to a command that failed, as the command will report it.
+pub(crate) fn failure_reply(error: anyhow::Error) -> crate::control::Reply {
+    let failure = Failure::from(error);
+    crate::control::Reply::Failed {
+        error: failure.line(),
+        hint: failure.next_step().map(str::to_owned),
+        user: failure.fault() == failure::Fault::User,
+    }
 }
 
 /// Runs the program.
@@ -75,8 +79,6 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Points(arguments) => points::run(&arguments),
         Command::Label(arguments) => label::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
-        Command::Verify(arguments) => verify::run(&arguments),
-        Command::Inspect(arguments) => inspect::run(&arguments),
     }
 }
 
@@ -100,7 +102,8 @@ fn usage(error: &clap::Error) -> ExitCode {
     let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let line = words(paragraphs.next().unwrap_or_default());
     let tip = paragraphs.map(words).find_map(|text| text.strip_prefix("tip: ").map(str::to_owned));
-    let hint = tip.unwrap_or_else(|| "`cdp-target --help` and `cdp-target COMMAND --help` show what there is".to_owned());
+    let hint =
+        tip.unwrap_or_else(|| "`cdp-target --help` and `cdp-target COMMAND --help` show what there is".to_owned());
     Failure::mistake(line.strip_prefix("error: ").unwrap_or(&line)).hint(hint).report()
 }
 

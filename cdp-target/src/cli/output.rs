@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 /// Columns that line up, two spaces apart. Numbers to the right.
-pub struct Table {
+pub(super) struct Table {
     header: Vec<&'static str>,
     right: Vec<bool>,
     rows: Vec<Row>,
@@ -17,7 +17,7 @@ enum Row {
 impl Table {
     /// A table with these columns; those whose name begins with `>` are set to the right.
     #[must_use]
-    pub fn new(columns: &[&'static str]) -> Self {
+    pub(super) fn new(columns: &[&'static str]) -> Self {
         Self {
             header: columns.iter().map(|name| name.trim_start_matches('>')).collect(),
             right: columns.iter().map(|name| name.starts_with('>')).collect(),
@@ -26,19 +26,19 @@ impl Table {
     }
 
     /// Adds a row, a cell a column.
-    pub fn row(&mut self, cells: Vec<String>) {
+    pub(super) fn row(&mut self, cells: Vec<String>) {
         assert_eq!(cells.len(), self.header.len(), "a cell a column");
         self.rows.push(Row::Cells(cells));
     }
 
     /// Adds a line of its own.
-    pub fn note(&mut self, note: String) {
+    pub(super) fn note(&mut self, note: String) {
         self.rows.push(Row::Note(note));
     }
 
     /// The text, a line a row.
     #[must_use]
-    pub fn render(&self) -> String {
+    pub(super) fn render(&self) -> String {
         let mut widths: Vec<usize> = self.header.iter().map(|name| name.len()).collect();
         for row in &self.rows {
             if let Row::Cells(cells) = row {
@@ -75,7 +75,7 @@ impl Table {
 
 /// A number of bytes for a person: three digits and a binary unit.
 #[must_use]
-pub fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut value = bytes as f64;
     let mut unit = 0;
@@ -83,13 +83,13 @@ pub fn bytes(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    let decimals = if unit == 0 || value >= 99.95 { 0 } else { 1 };
+    let decimals = usize::from(unit > 0 && value < 99.95);
     format!("{value:.decimals$} {}", units[unit])
 }
 
 /// A length of time for a person: its two largest units.
 #[must_use]
-pub fn duration_ms(ms: i64) -> String {
+pub(super) fn duration_ms(ms: i64) -> String {
     if ms < 0 {
         return format!("-{}", duration_ms(ms.saturating_neg()));
     }
@@ -105,7 +105,7 @@ pub fn duration_ms(ms: i64) -> String {
 
 /// A JSON document with a line feed.
 #[must_use]
-pub fn json<T: serde::Serialize>(value: &T) -> String {
+pub(super) fn json<T: serde::Serialize>(value: &T) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("our documents have text keys");
     text.push('\n');
     text
@@ -126,9 +126,14 @@ mod tests {
 
     #[test]
     fn sizes_and_times_are_short() {
-        for (size, expected) in
-            [(0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB"), (u64::MAX, "16.0 EiB")]
-        {
+        for (size, expected) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (1 << 30, "1.0 GiB"),
+            (u64::MAX, "16.0 EiB"),
+        ] {
             assert_eq!(bytes(size), expected);
         }
         for (ms, expected) in [

@@ -36,7 +36,8 @@ fn text(report: &StatusReport) -> String {
         text.push_str("no office is enrolled yet: `cdp-target enroll OFFICE --output FILE`\n");
         return text;
     }
-    let columns = ["office", "group", "state", ">live rpo", ">lag", ">points", "newest", ">used", "quota", "last drill"];
+    let columns =
+        ["office", "group", "state", ">live rpo", ">lag", ">points", "newest", ">used", "quota", "last drill"];
     let mut table = Table::new(&columns);
     for office in &report.offices {
         for group in &office.groups {
@@ -48,7 +49,10 @@ fn text(report: &StatusReport) -> String {
                 ms(group.live_rpo_ms),
                 ms(group.lag_ms),
                 group.points.to_string(),
-                group.newest.as_ref().map_or_else(|| "-".to_owned(), |newest| format!("{} {}", newest.epoch, newest.time)),
+                group
+                    .newest
+                    .as_ref()
+                    .map_or_else(|| "-".to_owned(), |newest| format!("{} {}", newest.epoch, newest.time)),
                 bytes(group.used_bytes),
                 "-".to_owned(),
                 "-".to_owned(),
@@ -71,6 +75,7 @@ const fn state_name(state: GroupState) -> &'static str {
         GroupState::Disconnected => "disconnected",
         GroupState::NotServed => "not served",
         GroupState::Frozen => "FROZEN",
+        GroupState::Refused => "REFUSED",
         GroupState::Failed => "FAILED",
     }
 }

@@ -51,8 +51,15 @@ impl Made {
     fn export(&self, size_bytes: u64, output: &mut dyn Output, allow_damaged: bool) -> Result<Exported, ExportError> {
         assert_eq!(blocks_in(size_bytes), self.0.len() as u64);
         let stop = AtomicBool::new(false);
-        Export { sources: &[self, self], slot: VolumeSlot(0), size_bytes, allow_damaged, stop: &stop, progress: &|_| () }
-            .run(output)
+        Export {
+            sources: &[self, self],
+            slot: VolumeSlot(0),
+            size_bytes,
+            allow_damaged,
+            stop: &stop,
+            progress: &|_| (),
+        }
+        .run(output)
     }
 }
 
@@ -141,8 +148,14 @@ fn holes_take_no_space_and_an_end_comes_at_once() {
 
     let mut output = output::open(&storage(), &path, needs(size_bytes), true).expect("forced");
     let stop = AtomicBool::new(true);
-    let export =
-        Export { sources: &[&made], slot: VolumeSlot(0), size_bytes, allow_damaged: false, stop: &stop, progress: &|_| () };
+    let export = Export {
+        sources: &[&made],
+        slot: VolumeSlot(0),
+        size_bytes,
+        allow_damaged: false,
+        stop: &stop,
+        progress: &|_| (),
+    };
     assert!(matches!(export.run(output.as_mut()), Err(ExportError::Interrupted)));
     drop(output);
     assert_eq!(names(folder.path()), 1);
