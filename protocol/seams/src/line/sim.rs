@@ -3,7 +3,6 @@
 //! What was written before the break is lost or still read, as `Cut::delivers` says; a real line may do either. Bytes of all
 //! streams and both directions count against the same number, so every byte of a session is a place where it can break.
 
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -87,10 +86,11 @@ impl SimLine {
     }
 
     /// Something that breaks the line when it is called, wherever the line itself has gone.
-    #[must_use]
     pub fn breaker(&self) -> impl Fn() + Send + Sync + use<> {
         let wire = self.wire.clone();
-        move || drop(wire.broken.send_replace(true))
+        move || {
+            wire.broken.send_replace(true);
+        }
     }
 
     fn pipe(&self) -> (ReceiveStream, SendStream) {
