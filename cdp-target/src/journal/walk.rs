@@ -29,6 +29,8 @@ pub(crate) struct Walked {
     pub(crate) end: u64,
     /// Everything before this offset was durable.
     pub(crate) proven: u64,
+    /// Where the last frame of a source ends: what follows are synced records.
+    pub(crate) source_end: u64,
     /// Damage before the proven offset.
     pub(crate) damages: Vec<Damage>,
     /// The target's clock at the last synced record.
@@ -59,8 +61,15 @@ pub(crate) fn walk(
     place: Place,
     proven: u64,
 ) -> io::Result<Walked> {
-    let out =
-        Walked { index: OpenIndex::default(), place, end: start, proven, damages: Vec::new(), time: Timestamp(0) };
+    let out = Walked {
+        index: OpenIndex::default(),
+        place,
+        end: start,
+        source_end: start,
+        proven,
+        damages: Vec::new(),
+        time: Timestamp(0),
+    };
     let walk =
         Walk { scan, group, segment: number, out, lenient: false, proof_sought: false, gap: None, replaced: None };
     walk.run()
@@ -137,6 +146,7 @@ impl Walk<'_> {
             }
         };
         self.take(frame, offset, step);
+        self.out.source_end = offset + frame.bytes.len() as u64;
         true
     }
 
