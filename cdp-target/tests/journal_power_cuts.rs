@@ -3,11 +3,12 @@
 mod support;
 
 use cdp_seams::random::SimRandom;
-use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::{Fault, SimStorage};
+use cdp_seams::storage::{Storage, StorageFile};
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
+use std::io;
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use support::{Source, check, identity};
 
@@ -45,8 +46,8 @@ fn lives(seed: u64, wrap: Wrap, ack_early: bool) -> u64 {
 
 fn random_fault(random: &SimRandom) -> Fault {
     match random.below(8) {
-        0 => Fault::Error(std::io::ErrorKind::Other),
-        1 => Fault::Error(std::io::ErrorKind::StorageFull),
+        0 => Fault::Error(io::ErrorKind::Other),
+        1 => Fault::Error(io::ErrorKind::StorageFull),
         _ => Fault::PowerCut,
     }
 }
@@ -110,6 +111,127 @@ fn standing(journal: &GroupJournal) -> Standing {
     let chain = journal.chain();
     let parts = chain.parts().map_or(0, |(_, parts)| parts.count);
     (points, chain.head().map(|(head, _)| head), parts, chain.open().map(|open| open.next.0))
+}
+
+/// A disk that says it made names durable and did not.
+#[derive(Clone)]
+struct NoFolderSync(SimStorage);
+
+impl Storage for NoFolderSync {
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        self.0.create_new(path)
+    }
+    fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        self.0.open(path)
+    }
+    fn open_write(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        self.0.open_write(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.remove(path)
+    }
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.0.create_dir_all(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+        self.0.list(path)
+    }
+    fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        self.0.free_bytes(path)
+    }
+}
+
+/// A program that tries a failed sync again, and believes what the second one says.
+#[derive(Clone)]
+struct SyncRetried(SimStorage);
+
+struct RetriedFile(Box<dyn StorageFile>);
+
+impl Storage for SyncRetried {
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        Ok(Box::new(RetriedFile(self.0.create_new(path)?)))
+    }
+    fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        self.0.open(path)
+    }
+    fn open_write(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        Ok(Box::new(RetriedFile(self.0.open_write(path)?)))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.remove(path)
+    }
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.0.create_dir_all(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+        self.0.list(path)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.0.sync_dir(path)
+    }
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        self.0.free_bytes(path)
+    }
+}
+
+impl StorageFile for RetriedFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync().or_else(|_| self.0.sync())
+    }
+    fn try_lock(&self) -> io::Result<bool> {
+        self.0.try_lock()
+    }
+}
+
+fn without_folder_sync(disk: SimStorage) -> Arc<dyn Storage> {
+    Arc::new(NoFolderSync(disk))
+}
+
+fn with_sync_retried(disk: SimStorage) -> Arc<dyn Storage> {
+    Arc::new(SyncRetried(disk))
+}
+
+/// The first seed at which the simulation finds the fault.
+fn found_at(wrap: Wrap, ack_early: bool) -> Option<u64> {
+    let silent = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let found = (1..2000).find(|seed| std::panic::catch_unwind(|| lives(*seed, wrap, ack_early)).is_err());
+    std::panic::set_hook(silent);
+    found
+}
+
+/// The simulation is worth what it finds: each of these has lost data somewhere.
+#[test]
+fn sabotage_is_found() {
+    let found = [
+        ("ack before sync", found_at(plain, true)),
+        ("no folder sync", found_at(without_folder_sync, false)),
+        ("sync tried again", found_at(with_sync_retried, false)),
+    ];
+    for (what, seed) in found {
+        println!("{what}: found with seed {}", seed.unwrap_or_else(|| panic!("{what}: not found")));
+    }
 }
 
 fn plain(disk: SimStorage) -> Arc<dyn Storage> {

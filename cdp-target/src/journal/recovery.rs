@@ -155,7 +155,7 @@ pub(super) fn walk_open(file: &dyn StorageFile, manifest: &Manifest, place: Plac
     let mut on_disk = vec![0; header.len()];
     let read = file.read_at(&mut on_disk, 0)?;
     let start = header.len() as u64;
-    let mut walked = walk(FrameScan::new(file, group, len), group, number, start, place, 0)?;
+    let mut walked = walk(file, len, group, number, start, place, 0)?;
     if read < header.len() || on_disk != *header {
         let what = "the segment's header is damaged; the manifest has a copy".to_owned();
         walked.damages.push(Damage {

@@ -16,7 +16,7 @@ use cdp_protocol::units::{
 use cdp_seams::random::{SimRandom, array};
 use cdp_target::journal::{GroupIdentity, GroupJournal, GroupView, JournalError};
 use cdp_target::restore::point::{Content, PointImage, ReadError};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 pub const GROUP: GroupId = GroupId([7; 16]);
@@ -86,7 +86,7 @@ pub struct ModelPart {
 /// The attempt that is being sent.
 #[derive(Clone)]
 pub struct Attempt {
-    pub attempt: AttemptId,
+    pub id: AttemptId,
     pub epoch: Epoch,
     pub frames: Vec<Vec<u8>>,
     pub delta: Delta,
@@ -145,7 +145,9 @@ impl Source {
             frames.push(self.extents_frame(&sealer, Sequence(sequence), &mut delta));
         }
         let mut list = FrameListHasher::default();
-        frames.iter().for_each(|bytes| list.push(&frame::hash(bytes)));
+        for bytes in &frames {
+            list.push(&frame::hash(bytes));
+        }
         let parts = self.parts.last().map(|part| part.chain);
         let sequence = Sequence(frames.len() as u64);
         let end = if is_part {
@@ -166,7 +168,7 @@ impl Source {
             sealer.record(Kind::Commit, sequence, commit.encode())
         };
         frames.push(end);
-        self.attempt = Some(Attempt { attempt, epoch, frames, delta, is_part });
+        self.attempt = Some(Attempt { id: attempt, epoch, frames, delta, is_part });
     }
 
     fn extents_frame(&self, sealer: &Sealer, sequence: Sequence, delta: &mut Delta) -> Vec<u8> {
@@ -211,9 +213,11 @@ impl Source {
             }
             match journal.append(&frame, Timestamp(self.time))? {
                 Step::PartEnded(ended, _) => {
-                    assert_eq!((ended, true, true), (attempt.attempt, attempt.is_part, is_end))
+                    assert_eq!((ended, true, true), (attempt.id, attempt.is_part, is_end));
                 }
-                Step::Committed(head, _) => assert_eq!(Some(head), self.points.last().map(|point| point.head)),
+                Step::Committed(head, _) => {
+                    assert_eq!(Some(head), self.points.last().map(|point| point.head));
+                }
                 other => assert_eq!(other, Step::Taken),
             }
         }
@@ -234,7 +238,7 @@ impl Source {
         }
         let head = Head { epoch: attempt.epoch, hash };
         let received = Timestamp(self.time);
-        self.points.push(ModelPoint { head, attempt: attempt.attempt, cells: Arc::new(cells), received });
+        self.points.push(ModelPoint { head, attempt: attempt.id, cells: Arc::new(cells), received });
         self.parts.clear();
         self.acked_parts = 0;
         self.parts_epoch = None;
@@ -319,7 +323,7 @@ impl Source {
     /// Goes on with the open attempt, or abandons it.
     fn resume(&mut self, journal: &mut GroupJournal) -> Result<(), JournalError> {
         let Some(attempt) = self.attempt.clone() else { return Ok(()) };
-        let Some(open) = journal.chain().open().filter(|open| open.attempt == attempt.attempt) else { return Ok(()) };
+        let Some(open) = journal.chain().open().filter(|open| open.attempt == attempt.id) else { return Ok(()) };
         let next = open.next.0 as usize;
         if self.below(2) == 0 {
             self.send(journal, next, attempt.frames.len())?;
@@ -391,12 +395,12 @@ pub fn check(view: &Arc<GroupView>, points: &[ModelPoint], deep: impl Fn(usize) 
 }
 
 /// What differs from the model: blocks that are damaged; panics on any that is wrong.
-pub fn damaged_blocks(cells: &Cells, model: &Cells) -> BTreeMap<(usize, usize), ()> {
-    let mut damaged = BTreeMap::new();
+pub fn damaged_blocks(cells: &Cells, model: &Cells) -> BTreeSet<(usize, usize)> {
+    let mut damaged = BTreeSet::new();
     for (volume, (found, expected)) in cells.iter().zip(model).enumerate() {
         for (block, (found, expected)) in found.iter().zip(expected).enumerate() {
             if *found == Cell::Damaged {
-                damaged.insert((volume, block), ());
+                damaged.insert((volume, block));
             } else {
                 assert_eq!(found, expected, "wrong content: volume {volume} block {block}");
             }
