@@ -322,7 +322,7 @@ fn what_is_asked_for_wrongly_is_refused_and_changes_nothing() {
         (&export("paris/main/root", "latest", taken_path), &["taken.raw exists", "--force"]),
         (&export("paris/main", "latest", taken_path), &["is no folder"]),
         (&export("paris/main", "latest", "-"), &["does not go to stdout"]),
-        (&export("paris/main/root", "latest", "/proc/none/x"), &["/proc/none"]),
+        (&export("paris/main/root", "latest", "/proc/none/x"), &["/proc/none", "a folder that exists"]),
         (&["label", "paris/main", "2", "12"], &["a number"]),
         (&["label", "paris/main", "2", "10m"], &["an age"]),
         (&["label", "paris/main", "2", "latest"], &["the newest point"]),

@@ -4,7 +4,7 @@
 //! * `segment`, `index`: the bytes of a segment: header, frames, index, footer.
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
-//! * `view`: the readers.
+//! * `view`: the readers; `sealed`: their indexes of sealed segments; `reach`: which points a damage hits.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
@@ -17,7 +17,7 @@ mod scan;
 mod sealed;
 pub mod segment;
 pub mod view;
-mod walk;
+pub(crate) mod walk;
 pub mod writer;
 
 use cdp_protocol::escrow::Envelope;

@@ -3,13 +3,14 @@
 //! | what is found | where | what is done |
 //! |---|---|---|
 //! | valid frames | anywhere | kept; an attempt without its end stays open and can be resumed |
-//! | frames behind the last proven offset | open segment | written again and synced: the page cache may hold what a failed sync dropped |
+//! | a source's frames behind the last proven offset | open segment | copied with the rest into a new file, synced, renamed over it: the page cache may hold what a failed sync dropped, and what may have been acked is never written over in place |
+//! | nothing but synced records behind it | open segment | cut off, and a new one written |
 //! | bytes that are no frame, nothing behind them proves that they were durable | open segment | a torn tail: kept aside, cut off |
 //! | bytes that are no frame, a proof behind them | open segment | rot: never cut; noted in the manifest, the segment sealed as it is |
 //! | a whole index and footer | open segment | a crash before the manifest named it sealed: cut off, made anew at the next roll |
 //! | a segment that no manifest names | journal folder | a crash during a roll: replaced at the next roll |
 //! | a damaged header | open segment | the manifest has a copy; noted |
-//! | a damaged copy of the two | manifest | written anew |
+//! | a manifest | group's folder | written anew, also where one of its two copies is damaged: its rename may not have been durable |
 //! | missing, or of another length | sealed segment | noted; the points it does not concern are served |
 //! | missing | open segment | noted; a new one is started |
 //!
@@ -40,8 +41,8 @@ pub struct RecoveryReport {
     pub torn_bytes: u64,
     /// Where they are kept.
     pub aside: Option<PathBuf>,
-    /// Bytes behind the last proof that were written again.
-    pub rewritten_bytes: u64,
+    /// Bytes behind the last proof that were made durable anew.
+    pub unproven_bytes: u64,
     /// Damage that was not known before.
     pub damages: Vec<Damage>,
     /// One of the manifest's two copies was damaged, and was written anew.
@@ -70,9 +71,11 @@ impl GroupJournal {
             None => (replace_missing(storage.as_ref(), folder, &mut manifest, &mut report, &mut place)?, false),
         };
         place.chain.grant(manifest.generation.max(place.chain.generation()));
-        if repaired || (!report.damages.is_empty() && !seal) {
-            manifest.write(storage.as_ref(), folder)?;
-        }
+        // What was read may be in the page cache alone, left by a call that failed before: a name whose folder was never synced,
+        // a manifest whose rename a power cut takes back. Both are made durable before anything is built on them.
+        let segments = folder.join("journal");
+        storage.sync_dir(&segments).map_err(JournalError::io("sync folder", &segments))?;
+        manifest.write(storage.as_ref(), folder)?;
         let mut journal = Self::assemble(storage, folder, limits, manifest, place, open);
         journal.open.synced_head = journal.place.chain.head().map(|(head, _)| head);
         journal.prove()?;
@@ -113,12 +116,19 @@ fn recover_open(
 ) -> Result<(OpenSegment, bool), JournalError> {
     let path = segment::path(folder, manifest.open);
     let (walked, len) = walk_open(file.as_ref(), manifest, place.clone()).map_err(JournalError::io("read", &path))?;
-    if walked.end < len {
-        cut_tail(storage, folder, manifest, report, file.as_ref(), walked.end, len)?;
-    }
-    let from = walked.proven.max(manifest.open_header.len() as u64).min(walked.end);
-    rewrite(file.as_ref(), from, walked.end).map_err(JournalError::io("rewrite the tail of", &path))?;
-    report.rewritten_bytes = walked.end - from;
+    keep_torn_tail(storage, folder, manifest, report, file.as_ref(), walked.end, len)?;
+    let proven = walked.proven.max(manifest.open_header.len() as u64).min(walked.end);
+    let (file, end) = if walked.source_end > proven {
+        report.unproven_bytes = walked.source_end - proven;
+        (copy_over(storage, &path, file.as_ref(), walked.source_end)?, walked.source_end)
+    } else {
+        if len > proven {
+            // A crash leaves the file cut or not.
+            let cut = file.set_len(proven).and_then(|()| file.sync());
+            cut.map_err(JournalError::io("cut the tail of", &path))?;
+        }
+        (file, proven)
+    };
     let seal = !walked.damages.is_empty();
     for damage in walked.damages {
         note(manifest, report, damage);
@@ -129,8 +139,8 @@ fn recover_open(
         file,
         index: Arc::new(RwLock::new(walked.index)),
         pending: Vec::new(),
-        written: walked.end,
-        synced: walked.end,
+        written: end,
+        synced: end,
         synced_head: None,
         dirty: false,
         time: walked.time,
@@ -145,7 +155,7 @@ pub(super) fn walk_open(file: &dyn StorageFile, manifest: &Manifest, place: Plac
     let mut on_disk = vec![0; header.len()];
     let read = file.read_at(&mut on_disk, 0)?;
     let start = header.len() as u64;
-    let mut walked = walk(FrameScan::new(file, group, len), group, number, start, place, 0)?;
+    let mut walked = walk(file, len, group, number, start, place, 0)?;
     if read < header.len() || on_disk != *header {
         let what = "the segment's header is damaged; the manifest has a copy".to_owned();
         walked.damages.push(Damage {
@@ -160,8 +170,8 @@ pub(super) fn walk_open(file: &dyn StorageFile, manifest: &Manifest, place: Plac
     Ok((walked, len))
 }
 
-/// Keeps a torn tail aside and cuts it off. A crash leaves the tail, or the tail and its copy, or the copy alone.
-fn cut_tail(
+/// Keeps what stands behind the last frame, unless it is the index of a seal that was not finished.
+fn keep_torn_tail(
     storage: &dyn Storage,
     folder: &Path,
     manifest: &Manifest,
@@ -172,12 +182,11 @@ fn cut_tail(
 ) -> Result<(), JournalError> {
     let path = segment::path(folder, manifest.open);
     let mut scan = FrameScan::new(file, manifest.identity.group, len);
-    if !scan.is_index(end).map_err(JournalError::io("read", &path))? {
-        let kept = keep_aside(storage, folder, manifest.open, file, end, len)?;
-        report.aside = Some(kept);
+    if len > end && !scan.is_index(end).map_err(JournalError::io("read", &path))? {
+        report.aside = Some(keep_aside(storage, folder, manifest.open, file, end, len)?);
         report.torn_bytes = len - end;
     }
-    file.set_len(end).map_err(JournalError::io("cut the torn tail of", &path))
+    Ok(())
 }
 
 fn keep_aside(
@@ -201,20 +210,43 @@ fn keep_aside(
     Ok(kept)
 }
 
-/// Writes bytes again as they read, and syncs: only then are they known to be more than what the page cache remembers.
-fn rewrite(file: &dyn StorageFile, from: u64, to: u64) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES.min(to - from) as usize];
-    let mut at = from;
-    while at < to {
-        let chunk = (to - at).min(CHUNK_BYTES) as usize;
-        let read = file.read_at(&mut buffer[..chunk], at)?;
+/// Puts a durable copy of the first `len` bytes of `file` in its place, and opens it.
+///
+/// A crash before the rename leaves the file and a `.new` beside it; after it, the file or the copy.
+fn copy_over(
+    storage: &dyn Storage,
+    path: &Path,
+    file: &dyn StorageFile,
+    len: u64,
+) -> Result<Box<dyn StorageFile>, JournalError> {
+    let beside = path.with_extension("seg.new");
+    match storage.remove(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(JournalError::io("remove leftover", &beside)(error));
+        }
+        _ => {}
+    }
+    let copy = storage.create_new(&beside).map_err(JournalError::io("create", &beside))?;
+    copy_bytes(file, copy.as_ref(), len).map_err(JournalError::io("copy the open segment to", &beside))?;
+    storage.rename(&beside, path).map_err(JournalError::io("replace", path))?;
+    let parent = path.parent().expect("a segment has a folder");
+    storage.sync_dir(parent).map_err(JournalError::io("sync folder", parent))?;
+    Ok(copy)
+}
+
+fn copy_bytes(from: &dyn StorageFile, to: &dyn StorageFile, len: u64) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK_BYTES.min(len) as usize];
+    let mut at = 0;
+    while at < len {
+        let chunk = (len - at).min(CHUNK_BYTES) as usize;
+        let read = from.read_at(&mut buffer[..chunk], at)?;
         if read == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        file.write_at(&buffer[..read], at)?;
+        to.write_at(&buffer[..read], at)?;
         at += read as u64;
     }
-    file.sync()
+    to.sync()
 }
 
 fn replace_missing(

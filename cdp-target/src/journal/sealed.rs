@@ -6,7 +6,7 @@ use super::index::{Summary, Tables};
 use super::manifest::SealedSegment;
 use super::scan::FrameScan;
 use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Place, Section};
-use super::walk::{Walked, walk};
+use super::walk::{Blind, Visit, Walked, walk_visited};
 use super::{Damage, JournalError};
 use cdp_protocol::units::GroupId;
 use cdp_seams::storage::{Storage, StorageFile};
@@ -137,25 +137,29 @@ impl Shelf<'_> {
         Ok(tables)
     }
 
-    /// Walks a sealed segment frame by frame.
-    pub(crate) fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {
-        let file = self.file(sealed.number)?;
-        let file = file.as_ref().as_ref();
-        self.walk(file, sealed).map_err(|error| self.read_error(sealed.number, error))
+    fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {
+        self.walk(sealed, &mut Blind)
     }
 
-    fn walk(&self, file: &dyn StorageFile, sealed: &SealedSegment) -> io::Result<Walked> {
+    /// Walks a sealed segment frame by frame.
+    pub(crate) fn walk(&self, sealed: &SealedSegment, visitor: &mut dyn Visit) -> Result<Walked, JournalError> {
+        let file = self.file(sealed.number)?;
+        let file = file.as_ref().as_ref();
+        self.walk_file(file, sealed, visitor).map_err(|error| self.read_error(sealed.number, error))
+    }
+
+    fn walk_file(&self, file: &dyn StorageFile, sealed: &SealedSegment, visitor: &mut dyn Visit) -> io::Result<Walked> {
         let mut bytes = vec![0; HEADER_BYTES_MAX.min(sealed.frames_end as usize)];
         let read = file.read_at(&mut bytes, 0)?;
         let header = Header::decode(&bytes[..read]).ok();
         let header = header.filter(|(header, _)| header.group == self.group && header.number == sealed.number);
         let end = file.len()?.min(sealed.frames_end);
-        let mut scan = FrameScan::new(file, self.group, end);
+        let (group, number, frames_end) = (self.group, sealed.number, sealed.frames_end);
         let (place, start, damaged) = match header {
             Some((header, len)) => (header.place, len as u64, false),
-            None => (Place::default(), scan.find(0)?.unwrap_or(end), true),
+            None => (Place::default(), FrameScan::new(file, group, end).find(0)?.unwrap_or(end), true),
         };
-        let mut walked = walk(scan, self.group, sealed.number, start, place, sealed.frames_end)?;
+        let mut walked = walk_visited(file, end, group, number, start, place, frames_end, visitor)?;
         if damaged {
             let what = "the segment's header is damaged".to_owned();
             let segment = sealed.number;

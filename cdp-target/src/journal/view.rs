@@ -8,6 +8,7 @@ use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, RunEnd, Summary};
 use super::manifest::{Mark, SealedSegment};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
+use super::walk::{Visit, walk_visited};
 use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
 use crate::restore::point::PointImage;
 use cdp_protocol::record::{Meters, Volume};
@@ -88,6 +89,14 @@ pub(crate) enum PiecePlace {
 
 /// Points whose reading needs what a damage took.
 pub(crate) type Reach = (Epoch, Option<Epoch>);
+
+/// What a walk over a segment found.
+pub(crate) struct WalkedSegment {
+    /// What is wrong.
+    pub(crate) damages: Vec<Damage>,
+    /// Bytes read.
+    pub(crate) bytes: u64,
+}
 
 enum SegmentIndex<'a> {
     Open(RwLockReadGuard<'a, OpenIndex>, u64),
@@ -280,16 +289,40 @@ impl GroupView {
         }
     }
 
-    pub(crate) fn storage(&self) -> &dyn Storage {
-        self.facts.storage.as_ref()
+    /// Walks a segment frame by frame, as far as this view shows it; also checks its index.
+    pub(crate) fn walk(&self, segment: u64, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
+        let manifest = &self.facts.manifest;
+        if let Some(sealed) = manifest.sealed.iter().find(|sealed| sealed.number == segment) {
+            let mut damages = self.shelf().walk(sealed, visitor)?.damages;
+            if !self.shelf().index_is_whole(sealed)? {
+                let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
+                let what = "the segment's index is damaged; it can be made anew from the frames".to_owned();
+                damages.push(Damage { segment, offset, len, first_epoch: None, any_block: false, what });
+            }
+            return Ok(WalkedSegment { damages, bytes: sealed.len });
+        }
+        let place = open_place(&self.facts.folder, manifest)?.place;
+        let (group, start) = (manifest.identity.group, manifest.open_header.len() as u64);
+        let (file, limit) = (self.file(segment)?, self.limit);
+        let path = segment::path(&self.facts.folder, segment);
+        let walked = walk_visited(file.as_ref().as_ref(), limit, group, segment, start, place, limit, visitor);
+        let walked = walked.map_err(JournalError::io("read", &path))?;
+        Ok(WalkedSegment { damages: walked.damages, bytes: limit })
     }
 
-    pub(crate) fn folder(&self) -> &Path {
-        &self.facts.folder
+    /// That a segment is not there at all.
+    pub(crate) fn missing(&self, segment: u64) -> Damage {
+        let sealed = self.facts.manifest.sealed.iter().find(|sealed| sealed.number == segment);
+        let points = sealed.and_then(|sealed| sealed.points);
+        let len = sealed.map_or(self.limit, |sealed| sealed.len);
+        let what = "the segment is missing".to_owned();
+        let first_epoch = Some(points.map_or(Epoch(0), |points| points.first));
+        Damage { segment, offset: 0, len, first_epoch, any_block: true, what }
     }
 
-    pub(crate) const fn limit(&self) -> u64 {
-        self.limit
+    /// First and last point that a damage hits.
+    pub(crate) fn reach(&self, damage: &Damage) -> Option<Reach> {
+        super::reach::reach(self, damage)
     }
 
     /// Where the content of `extent` of a volume is at the point of `commit`: pieces in block order that cover it.
@@ -402,7 +435,7 @@ impl GroupView {
     /// Points that need what each damage took.
     fn reaches(&self) -> Vec<(Reach, &Damage)> {
         let damages = self.facts.manifest.damages.iter();
-        damages.filter_map(|damage| Some((super::reach::reach(self, damage)?, damage))).collect()
+        damages.filter_map(|damage| Some((self.reach(damage)?, damage))).collect()
     }
 
     /// All included extents of `segment`, with their epochs.

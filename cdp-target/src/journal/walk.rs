@@ -12,6 +12,7 @@ use cdp_protocol::frame::{self, FIXED_BYTES, Frame, Header, Kind};
 use cdp_protocol::record::{Begin, Commit, PartChain, PartEnd, Synced, Volume};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::units::{AttemptId, Epoch, FrameHash, GroupId, Head, Sequence, Timestamp};
+use cdp_seams::storage::StorageFile;
 use std::io;
 
 /// A hash nobody could name.
@@ -29,13 +30,29 @@ pub(crate) struct Walked {
     pub(crate) end: u64,
     /// Everything before this offset was durable.
     pub(crate) proven: u64,
+    /// Where the last frame of a source ends: what follows are synced records.
+    pub(crate) source_end: u64,
     /// Damage before the proven offset.
     pub(crate) damages: Vec<Damage>,
     /// The target's clock at the last synced record.
     pub(crate) time: Timestamp,
 }
 
-pub(crate) struct Walk<'a> {
+/// Is shown every valid frame of a walk.
+pub(crate) trait Visit {
+    /// A valid frame.
+    fn frame(&mut self, frame: &Frame<'_>, offset: u64);
+}
+
+/// Looks at nothing.
+pub(super) struct Blind;
+
+impl Visit for Blind {
+    fn frame(&mut self, _frame: &Frame<'_>, _offset: u64) {}
+}
+
+struct Walk<'a> {
+    visitor: &'a mut dyn Visit,
     scan: FrameScan<'a>,
     group: GroupId,
     segment: u64,
@@ -49,20 +66,52 @@ pub(crate) struct Walk<'a> {
     replaced: Option<(AttemptId, Vec<Volume>)>,
 }
 
-/// Walks the frames of segment `number` from `start`, which is the place `place`. `proven`: offset known to be durable already,
+/// Walks the frames of segment `number` in `file` from `start`, which is the place `place`, up to `end`. `proven`: offset known to be durable already,
 /// the frames' end in a sealed segment, 0 in an open one.
 pub(crate) fn walk(
-    scan: FrameScan<'_>,
+    file: &dyn StorageFile,
+    end: u64,
     group: GroupId,
     number: u64,
     start: u64,
     place: Place,
     proven: u64,
 ) -> io::Result<Walked> {
-    let out =
-        Walked { index: OpenIndex::default(), place, end: start, proven, damages: Vec::new(), time: Timestamp(0) };
-    let walk =
-        Walk { scan, group, segment: number, out, lenient: false, proof_sought: false, gap: None, replaced: None };
+    walk_visited(file, end, group, number, start, place, proven, &mut Blind)
+}
+
+/// The same, showing every valid frame.
+#[expect(clippy::too_many_arguments, reason = "a place in a file, named at each call")]
+pub(crate) fn walk_visited(
+    file: &dyn StorageFile,
+    end: u64,
+    group: GroupId,
+    number: u64,
+    start: u64,
+    place: Place,
+    proven: u64,
+    visitor: &mut dyn Visit,
+) -> io::Result<Walked> {
+    let out = Walked {
+        index: OpenIndex::default(),
+        place,
+        end: start,
+        proven,
+        source_end: start,
+        damages: Vec::new(),
+        time: Timestamp(0),
+    };
+    let walk = Walk {
+        visitor,
+        scan: FrameScan::new(file, group, end),
+        group,
+        segment: number,
+        out,
+        lenient: false,
+        proof_sought: false,
+        gap: None,
+        replaced: None,
+    };
     walk.run()
 }
 
@@ -78,6 +127,7 @@ impl Walk<'_> {
                     if !self.follow(&frame, offset) {
                         break;
                     }
+                    self.visitor.frame(&frame, offset);
                     self.out.end += bytes.len() as u64;
                 }
                 Found::Bad(header) => {
@@ -137,6 +187,7 @@ impl Walk<'_> {
             }
         };
         self.take(frame, offset, step);
+        self.out.source_end = offset + frame.bytes.len() as u64;
         true
     }
 
