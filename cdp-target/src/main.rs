@@ -1,3 +1,7 @@
 //! `cdp-target`: the offsite store's program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cdp_target::cli::main()
+}

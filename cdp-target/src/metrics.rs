@@ -1,1 +1,62 @@
-//! Part of the target: metrics.
+//! The names of all metrics, and the exporter.
+//!
+//! Base units; `_total` on counters. The live RPO is computed here at the target, from what it has committed.
+
+use crate::status::{GroupState, StatusReport};
+use metrics::gauge;
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
+use std::net::SocketAddr;
+
+/// Seconds of data that would be lost now, a group.
+pub const LIVE_RPO_SECONDS: &str = "cdp_target_live_rpo_seconds";
+/// Seconds from the newest point's cut to its arrival, a group.
+pub const LAG_SECONDS: &str = "cdp_target_lag_seconds";
+/// Number of the newest point, a group.
+pub const NEWEST_EPOCH: &str = "cdp_target_newest_epoch";
+/// Recovery points, a group.
+pub const POINTS: &str = "cdp_target_points";
+/// Bytes of a group's files.
+pub const USED_BYTES: &str = "cdp_target_used_bytes";
+/// Whether a group's source is connected: 0 or 1.
+pub const CONNECTED: &str = "cdp_target_connected";
+/// Whether a group needs a person: 0 or 1.
+pub const ALARM: &str = "cdp_target_alarm";
+/// Bytes that can still be written to the store.
+pub const FREE_BYTES: &str = "cdp_target_free_bytes";
+/// Connections of offices.
+pub const CONNECTIONS: &str = "cdp_target_connections";
+
+/// Starts the exporter on the current runtime.
+///
+/// # Errors
+/// Where the address is taken.
+pub fn start(listen: SocketAddr) -> Result<(), BuildError> {
+    PrometheusBuilder::new().with_http_listener(listen).install()
+}
+
+/// Sets all gauges from a report.
+pub fn record(report: &StatusReport, connections: usize) {
+    gauge!(FREE_BYTES).set(report.free_bytes as f64);
+    gauge!(CONNECTIONS).set(connections as f64);
+    for office in &report.offices {
+        for group in &office.groups {
+            let labels = [("office", office.name.clone()), ("group", group.name.clone())];
+            let flag = |state: bool| if state { 1.0 } else { 0.0 };
+            let seconds = |ms: i64| ms as f64 / 1000.0;
+            gauge!(POINTS, &labels).set(group.points as f64);
+            gauge!(USED_BYTES, &labels).set(group.used_bytes as f64);
+            gauge!(CONNECTED, &labels).set(flag(group.state == GroupState::Connected));
+            gauge!(ALARM, &labels)
+                .set(flag(matches!(group.state, GroupState::Frozen | GroupState::Refused | GroupState::Failed)));
+            if let Some(ms) = group.live_rpo_ms {
+                gauge!(LIVE_RPO_SECONDS, &labels).set(seconds(ms));
+            }
+            if let Some(ms) = group.lag_ms {
+                gauge!(LAG_SECONDS, &labels).set(seconds(ms));
+            }
+            if let Some(newest) = &group.newest {
+                gauge!(NEWEST_EPOCH, &labels).set(newest.epoch.0 as f64);
+            }
+        }
+    }
+}

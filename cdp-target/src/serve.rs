@@ -1,1 +1,292 @@
-//! Part of the target: serve.
+//! The server: what runs while `serve` runs, and in which order it starts and ends.
+//!
+//! Invariant: it holds the store's lock from before the first connection until after the last sync. A signal closes the
+//! connections, lets what was appended become durable, and ends within `CLOSE_TIMEOUT`; what is not acked by then the
+//! sources send again.
+
+use crate::authority::{Authority, AuthorityError};
+use crate::catalog::{Catalog, CatalogError};
+use crate::cli::failure_reply;
+use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
+use crate::enroll::{Admitted, Invite};
+use crate::groups::StoreGroups;
+use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
+use crate::metrics;
+use crate::receiver::{GroupWriter, Receiver, StoreError};
+use crate::restore::image::one_line;
+use crate::status::{Live, LiveGroup, StatusReport, Watermarks, report};
+use crate::store::{GroupPlace, Store, StoreLock};
+use anyhow::Context as _;
+use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_seams::clock::{Clock, SystemClock};
+use cdp_seams::line::{BoxFuture, Line};
+use cdp_seams::random::SystemRandom;
+use sd_notify::NotifyState;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+
+/// What sources are told about this program.
+const SOFTWARE: &str = concat!("cdp-target ", env!("CARGO_PKG_VERSION"));
+/// How long a group's thread may take to get to a label.
+const LABEL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a clean end may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often the gauges are set.
+const METRICS_INTERVAL: Duration = Duration::from_secs(15);
+
+/// Why the server cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The port.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The control socket.
+    #[error("bind control socket {}", .path.display())]
+    Control {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The metrics exporter.
+    #[error("export metrics on {address}")]
+    Metrics {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: metrics_exporter_prometheus::BuildError,
+    },
+    /// The runtime, or the signals.
+    #[error("start the server")]
+    Start(#[from] io::Error),
+}
+
+/// A server that is about to run.
+pub struct Server {
+    store: Store,
+    authority: Authority,
+    _lock: StoreLock,
+}
+
+impl Server {
+    /// A server over a store whose lock is held.
+    #[must_use]
+    pub const fn new(store: Store, lock: StoreLock, authority: Authority) -> Self {
+        Self { store, authority, _lock: lock }
+    }
+
+    /// Runs until a signal ends it.
+    ///
+    /// # Errors
+    /// Where it cannot start.
+    pub fn run(self) -> Result<(), ServeError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let ended = runtime.block_on(self.serve());
+        // What still runs on blocking threads was given its time.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        ended
+    }
+
+    async fn serve(self) -> Result<(), ServeError> {
+        let mut signals = Signals::new()?;
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let authority = Arc::new(Mutex::new(self.authority));
+        let listen = self.store.config().listen;
+        let listener = Listener::bind(listen, Arc::clone(&authority), Arc::clone(&clock), ListenerLimits::default())?;
+        let address = listener.local_address()?;
+        let path = self.store.socket();
+        let control = ControlSocket::bind(&path).map_err(|source| ServeError::Control { path, source })?;
+        let metrics_listen = self.store.config().metrics_listen;
+        if let Some(address) = metrics_listen {
+            metrics::start(address).map_err(|source| ServeError::Metrics { address, source })?;
+        }
+        let groups = Arc::new(StoreGroups::new(self.store.clone()));
+        let receiver = Receiver::new(Arc::clone(&groups) as Arc<_>, Arc::clone(&clock), SOFTWARE);
+        let desk = Arc::new(Desk { store: self.store, authority, groups, receiver, listener, address, clock });
+
+        let running = Arc::clone(&desk);
+        let mut running =
+            tokio::spawn(async move { running.listener.run(Arc::clone(&running) as Arc<dyn Serve>).await });
+        eprintln!("listening on {address}");
+        tell_systemd(&[NotifyState::Ready]);
+        tokio::select! {
+            ended = &mut running => tracing::error!(?ended, "the listener ended"),
+            () = control.serve(Arc::clone(&desk) as Arc<dyn Handler>) => {}
+            () = Desk::keep_metrics(Arc::clone(&desk)), if metrics_listen.is_some() => {}
+            name = signals.next() => tracing::info!(signal = name, "ending"),
+        }
+        tell_systemd(&[NotifyState::Stopping]);
+        drop(control);
+        desk.end(running).await;
+        Ok(())
+    }
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+        }
+    }
+}
+
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+/// Where commands are answered.
+struct Desk {
+    store: Store,
+    authority: Arc<Mutex<Authority>>,
+    groups: Arc<StoreGroups>,
+    receiver: Arc<Receiver>,
+    listener: Listener,
+    address: SocketAddr,
+    clock: Arc<dyn Clock>,
+}
+
+impl Live for Desk {
+    fn listening(&self) -> String {
+        self.address.to_string()
+    }
+
+    fn group(&self, office: &str, place: GroupPlace) -> LiveGroup {
+        let mut known = self.receiver.live().into_iter();
+        let found = known.find(|(of, group, _)| of == office && *group == place.group);
+        let live = found.map(|(.., live)| live).unwrap_or_default();
+        LiveGroup {
+            connected: live.connected_since.is_some(),
+            // By our clock at most: a source that runs ahead is not fresher for it.
+            unchanged: live.unchanged.map(|word| (word.epoch, word.as_of.min(word.received_at))),
+            watermarks: Watermarks {
+                received: live.received.map(|(epoch, _)| epoch),
+                journaled: live.journaled,
+                acked: live.acked,
+            },
+            trouble: live.trouble,
+            view: self.groups.view(place),
+        }
+    }
+}
+
+impl Serve for Desk {
+    fn serve(&self, office: Admitted, line: Box<dyn Line>) -> BoxFuture<'static, ()> {
+        self.groups.admit(&office.name, office.office);
+        let receiver = Arc::clone(&self.receiver);
+        Box::pin(async move {
+            tracing::info!(office = office.name, "connected");
+            match receiver.serve_connection(line, &office.name).await {
+                Ok(()) => tracing::info!(office = office.name, "disconnected"),
+                Err(error) => tracing::info!(office = office.name, reason = one_line(&error), "disconnected"),
+            }
+        })
+    }
+}
+
+impl Handler for Desk {
+    fn handle(self: Arc<Self>, request: Request) -> ReplyFuture {
+        Box::pin(async move {
+            let done = tokio::task::spawn_blocking(move || self.answer(request)).await;
+            match done {
+                Ok(Ok(value)) => Reply::Done(value),
+                Ok(Err(error)) => failure_reply(error),
+                Err(panic) => failure_reply(anyhow::Error::from(panic).context("answer a command")),
+            }
+        })
+    }
+}
+
+impl Desk {
+    fn answer(&self, request: Request) -> anyhow::Result<serde_json::Value> {
+        match request {
+            Request::Status => Ok(serde_json::to_value(self.report()?)?),
+            Request::Enroll { office, valid_for_ms, replace } => {
+                let valid_for = Duration::from_millis(valid_for_ms);
+                let targets = self.store.config().targets(self.address.port());
+                let invite = Invite { office: &office, targets: &targets, valid_for, replace };
+                let bundle = self.authority.lock().unwrap_or_else(PoisonError::into_inner).invite(&invite)?;
+                self.listener.close_revoked();
+                tracing::info!(office, replace, "office invited");
+                Ok(bundle.to_text().into())
+            }
+            Request::Label { office, group, epoch, label } => {
+                let place = self.catalog()?.group(&office, &group)?.place();
+                self.label(&office, place, Epoch(epoch), label)?;
+                Ok(serde_json::Value::Null)
+            }
+        }
+    }
+
+    /// Has the group's own thread write the label.
+    fn label(&self, office: &str, place: GroupPlace, epoch: Epoch, label: String) -> anyhow::Result<()> {
+        self.groups.admit(office, place.office);
+        let (answer, labelled) = mpsc::sync_channel(1);
+        let work = move |writer: Result<&mut dyn GroupWriter, StoreError>| {
+            // Nobody waits for it any more where this fails.
+            let _ = answer.send(writer.and_then(|writer| writer.label(epoch, Some(&label))));
+        };
+        Handle::current().block_on(self.receiver.with_group(office, place.group, work));
+        labelled.recv_timeout(LABEL_TIMEOUT).context("wait for the group's thread")??;
+        Ok(())
+    }
+
+    /// Ends what runs: the connections, then the groups.
+    async fn end(self: Arc<Self>, running: JoinHandle<()>) {
+        self.listener.close();
+        let ended = tokio::time::timeout(CLOSE_TIMEOUT, async move {
+            // A panic in it was logged; the groups are to be closed all the same.
+            let _ = running.await;
+            let closed = tokio::task::spawn_blocking(move || self.receiver.close()).await;
+            closed.unwrap_or_else(|error| tracing::error!(%error, "the groups were not closed"));
+        });
+        if ended.await.is_err() {
+            tracing::warn!("a group did not end in time; what it had not acked is sent again");
+        }
+    }
+
+    fn report(&self) -> Result<StatusReport, CatalogError> {
+        report(&self.store, &self.catalog()?, Some(self), Timestamp(self.clock.wall_ms()))
+    }
+
+    /// The catalogue, from the register as it is on disk.
+    fn catalog(&self) -> Result<Catalog, AuthorityError> {
+        let storage = Arc::clone(self.store.storage());
+        let folder = self.store.authority_folder();
+        let authority = Authority::open(storage, Arc::clone(&self.clock), Arc::new(SystemRandom), &folder)?;
+        Ok(Catalog::new(&self.store, authority))
+    }
+
+    /// Sets the gauges, for ever.
+    async fn keep_metrics(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(METRICS_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let desk = Arc::clone(&self);
+            let reported = tokio::task::spawn_blocking(move || desk.report()).await;
+            match reported {
+                Ok(Ok(report)) => metrics::record(&report, self.listener.connections()),
+                Ok(Err(error)) => tracing::warn!(%error, "metrics are not up to date"),
+                Err(error) => tracing::warn!(%error, "metrics are not up to date"),
+            }
+        }
+    }
+}

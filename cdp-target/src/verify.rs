@@ -1,1 +1,161 @@
-//! Part of the target: verify.
+//! Re-reads a group's journal and proves what its points stand on, frame by frame.
+//!
+//! Checks every frame's checksums and that the frames follow one another, every index against its hash; with the key also
+//! that records were made by its holder and that every seal opens. Names each damage with its place and the points that
+//! need it. Never writes.
+
+use crate::journal::walk::Visit;
+use crate::journal::{Damage as FoundDamage, GroupView, JournalError};
+use cdp_protocol::codec::{is_authentic, open_content};
+use cdp_protocol::frame::{Frame, Kind};
+use cdp_protocol::record::{Begin, Commit, PartEnd};
+use cdp_protocol::seal::{AttemptKey, DataKey};
+use cdp_protocol::units::{AttemptId, Epoch};
+
+/// Something that is not what was written.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Damage {
+    /// The segment.
+    pub segment: u64,
+    /// Where in its file.
+    pub offset: u64,
+    /// What is wrong.
+    pub what: String,
+    /// The points that need it; none where everything can still be read.
+    pub points: Vec<Epoch>,
+}
+
+/// What was checked and what is wrong.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct VerifyReport {
+    /// Segments walked.
+    pub segments: u64,
+    /// Frames checked.
+    pub frames: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Points found.
+    pub points: u64,
+    /// What is wrong.
+    pub damages: Vec<Damage>,
+}
+
+impl VerifyReport {
+    /// Whether nothing is wrong.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        self.damages.is_empty()
+    }
+}
+
+/// How far a verification is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes read.
+    pub bytes: u64,
+    /// Bytes there are.
+    pub bytes_total: u64,
+}
+
+/// Checks the journal as `view` shows it. `key` also opens every seal; `at` reports only what that point needs.
+///
+/// # Errors
+/// Where the storage fails; a segment that is missing is a damage, not an error.
+pub fn verify(
+    view: &GroupView,
+    key: Option<&DataKey>,
+    at: Option<Epoch>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<VerifyReport, JournalError> {
+    let mut report = VerifyReport::default();
+    let mut found: Vec<FoundDamage> = Vec::new();
+    let bytes_total = view.bytes();
+    for segment in view.segments_from(0) {
+        let mut visitor = Visitor { key, attempt_key: None, segment, frames: 0, damages: Vec::new() };
+        match view.walk(segment, &mut visitor) {
+            Ok(walked) => {
+                found.extend(walked.damages);
+                report.bytes += walked.bytes;
+            }
+            Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                found.push(view.missing(segment));
+            }
+            Err(error) => return Err(error),
+        }
+        found.append(&mut visitor.damages);
+        report.segments += 1;
+        report.frames += visitor.frames;
+        progress(Progress { bytes: report.bytes, bytes_total });
+    }
+    for known in view.damages() {
+        if !found.iter().any(|damage| (damage.segment, damage.offset) == (known.segment, known.offset)) {
+            found.push(known.clone());
+        }
+    }
+    let epochs: Vec<Epoch> = view.points().filter_map(Result::ok).map(|point| point.epoch).collect();
+    report.points = epochs.len() as u64;
+    report.damages = found.iter().map(|damage| named(view, damage, &epochs)).collect();
+    if let Some(at) = at {
+        report.damages.retain(|damage| damage.points.contains(&at));
+    }
+    Ok(report)
+}
+
+fn named(view: &GroupView, damage: &FoundDamage, epochs: &[Epoch]) -> Damage {
+    let reach = view.reach(damage);
+    let hit =
+        |epoch: &&Epoch| reach.is_some_and(|(first, last)| first <= **epoch && last.is_none_or(|last| **epoch <= last));
+    let points = epochs.iter().filter(hit).copied().collect();
+    Damage { segment: damage.segment, offset: damage.offset, what: damage.what.clone(), points }
+}
+
+/// Checks with the key what a walk cannot.
+struct Visitor<'a> {
+    key: Option<&'a DataKey>,
+    attempt_key: Option<(AttemptId, AttemptKey)>,
+    segment: u64,
+    frames: u64,
+    damages: Vec<FoundDamage>,
+}
+
+impl Visit for Visitor<'_> {
+    fn frame(&mut self, frame: &Frame<'_>, offset: u64) {
+        self.frames += 1;
+        let Some(key) = self.key else { return };
+        let header = &frame.header;
+        let mac_at = match header.kind {
+            Kind::Synced => return,
+            Kind::Begin => Begin::decode(frame.payload).ok().map(|(_, mac_at)| mac_at),
+            Kind::PartEnd => PartEnd::decode(frame.payload).ok().map(|(_, mac_at)| mac_at),
+            Kind::Commit => Commit::decode(frame.payload).ok().map(|(_, mac_at)| mac_at),
+            Kind::Extents => return self.seal(frame, offset, key),
+        };
+        if !mac_at.is_some_and(|mac_at| is_authentic(frame, mac_at, key)) {
+            self.damage(frame, offset, "the record was not made by a holder of the key");
+        }
+    }
+}
+
+impl Visitor<'_> {
+    fn seal(&mut self, frame: &Frame<'_>, offset: u64, key: &DataKey) {
+        let attempt = frame.header.attempt;
+        if self.attempt_key.as_ref().is_none_or(|(of, _)| *of != attempt) {
+            self.attempt_key = Some((attempt, key.attempt_key(&attempt)));
+        }
+        let Some((_, attempt_key)) = &self.attempt_key else { return };
+        if let Err(error) = open_content(frame, attempt_key) {
+            self.damage(frame, offset, &error.to_string());
+        }
+    }
+
+    fn damage(&mut self, frame: &Frame<'_>, offset: u64, what: &str) {
+        self.damages.push(FoundDamage {
+            segment: self.segment,
+            offset,
+            len: frame.bytes.len() as u64,
+            first_epoch: Some(frame.header.epoch),
+            any_block: false,
+            what: what.to_owned(),
+        });
+    }
+}

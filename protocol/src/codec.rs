@@ -221,24 +221,36 @@ pub fn is_authentic(frame: &Frame<'_>, mac_at: usize, key: &DataKey) -> bool {
     aws_lc_rs::constant_time::verify_slices_are_equal(&expected, mac).is_ok()
 }
 
-/// The running hash over the list of an attempt's frames.
-#[derive(Clone, Default)]
-pub struct FrameListHasher {
-    count: u64,
-    hasher: blake3::Hasher,
+/// The running hash over the list of an attempt's frames: each step is BLAKE3 of the hash so far and the next frame's hash,
+/// from 32 zeros on. Count and hash are all there is to it, so a list can be gone on with from where it stood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameListHasher(FrameList);
+
+impl Default for FrameListHasher {
+    fn default() -> Self {
+        Self(FrameList { count: 0, hash: FrameHash([0; 32]) })
+    }
 }
 
 impl FrameListHasher {
+    /// Goes on with a list from where it stood.
+    #[must_use]
+    pub const fn resume(list: FrameList) -> Self {
+        Self(list)
+    }
+
     /// Adds the next frame of the attempt.
     pub fn push(&mut self, frame: &FrameHash) {
-        self.count += 1;
-        self.hasher.update(&frame.0);
+        let mut both = [0; 64];
+        both[..32].copy_from_slice(&self.0.hash.0);
+        both[32..].copy_from_slice(&frame.0);
+        self.0 = FrameList { count: self.0.count + 1, hash: FrameHash(*blake3::hash(&both).as_bytes()) };
     }
 
     /// What a part end or a commit at this place has to say.
     #[must_use]
-    pub fn list(&self) -> FrameList {
-        FrameList { count: self.count, hash: FrameHash(*self.hasher.finalize().as_bytes()) }
+    pub const fn list(&self) -> FrameList {
+        self.0
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Volume {
 pub struct FrameList {
     /// Frames of the attempt before this record, its `Begin` included.
     pub count: u64,
-    /// BLAKE3 over their hashes, in order.
+    /// The running BLAKE3 over their hashes, in order (`codec::FrameListHasher`).
     pub hash: FrameHash,
 }
 
@@ -117,6 +117,8 @@ pub struct Synced {
     pub offset: u64,
     /// The newest point then.
     pub head: Option<Head>,
+    /// The target's clock when it was written: one stands before every commit, so that its receive time is on disk too.
+    pub time: Timestamp,
 }
 
 /// Why a payload is not the record its frame says.
@@ -283,6 +285,7 @@ impl Synced {
         if let Some(head) = self.head {
             put_head(&mut out, head);
         }
+        out.extend_from_slice(&self.time.0.to_le_bytes());
         out
     }
 
@@ -295,8 +298,9 @@ impl Synced {
         let segment = input.u64()?;
         let offset = input.u64()?;
         let head = if input.flag()? { Some(input.head()?) } else { None };
+        let time = Timestamp(input.u64()? as i64);
         input.finish()?;
-        Ok(Self { segment, offset, head })
+        Ok(Self { segment, offset, head, time })
     }
 }
 
@@ -430,8 +434,8 @@ mod tests {
         assert_eq!(Begin::decode(&with_mac(begin.encode())).map(|(begin, _)| begin), Ok(begin));
         let end = PartEnd { predecessor: None, frames: commit().frames };
         assert_eq!(PartEnd::decode(&with_mac(end.encode())).map(|(end, _)| end), Ok(end));
-        let synced =
-            Synced { segment: 3, offset: 4096, head: Some(Head { epoch: Epoch(4), hash: FrameHash([1; 32]) }) };
+        let head = Some(Head { epoch: Epoch(4), hash: FrameHash([1; 32]) });
+        let synced = Synced { segment: 3, offset: 4096, head, time: Timestamp(-5) };
         assert_eq!(Synced::decode(&synced.encode()), Ok(synced));
     }
 

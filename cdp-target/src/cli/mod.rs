@@ -1,1 +1,114 @@
-//! The commands.
+//! The commands: what they take, and what they print.
+//!
+//! Data goes to stdout, logs to stderr. Each command is a file; this one knows their arguments and nothing else.
+
+mod arguments;
+mod context;
+mod enroll;
+mod export;
+mod failure;
+mod init;
+mod label;
+mod output;
+mod points;
+mod serve;
+mod status;
+
+use clap::{Parser, Subcommand};
+use failure::Failure;
+use std::io::Write;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Receives the volumes of branch offices and gives back any recovery point.
+#[derive(Debug, Parser)]
+#[command(name = "cdp-target", version, arg_required_else_help = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes a new store: certificate authority, server certificate, configuration.
+    Init(init::Arguments),
+    /// Makes a one-time bundle with which an office joins.
+    Enroll(enroll::Arguments),
+    /// Runs the server in the foreground; SIGTERM ends it cleanly.
+    Serve(serve::Arguments),
+    /// Shows offices and groups, their live RPO, lag, state and space used.
+    Status(status::Arguments),
+    /// Lists a group's recovery points, oldest first.
+    Points(points::Arguments),
+    /// Names a recovery point.
+    Label(label::Arguments),
+    /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
+    Export(export::Arguments),
+}
+
+/// A server's answer to a command that failed, as the command will report it.
+pub(crate) fn failure_reply(error: anyhow::Error) -> crate::control::Reply {
+    let failure = Failure::from(error);
+    crate::control::Reply::Failed {
+        error: failure.line(),
+        hint: failure.next_step().map(str::to_owned),
+        user: failure.fault() == failure::Fault::User,
+    }
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    start_log(matches!(cli.command, Command::Serve(_)));
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Init(arguments) => init::run(&arguments),
+        Command::Enroll(arguments) => enroll::run(&arguments),
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Points(arguments) => points::run(&arguments),
+        Command::Label(arguments) => label::run(&arguments),
+        Command::Export(arguments) => export::run(&arguments),
+    }
+}
+
+/// Prints data on stdout.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}
+
+/// Help goes to stdout; a mistake on the command line becomes an error in our form.
+fn usage(error: &clap::Error) -> ExitCode {
+    let text = error.render().to_string();
+    if !error.use_stderr() {
+        return print(&text).map_or_else(|failure| failure.report(), |()| ExitCode::SUCCESS);
+    }
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Failure::mistake("no command given").hint("`cdp-target --help` lists the commands").report();
+    }
+    let mut paragraphs = text.split("\n\n");
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = words(paragraphs.next().unwrap_or_default());
+    let tip = paragraphs.map(words).find_map(|text| text.strip_prefix("tip: ").map(str::to_owned));
+    let hint =
+        tip.unwrap_or_else(|| "`cdp-target --help` and `cdp-target COMMAND --help` show what there is".to_owned());
+    Failure::mistake(line.strip_prefix("error: ").unwrap_or(&line)).hint(hint).report()
+}
+
+fn start_log(serves: bool) {
+    let default = if serves { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_env("CDP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}

@@ -1,1 +1,287 @@
-//! Part of the target: journal/manifest.
+//! The manifest: what a group is, which segments it has, and what its operator said about its points.
+//!
+//! Owns its bytes (`docs/format/manifest.md`) and its replacement: always whole, never in part. The file holds two equal
+//! copies, so that one spot of rot does not take the group's identity and key with it. A newer version is refused.
+
+use super::bytes::{FieldError, Input, put_long};
+use super::{GroupIdentity, JournalError};
+use cdp_protocol::escrow::Envelope;
+use cdp_protocol::units::{Epoch, Generation, GroupId, KeyId, Timestamp};
+use cdp_seams::storage::{Storage, read_all, replace};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// First bytes of a manifest.
+pub const MAGIC: [u8; 8] = *b"CDPMANIF";
+/// The layout described here.
+pub const VERSION: u16 = 1;
+/// The longest manifest, in bytes.
+const BYTES_MAX: u64 = 256 * 1024 * 1024;
+
+/// A sealed segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SealedSegment {
+    /// Its number.
+    pub number: u64,
+    /// Bytes of the file.
+    pub len: u64,
+    /// Where its frames end.
+    pub frames_end: u64,
+    /// BLAKE3 of its footer.
+    pub footer_hash: [u8; 32],
+    /// The points in it, if it has any.
+    pub points: Option<PointRange>,
+}
+
+/// Points of a segment, in short: what finds a point without reading every segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PointRange {
+    /// The first.
+    pub first: Epoch,
+    /// The last.
+    pub last: Epoch,
+    /// The earliest cut time among them.
+    pub earliest: Timestamp,
+    /// The latest cut time among them.
+    pub latest: Timestamp,
+}
+
+/// Bytes below the proven offset that are not what was written.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Damage {
+    /// The segment.
+    pub segment: u64,
+    /// Where it begins.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+    /// The first point that may need them; `None` where no point does.
+    pub first_epoch: Option<Epoch>,
+    /// Whether the extents are unknown: any block from that point on may be hit.
+    pub any_block: bool,
+    /// What it is.
+    pub what: String,
+}
+
+/// What the operator said about a point.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Mark {
+    /// Its name; an empty one takes away the name it was cut with.
+    pub label: Option<String>,
+    /// Whether it is kept from pruning.
+    pub pinned: bool,
+}
+
+/// The manifest's content.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Manifest {
+    /// Who the group is.
+    pub identity: GroupIdentity,
+    /// The generation granted last.
+    pub generation: Generation,
+    /// Why nothing is taken any more, where that is so.
+    pub frozen: Option<String>,
+    /// Sealed segments, by rising number.
+    pub sealed: Vec<SealedSegment>,
+    /// Number of the open segment.
+    pub open: u64,
+    /// The header of the open segment, byte for byte.
+    #[serde(skip)]
+    pub open_header: Vec<u8>,
+    /// Labels and pins.
+    pub marks: BTreeMap<Epoch, Mark>,
+    /// Damage that recovery found.
+    pub damages: Vec<Damage>,
+}
+
+/// Why a manifest cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// Not a manifest.
+    #[error("no manifest magic")]
+    Magic,
+    /// Written by a newer program.
+    #[error("manifest format version {0}, this program reads up to {VERSION}")]
+    Version(u16),
+    /// Cut short or too long.
+    #[error("manifest has the wrong length")]
+    Length,
+    /// Damaged.
+    #[error("manifest checksum mismatch")]
+    Checksum,
+    /// The checksum holds but a field is impossible.
+    #[error("manifest: {0}")]
+    Field(#[from] FieldError),
+}
+
+/// Where the manifest of the group in `folder` is.
+#[must_use]
+pub fn path(folder: &Path) -> PathBuf {
+    folder.join("manifest")
+}
+
+impl Manifest {
+    /// Reads the manifest of the group in `folder`; tells whether one of its two copies is damaged.
+    ///
+    /// # Errors
+    /// Where it cannot be read, both copies are damaged, or it is of a newer version.
+    pub fn read(storage: &dyn Storage, folder: &Path) -> Result<(Self, bool), JournalError> {
+        let path = path(folder);
+        let bytes = read_all(storage, &path, BYTES_MAX).map_err(JournalError::io("read", &path))?;
+        Self::decode_file(&bytes).map_err(|source| JournalError::Manifest { path, source })
+    }
+
+    /// Replaces the manifest of the group in `folder`.
+    ///
+    /// # Errors
+    /// As the storage says; the old one or the new one is then in place.
+    pub fn write(&self, storage: &dyn Storage, folder: &Path) -> Result<(), JournalError> {
+        let path = path(folder);
+        let copy = self.encode();
+        replace(storage, &path, &[copy.as_slice(), &copy].concat()).map_err(JournalError::io("replace", &path))
+    }
+
+    /// Parses a file of two copies.
+    ///
+    /// # Errors
+    /// Where neither copy is valid: what is wrong with the first.
+    pub fn decode_file(bytes: &[u8]) -> Result<(Self, bool), ManifestError> {
+        let (first, second) = bytes.split_at(bytes.len() / 2);
+        match (Self::decode(first), Self::decode(second)) {
+            (Ok(manifest), Ok(other)) => Ok((manifest.clone(), manifest != other)),
+            (Ok(manifest), Err(_)) | (Err(_), Ok(manifest)) => Ok((manifest, true)),
+            (Err(error), Err(_)) => Err(error),
+        }
+    }
+
+    /// One copy's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.extend_from_slice(&[0; 6]);
+        let identity = &self.identity;
+        out.extend_from_slice(&identity.group.0);
+        put_long(&mut out, identity.office.as_bytes());
+        put_long(&mut out, identity.name.as_bytes());
+        out.extend_from_slice(&identity.envelope.key.0);
+        put_long(&mut out, &identity.envelope.encapsulated);
+        put_long(&mut out, &identity.envelope.sealed);
+        out.extend_from_slice(&self.generation.0.to_le_bytes());
+        put_option(&mut out, self.frozen.as_deref());
+        out.extend_from_slice(&self.open.to_le_bytes());
+        put_long(&mut out, &self.open_header);
+        out.extend_from_slice(&(self.sealed.len() as u32).to_le_bytes());
+        self.sealed.iter().for_each(|segment| put_sealed(&mut out, segment));
+        out.extend_from_slice(&(self.marks.len() as u32).to_le_bytes());
+        for (epoch, mark) in &self.marks {
+            out.extend_from_slice(&epoch.0.to_le_bytes());
+            put_option(&mut out, mark.label.as_deref());
+            out.push(u8::from(mark.pinned));
+        }
+        out.extend_from_slice(&(self.damages.len() as u32).to_le_bytes());
+        self.damages.iter().for_each(|damage| put_damage(&mut out, damage));
+        let hash = blake3::hash(&out);
+        out.extend_from_slice(hash.as_bytes());
+        out
+    }
+
+    /// Parses one copy.
+    ///
+    /// # Errors
+    /// Where it is none, damaged, or of another version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() < MAGIC.len() + 8 + 32 {
+            return Err(ManifestError::Length);
+        }
+        if bytes[..8] != MAGIC {
+            return Err(ManifestError::Magic);
+        }
+        let version = u16::from_le_bytes([bytes[8], bytes[9]]);
+        if version != VERSION {
+            return Err(ManifestError::Version(version));
+        }
+        let (summed, sum) = bytes.split_at(bytes.len() - 32);
+        if blake3::hash(summed).as_bytes() != sum {
+            return Err(ManifestError::Checksum);
+        }
+        let mut input = Input::new(&summed[16..]);
+        let manifest = Self::take(&mut input)?;
+        input.finish()?;
+        Ok(manifest)
+    }
+
+    fn take(input: &mut Input<'_>) -> Result<Self, FieldError> {
+        let group = GroupId(input.array()?);
+        let (office, name) = (input.text()?, input.text()?);
+        let key = KeyId(input.array()?);
+        let envelope = Envelope { key, encapsulated: input.long()?.to_vec(), sealed: input.long()?.to_vec() };
+        let identity = GroupIdentity { group, office, name, envelope };
+        let generation = Generation(input.u64()?);
+        let frozen = take_option(input)?;
+        let open = input.u64()?;
+        let open_header = input.long()?.to_vec();
+        let sealed = (0..input.u32()?).map(|_| take_sealed(input)).collect::<Result<_, _>>()?;
+        let mut marks = BTreeMap::new();
+        for _ in 0..input.u32()? {
+            let epoch = Epoch(input.u64()?);
+            marks.insert(epoch, Mark { label: take_option(input)?, pinned: input.flag()? });
+        }
+        let damages = (0..input.u32()?).map(|_| take_damage(input)).collect::<Result<_, _>>()?;
+        Ok(Self { identity, generation, frozen, sealed, open, open_header, marks, damages })
+    }
+}
+
+fn put_option(out: &mut Vec<u8>, text: Option<&str>) {
+    out.push(u8::from(text.is_some()));
+    put_long(out, text.unwrap_or_default().as_bytes());
+}
+
+fn take_option(input: &mut Input<'_>) -> Result<Option<String>, FieldError> {
+    let there = input.flag()?;
+    let text = input.text()?;
+    Ok(there.then_some(text))
+}
+
+fn put_sealed(out: &mut Vec<u8>, segment: &SealedSegment) {
+    out.extend_from_slice(&segment.number.to_le_bytes());
+    out.extend_from_slice(&segment.len.to_le_bytes());
+    out.extend_from_slice(&segment.frames_end.to_le_bytes());
+    out.extend_from_slice(&segment.footer_hash);
+    out.push(u8::from(segment.points.is_some()));
+    if let Some(points) = &segment.points {
+        out.extend_from_slice(&points.first.0.to_le_bytes());
+        out.extend_from_slice(&points.last.0.to_le_bytes());
+        out.extend_from_slice(&points.earliest.0.to_le_bytes());
+        out.extend_from_slice(&points.latest.0.to_le_bytes());
+    }
+}
+
+fn take_sealed(input: &mut Input<'_>) -> Result<SealedSegment, FieldError> {
+    let (number, len, frames_end) = (input.u64()?, input.u64()?, input.u64()?);
+    let footer_hash = input.array()?;
+    let points = if input.flag()? {
+        let (first, last) = (Epoch(input.u64()?), Epoch(input.u64()?));
+        Some(PointRange { first, last, earliest: Timestamp(input.i64()?), latest: Timestamp(input.i64()?) })
+    } else {
+        None
+    };
+    Ok(SealedSegment { number, len, frames_end, footer_hash, points })
+}
+
+fn put_damage(out: &mut Vec<u8>, damage: &Damage) {
+    out.extend_from_slice(&damage.segment.to_le_bytes());
+    out.extend_from_slice(&damage.offset.to_le_bytes());
+    out.extend_from_slice(&damage.len.to_le_bytes());
+    out.push(u8::from(damage.first_epoch.is_some()));
+    out.extend_from_slice(&damage.first_epoch.unwrap_or_default().0.to_le_bytes());
+    out.push(u8::from(damage.any_block));
+    put_long(out, damage.what.as_bytes());
+}
+
+fn take_damage(input: &mut Input<'_>) -> Result<Damage, FieldError> {
+    let (segment, offset, len) = (input.u64()?, input.u64()?, input.u64()?);
+    let there = input.flag()?;
+    let first_epoch = Some(Epoch(input.u64()?)).filter(|_| there);
+    Ok(Damage { segment, offset, len, first_epoch, any_block: input.flag()?, what: input.text()? })
+}

@@ -1,8 +1,147 @@
 //! One group's history in one folder.
+//!
+//! * `manifest`: what the group is and which segments it has; the only file that is ever replaced.
+//! * `segment`, `index`: the bytes of a segment: header, frames, index, footer.
+//! * `scan`, `walk`: reading a segment frame by frame, also over damage.
+//! * `writer`: the one writer. `recovery`: what it does before the first append.
+//! * `view`: the readers; `sealed`: their indexes of sealed segments; `reach`: which points a damage hits.
+//!
+//! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
+mod bytes;
 pub mod index;
 pub mod manifest;
+mod reach;
 pub mod recovery;
+mod scan;
+mod sealed;
 pub mod segment;
 pub mod view;
+pub(crate) mod walk;
 pub mod writer;
+
+use cdp_protocol::escrow::Envelope;
+use cdp_protocol::session::chain::ChainError;
+use cdp_protocol::units::{Epoch, Generation, GroupId};
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub use bytes::FieldError;
+pub use manifest::{Damage, Manifest};
+pub use recovery::RecoveryReport;
+pub use view::{GroupView, Point};
+pub use writer::GroupJournal;
+
+/// Who a group is. Changes only through the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct GroupIdentity {
+    /// The group.
+    pub group: GroupId,
+    /// Name of its office.
+    pub office: String,
+    /// Its name within the office.
+    pub name: String,
+    /// Its data key, sealed to the target.
+    #[serde(skip)]
+    pub envelope: Envelope,
+}
+
+/// Bounds of a journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JournalLimits {
+    /// A segment that has reached this many bytes is sealed at the next sync.
+    pub segment_bytes_max: u64,
+}
+
+impl Default for JournalLimits {
+    fn default() -> Self {
+        Self { segment_bytes_max: 64 * 1024 * 1024 }
+    }
+}
+
+/// What went wrong with a journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The storage failed.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the storage said.
+        source: io::Error,
+    },
+    /// The storage is full. Nothing that was synced is lost; what was not is to be sent again.
+    #[error("{action} {}: no space left", path.display())]
+    Full {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the storage said.
+        source: io::Error,
+    },
+    /// The manifest cannot be used.
+    #[error("read manifest {}", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: manifest::ManifestError,
+    },
+    /// A segment cannot be used.
+    #[error("read segment {}", path.display())]
+    Segment {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: segment::SegmentError,
+    },
+    /// The folder has a group already.
+    #[error("{} holds a group already", .0.display())]
+    Exists(PathBuf),
+    /// The frame does not follow.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// A source sent a record that only a target writes.
+    #[error("a synced record does not come from a source")]
+    NotFromASource,
+    /// An earlier write or sync failed: the journal has to be opened anew before anything is taken.
+    #[error("the journal stopped after a failure ({0}); it has to be opened anew")]
+    Poisoned(String),
+    /// Nothing is taken: a person has to decide.
+    #[error("the group is frozen: {0}")]
+    Frozen(String),
+    /// Generations only rise.
+    #[error("generation {wanted} is not above {granted}")]
+    Generation {
+        /// What was asked for.
+        wanted: Generation,
+        /// What was granted before.
+        granted: Generation,
+    },
+    /// There is no such point.
+    #[error("there is no point {0}")]
+    NoPoint(Epoch),
+    /// What was asked for is damaged.
+    #[error("damaged: {0}")]
+    Damaged(String),
+}
+
+impl JournalError {
+    /// Gives an I/O error its context.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full { action, path, source },
+            _ => Self::Io { action, path, source },
+        }
+    }
+
+    /// Whether the storage was full.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        matches!(self, Self::Full { .. })
+    }
+}

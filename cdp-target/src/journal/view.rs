@@ -1,1 +1,571 @@
-//! Part of the target: journal/view.
+//! What readers see of a group: its durable points, and which frame holds a block at a point.
+//!
+//! Never writes. A view is a moment: points synced after it was taken are not in it. Beside a running server it is opened
+//! from the files alone and shows only what a synced record or a seal proves. Memory is bounded: indexes of sealed
+//! segments are loaded when needed (`sealed`), that of the open one is shared with the writer.
+
+use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, RunEnd, Summary};
+use super::manifest::{Mark, SealedSegment};
+use super::recovery::{open_place, walk_open};
+use super::sealed::Shelf;
+use super::walk::{Visit, walk_visited};
+use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
+use crate::restore::point::PointImage;
+use cdp_protocol::record::{Meters, Volume};
+use cdp_protocol::seal::DataKey;
+use cdp_protocol::units::{Class, Epoch, Extent, FrameHash, Generation, Timestamp, VolumeSlot};
+use cdp_seams::storage::{Storage, StorageFile};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+pub(super) use super::sealed::Caches;
+
+/// A reader's view of a group.
+pub struct GroupView {
+    facts: Arc<Facts>,
+    open: Arc<RwLock<OpenIndex>>,
+    /// What stands at or behind this offset of the open segment is not shown.
+    limit: u64,
+    caches: Arc<Caches>,
+}
+
+/// What changes only with the manifest.
+struct Facts {
+    storage: Arc<dyn Storage>,
+    folder: PathBuf,
+    manifest: Manifest,
+}
+
+/// A recovery point.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Point {
+    /// Its number.
+    pub epoch: Epoch,
+    /// Hash of its commit.
+    pub hash: FrameHash,
+    /// The instant of the cut, by the source's clock.
+    pub cut_time: Timestamp,
+    /// When the target received it.
+    pub received: Timestamp,
+    /// How much applications may rely on it.
+    pub class: Class,
+    /// Its name.
+    pub label: Option<String>,
+    /// Whether it is kept from pruning.
+    pub pinned: bool,
+    /// Bytes its epoch takes in the journal.
+    pub bytes: u64,
+    /// What the cut and the epoch amounted to.
+    pub meters: Meters,
+    /// The source's incarnation.
+    pub generation: Generation,
+    /// The lowest epoch number merged into it.
+    pub first_epoch: Epoch,
+    /// The older point the source went on from, where it did.
+    pub after_rollback_to: Option<Epoch>,
+    /// What is damaged that it needs.
+    pub damaged: Option<String>,
+}
+
+/// Where the content of some blocks is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// The blocks.
+    pub(crate) extent: Extent,
+    /// Where.
+    pub(crate) place: PiecePlace,
+}
+
+/// See [`Piece`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum PiecePlace {
+    /// In a frame; the first block's place within its content.
+    Frame { segment: u64, entry: Entry, run: Run, content_block: u32 },
+    /// Behind damage.
+    Damaged(String),
+    /// Nowhere: never sent.
+    NotCovered,
+}
+
+/// Points whose reading needs what a damage took.
+pub(crate) type Reach = (Epoch, Option<Epoch>);
+
+/// What a walk over a segment found.
+pub(crate) struct WalkedSegment {
+    /// What is wrong.
+    pub(crate) damages: Vec<Damage>,
+    /// Bytes read.
+    pub(crate) bytes: u64,
+}
+
+enum SegmentIndex<'a> {
+    Open(RwLockReadGuard<'a, OpenIndex>, u64),
+    Sealed(Arc<Summary>, SealedSegment),
+}
+
+impl SegmentIndex<'_> {
+    fn runs(&self) -> &[Run] {
+        match self {
+            Self::Open(index, _) => &index.runs,
+            Self::Sealed(summary, _) => &summary.runs,
+        }
+    }
+
+    fn lost(&self) -> &[Lost] {
+        match self {
+            Self::Open(index, _) => &index.lost,
+            Self::Sealed(summary, _) => &summary.lost,
+        }
+    }
+
+    fn commits(&self) -> &[CommitEntry] {
+        match self {
+            Self::Open(index, limit) => {
+                let shown = index.commits.partition_point(|commit| commit.offset < *limit);
+                &index.commits[..shown]
+            }
+            Self::Sealed(summary, _) => &summary.commits,
+        }
+    }
+}
+
+impl GroupView {
+    pub(super) fn of(
+        storage: Arc<dyn Storage>,
+        folder: &Path,
+        manifest: &Manifest,
+        open: Arc<RwLock<OpenIndex>>,
+        limit: u64,
+        caches: Arc<Caches>,
+    ) -> Self {
+        let facts = Facts { storage, folder: folder.to_owned(), manifest: manifest.clone() };
+        Self { facts: Arc::new(facts), open, limit, caches }
+    }
+
+    pub(super) fn advanced(&self, limit: u64) -> Self {
+        let (facts, open, caches) = (Arc::clone(&self.facts), Arc::clone(&self.open), Arc::clone(&self.caches));
+        Self { facts, open, limit, caches }
+    }
+
+    /// Opens a view from the files alone, also beside a running server. Writes nothing.
+    ///
+    /// # Errors
+    /// Where there is no group, its manifest cannot be used, or the storage fails.
+    pub fn open(storage: Arc<dyn Storage>, folder: &Path) -> Result<Self, JournalError> {
+        let (mut manifest, _) = Manifest::read(storage.as_ref(), folder)?;
+        let place = open_place(folder, &manifest)?.place;
+        let path = segment::path(folder, manifest.open);
+        let (index, limit) = match storage.open(&path) {
+            Ok(file) => {
+                let (walked, _) =
+                    walk_open(file.as_ref(), &manifest, place).map_err(JournalError::io("read", &path))?;
+                manifest.damages.extend(walked.damages);
+                (walked.index, walked.proven)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (OpenIndex::default(), 0),
+            Err(error) => return Err(JournalError::io("open", &path)(error)),
+        };
+        let open = Arc::new(RwLock::new(index));
+        Ok(Self::of(storage, folder, &manifest, open, limit, Arc::default()))
+    }
+
+    /// Who the group is.
+    #[must_use]
+    pub fn identity(&self) -> &GroupIdentity {
+        &self.facts.manifest.identity
+    }
+
+    /// The manifest of this moment.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.facts.manifest
+    }
+
+    /// Damage that recovery found.
+    #[must_use]
+    pub fn damages(&self) -> &[Damage] {
+        &self.facts.manifest.damages
+    }
+
+    /// Bytes of all segments up to the last sync.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.facts.manifest.sealed.iter().map(|segment| segment.len).sum::<u64>() + self.limit
+    }
+
+    /// All points, oldest first. A segment that cannot be read gives an error in its place, and the iterator goes on.
+    pub fn points(&self) -> impl DoubleEndedIterator<Item = Result<Point, JournalError>> + '_ {
+        let reaches = self.reaches();
+        let segments = self.facts.manifest.sealed.iter().map(Some).chain([None]);
+        segments.flat_map(move |sealed| {
+            let points: Vec<_> = match self.commits_of(sealed) {
+                Ok(commits) => commits.iter().map(|commit| Ok(self.to_point(commit, &reaches))).collect(),
+                Err(error) => vec![Err(error)],
+            };
+            points
+        })
+    }
+
+    /// The newest point.
+    ///
+    /// # Errors
+    /// Where the segment that has it cannot be read.
+    pub fn newest(&self) -> Result<Option<Point>, JournalError> {
+        self.points().next_back().transpose()
+    }
+
+    /// Point `epoch`.
+    ///
+    /// # Errors
+    /// Where the segment that has it cannot be read.
+    pub fn point(&self, epoch: Epoch) -> Result<Option<Point>, JournalError> {
+        Ok(self.commit(epoch)?.map(|commit| self.to_point(&commit, &self.reaches())))
+    }
+
+    /// The newest point whose cut was at or before `time`.
+    ///
+    /// # Errors
+    /// Where a segment on the way cannot be read.
+    pub fn point_at_or_before(&self, time: Timestamp) -> Result<Option<Point>, JournalError> {
+        let sealed = &self.facts.manifest.sealed;
+        let early = sealed.iter().filter(|segment| segment.points.is_some_and(|points| points.earliest <= time));
+        for segment in [None].into_iter().chain(early.rev().map(Some)) {
+            let commits = self.commits_of(segment)?;
+            if let Some(commit) = commits.iter().rev().find(|commit| commit.cut_time() <= time) {
+                return Ok(Some(self.to_point(commit, &self.reaches())));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The newest point named `label`.
+    ///
+    /// # Errors
+    /// Where a segment on the way cannot be read.
+    pub fn point_labelled(&self, label: &str) -> Result<Option<Point>, JournalError> {
+        let named =
+            |point: &Result<Point, _>| point.as_ref().map_or(true, |point| point.label.as_deref() == Some(label));
+        self.points().rev().find(named).transpose()
+    }
+
+    /// The content of point `epoch`, opened with the group's key.
+    ///
+    /// # Errors
+    /// Where there is no such point, its list of volumes is damaged, or a segment cannot be read.
+    pub fn image(self: &Arc<Self>, epoch: Epoch, key: &DataKey) -> Result<PointImage, JournalError> {
+        let commit = self.commit(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
+        if commit.volumes.is_empty() {
+            return Err(JournalError::Damaged(format!("the volumes of point {epoch} cannot be told")));
+        }
+        Ok(PointImage::new(Arc::clone(self), commit, key.clone()))
+    }
+
+    /// The volumes of point `epoch`.
+    ///
+    /// # Errors
+    /// Where there is no such point or its segment cannot be read.
+    pub fn volumes(&self, epoch: Epoch) -> Result<Vec<Volume>, JournalError> {
+        Ok(self.commit(epoch)?.ok_or(JournalError::NoPoint(epoch))?.volumes)
+    }
+
+    pub(crate) fn commit(&self, epoch: Epoch) -> Result<Option<CommitEntry>, JournalError> {
+        let Some(segment) = self.segment_of(epoch) else { return Ok(None) };
+        let index = self.index(segment)?;
+        let commits = index.commits();
+        let found = commits.binary_search_by_key(&epoch, |commit| commit.head.epoch);
+        Ok(found.ok().map(|at| commits[at].clone()))
+    }
+
+    pub(crate) fn file(&self, segment: u64) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
+        self.shelf().file(segment)
+    }
+
+    pub(crate) fn shelf(&self) -> Shelf<'_> {
+        Shelf {
+            storage: self.facts.storage.as_ref(),
+            folder: &self.facts.folder,
+            group: self.facts.manifest.identity.group,
+            caches: &self.caches,
+        }
+    }
+
+    /// Walks a segment frame by frame, as far as this view shows it; also checks its index.
+    pub(crate) fn walk(&self, segment: u64, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
+        let manifest = &self.facts.manifest;
+        if let Some(sealed) = manifest.sealed.iter().find(|sealed| sealed.number == segment) {
+            let mut damages = self.shelf().walk(sealed, visitor)?.damages;
+            if !self.shelf().index_is_whole(sealed)? {
+                let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
+                let what = "the segment's index is damaged; it can be made anew from the frames".to_owned();
+                damages.push(Damage { segment, offset, len, first_epoch: None, any_block: false, what });
+            }
+            return Ok(WalkedSegment { damages, bytes: sealed.len });
+        }
+        let place = open_place(&self.facts.folder, manifest)?.place;
+        let (group, start) = (manifest.identity.group, manifest.open_header.len() as u64);
+        let (file, limit) = (self.file(segment)?, self.limit);
+        let path = segment::path(&self.facts.folder, segment);
+        let walked = walk_visited(file.as_ref().as_ref(), limit, group, segment, start, place, limit, visitor);
+        let walked = walked.map_err(JournalError::io("read", &path))?;
+        Ok(WalkedSegment { damages: walked.damages, bytes: limit })
+    }
+
+    /// That a segment is not there at all.
+    pub(crate) fn missing(&self, segment: u64) -> Damage {
+        let sealed = self.facts.manifest.sealed.iter().find(|sealed| sealed.number == segment);
+        let points = sealed.and_then(|sealed| sealed.points);
+        let len = sealed.map_or(self.limit, |sealed| sealed.len);
+        let what = "the segment is missing".to_owned();
+        let first_epoch = Some(points.map_or(Epoch(0), |points| points.first));
+        Damage { segment, offset: 0, len, first_epoch, any_block: true, what }
+    }
+
+    /// First and last point that a damage hits.
+    pub(crate) fn reach(&self, damage: &Damage) -> Option<Reach> {
+        super::reach::reach(self, damage)
+    }
+
+    /// Where the content of `extent` of a volume is at the point of `commit`: pieces in block order that cover it.
+    pub(crate) fn resolve(
+        &self,
+        commit: &CommitEntry,
+        slot: VolumeSlot,
+        extent: Extent,
+    ) -> Result<Vec<Piece>, JournalError> {
+        let mut canvas = Canvas::new(extent);
+        let newest = self.segment_of(commit.head.epoch).unwrap_or(self.facts.manifest.open);
+        let sealed = self.facts.manifest.sealed.iter().map(|segment| segment.number);
+        let older = sealed.chain([self.facts.manifest.open]).rev().skip_while(|number| *number > newest);
+        for number in older {
+            if canvas.is_full() {
+                break;
+            }
+            if let Err(error) = self.paint(&mut canvas, number, number == newest, commit, slot, extent) {
+                match error {
+                    JournalError::Io { .. } | JournalError::Damaged(_) => {
+                        canvas.paint(extent, |_| PiecePlace::Damaged(format!("segment {number}: {error}")));
+                    }
+                    other => return Err(other),
+                }
+            }
+        }
+        Ok(canvas.finish())
+    }
+
+    fn paint(
+        &self,
+        canvas: &mut Canvas,
+        number: u64,
+        is_newest: bool,
+        commit: &CommitEntry,
+        slot: VolumeSlot,
+        extent: Extent,
+    ) -> Result<(), JournalError> {
+        let index = self.index(number)?;
+        let mut entries = Vec::new();
+        match &index {
+            SegmentIndex::Open(open, limit) => {
+                open.candidates(slot, extent, &mut entries);
+                entries.retain(|entry| entry.frame_offset < *limit);
+            }
+            SegmentIndex::Sealed(summary, sealed) if summary.touches(slot, extent) => {
+                self.shelf().tables(sealed)?.candidates(slot, extent, &mut entries);
+            }
+            SegmentIndex::Sealed(..) => {}
+        }
+        let lost = index.lost().iter().filter(|lost| !is_newest || lost.offset < commit.offset);
+        let mut layers: Vec<(u64, Option<Entry>, Option<u32>)> = entries
+            .into_iter()
+            .map(|entry| (entry.frame_offset, Some(entry), Some(entry.run)))
+            .chain(lost.map(|lost| (lost.offset, None, lost.run)))
+            .collect();
+        layers.sort_unstable_by_key(|(offset, ..)| std::cmp::Reverse(*offset));
+        // The end of a run may be told by a later segment: the lock of the open one is not held while that is looked up.
+        let runs = index.runs().to_vec();
+        drop(index);
+        for (offset, entry, run) in layers {
+            let run = run.map(|at| runs.get(at as usize).copied().map(|run| (at, run)));
+            match (entry, run) {
+                (_, Some(None)) => {
+                    return Err(JournalError::Damaged(format!("an entry of segment {number} has no run")));
+                }
+                (_, Some(Some((at, run)))) if !self.includes(number, at, &run, &runs, commit.head.epoch)? => {}
+                (Some(entry), Some(Some((_, run)))) => canvas.paint(entry.extent, |start| {
+                    let content_block = entry.content_block + (start - entry.extent.start.0);
+                    PiecePlace::Frame { segment: number, entry, run, content_block }
+                }),
+                _ => canvas.paint(extent, |_| {
+                    PiecePlace::Damaged(format!("segment {number} is damaged at offset {offset}: any block may be hit"))
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the frames of a run are part of point `at`.
+    fn includes(&self, segment: u64, index: u32, run: &Run, runs: &[Run], at: Epoch) -> Result<bool, JournalError> {
+        if run.epoch > at {
+            return Ok(false);
+        }
+        match run.end {
+            RunEnd::Commit => Ok(true),
+            RunEnd::Abandoned => Ok(false),
+            RunEnd::Part => Ok(self.commit(run.epoch)?.is_some_and(|commit| commit.generation == run.generation)),
+            RunEnd::Open if index as usize + 1 < runs.len() => Ok(false),
+            RunEnd::Open => self.includes_later(segment, run, at),
+        }
+    }
+
+    /// The same for a run that had no end when its segment was sealed: the next segment with any frames tells.
+    fn includes_later(&self, segment: u64, run: &Run, at: Epoch) -> Result<bool, JournalError> {
+        let sealed = self.facts.manifest.sealed.iter().map(|segment| segment.number);
+        for number in sealed.chain([self.facts.manifest.open]).filter(|number| *number > segment) {
+            let runs = self.index(number)?.runs().to_vec();
+            let Some(first) = runs.first() else { continue };
+            if !first.continued || first.attempt != run.attempt {
+                return Ok(false);
+            }
+            if first.end != RunEnd::Open || runs.len() > 1 {
+                return self.includes(number, 0, first, &runs, at);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Points that need what each damage took.
+    fn reaches(&self) -> Vec<(Reach, &Damage)> {
+        let damages = self.facts.manifest.damages.iter();
+        damages.filter_map(|damage| Some((self.reach(damage)?, damage))).collect()
+    }
+
+    /// All included extents of `segment`, with their epochs.
+    pub(crate) fn included(&self, segment: u64) -> Result<Vec<(Epoch, Entry)>, JournalError> {
+        let index = self.index(segment)?;
+        let entries: Vec<Entry> = match &index {
+            SegmentIndex::Open(open, limit) => {
+                open.iter().filter(|entry| entry.frame_offset < *limit).copied().collect()
+            }
+            SegmentIndex::Sealed(_, sealed) => self.shelf().tables(sealed)?.iter().copied().collect(),
+        };
+        let runs = index.runs().to_vec();
+        drop(index);
+        let mut included = Vec::new();
+        for entry in entries {
+            if let Some(run) = runs.get(entry.run as usize)
+                && self.includes(segment, entry.run, run, &runs, Epoch(u64::MAX))?
+            {
+                included.push((run.epoch, entry));
+            }
+        }
+        included.sort_unstable_by_key(|(_, entry)| entry.frame_offset);
+        Ok(included)
+    }
+
+    /// Numbers of all segments from `first` on.
+    pub(crate) fn segments_from(&self, first: u64) -> impl Iterator<Item = u64> + '_ {
+        let sealed = self.facts.manifest.sealed.iter().map(|segment| segment.number);
+        sealed.chain([self.facts.manifest.open]).filter(move |number| *number >= first)
+    }
+
+    fn index(&self, number: u64) -> Result<SegmentIndex<'_>, JournalError> {
+        let sealed = &self.facts.manifest.sealed;
+        if let Ok(at) = sealed.binary_search_by_key(&number, |segment| segment.number) {
+            return Ok(SegmentIndex::Sealed(self.shelf().summary(&sealed[at])?, sealed[at]));
+        }
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        Ok(SegmentIndex::Open(open, self.limit))
+    }
+
+    fn commits_of(&self, sealed: Option<&SealedSegment>) -> Result<Vec<CommitEntry>, JournalError> {
+        let number = sealed.map_or(self.facts.manifest.open, |sealed| sealed.number);
+        Ok(self.index(number)?.commits().to_vec())
+    }
+
+    /// The segment that has the commit of `epoch`, if any has.
+    fn segment_of(&self, epoch: Epoch) -> Option<u64> {
+        let sealed = self.facts.manifest.sealed.iter();
+        let ranges = sealed.filter_map(|segment| Some((segment.points?, segment.number)));
+        let mut newer = ranges.skip_while(|(points, _)| points.last < epoch);
+        match newer.next() {
+            Some((points, number)) => (points.first <= epoch).then_some(number),
+            None => Some(self.facts.manifest.open),
+        }
+    }
+
+    fn to_point(&self, commit: &CommitEntry, reaches: &[(Reach, &Damage)]) -> Point {
+        let epoch = commit.head.epoch;
+        let mark = self.facts.manifest.marks.get(&epoch).cloned().unwrap_or_default();
+        let Mark { label, pinned } = mark;
+        let record = commit.record.as_ref();
+        let hits = |reach: &Reach| reach.0 <= epoch && reach.1.is_none_or(|last| epoch <= last);
+        let hit = reaches.iter().find(|(reach, _)| hits(reach));
+        let damaged =
+            hit.map(|(_, damage)| format!("segment {} at offset {}: {}", damage.segment, damage.offset, damage.what));
+        let lost = || "its commit is damaged".to_owned();
+        let meters = record.map(|record| record.meters).unwrap_or_default();
+        Point {
+            epoch,
+            hash: commit.head.hash,
+            cut_time: commit.cut_time(),
+            received: commit.received,
+            class: record.map_or(Class::Crash, |record| record.class),
+            label: match label {
+                Some(label) => Some(label).filter(|label| !label.is_empty()),
+                None => record.and_then(|record| record.label.clone()),
+            },
+            pinned,
+            bytes: meters.frame_bytes + u64::from(commit.frame_len),
+            meters,
+            generation: commit.generation,
+            first_epoch: record.map_or(epoch, |record| record.first_epoch),
+            after_rollback_to: record.and_then(|record| record.after_rollback_to),
+            damaged: damaged.or_else(|| record.is_none().then(lost)),
+        }
+    }
+}
+
+/// Blocks that are given a place from the newest frame to the oldest: what has one keeps it.
+struct Canvas {
+    free: Vec<(u64, u64)>,
+    pieces: Vec<Piece>,
+}
+
+impl Canvas {
+    fn new(extent: Extent) -> Self {
+        Self { free: vec![(u64::from(extent.start.0), extent.end())], pieces: Vec::new() }
+    }
+
+    const fn is_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    fn paint(&mut self, extent: Extent, place: impl Fn(u32) -> PiecePlace) {
+        let (start, end) = (u64::from(extent.start.0), extent.end());
+        let first = self.free.partition_point(|(_, free_end)| *free_end <= start);
+        let last = self.free.partition_point(|(free_start, _)| *free_start < end);
+        if first >= last {
+            return;
+        }
+        let mut left = Vec::new();
+        for &(free_start, free_end) in &self.free[first..last] {
+            let (from, to) = (free_start.max(start), free_end.min(end));
+            let painted = to_extent(from, to);
+            self.pieces.push(Piece { extent: painted, place: place(painted.start.0) });
+            left.extend([(free_start, from), (to, free_end)].into_iter().filter(|(from, to)| from < to));
+        }
+        self.free.splice(first..last, left);
+    }
+
+    fn finish(mut self) -> Vec<Piece> {
+        for (from, to) in std::mem::take(&mut self.free) {
+            self.pieces.push(Piece { extent: to_extent(from, to), place: PiecePlace::NotCovered });
+        }
+        self.pieces.sort_unstable_by_key(|piece| piece.extent);
+        self.pieces
+    }
+}
+
+fn to_extent(from: u64, to: u64) -> Extent {
+    let start = cdp_protocol::units::Block(from as u32);
+    Extent::new(start, (to - from) as u32).expect("a part of an extent, not empty")
+}

@@ -1,4 +1,5 @@
 //! Getting a recovery point back.
 
 pub mod image;
+pub mod output;
 pub mod point;

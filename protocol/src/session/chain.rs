@@ -6,8 +6,8 @@
 //! whoever walks it syncs before telling anyone.
 
 use crate::codec::FrameListHasher;
-use crate::frame::{Frame, Kind};
-use crate::record::{Begin, Commit, PartChain, PartEnd, RecordError, Volume};
+use crate::frame::{Frame, Header, Kind};
+use crate::record::{Begin, Commit, FrameList, PartChain, PartEnd, RecordError, Volume};
 use crate::units::{AttemptId, Epoch, FrameHash, Generation, Head, Sequence, blocks_in};
 
 /// Where a group stands.
@@ -31,6 +31,29 @@ pub struct OpenAttempt {
     /// The group's volumes, as its `Begin` tells.
     pub volumes: Vec<Volume>,
     list: FrameListHasher,
+    /// Whether every frame so far was seen; only then can its list be checked, and only then can it be resumed.
+    whole: bool,
+}
+
+impl OpenAttempt {
+    /// An attempt that goes on behind the frames of `list`, all of which were seen.
+    #[must_use]
+    pub const fn resume(epoch: Epoch, attempt: AttemptId, volumes: Vec<Volume>, list: FrameList) -> Self {
+        let next = Sequence(list.count);
+        Self { epoch, attempt, next, volumes, list: FrameListHasher::resume(list), whole: true }
+    }
+
+    /// The frames seen so far.
+    #[must_use]
+    pub const fn list(&self) -> FrameList {
+        self.list.list()
+    }
+
+    /// Whether every frame so far was seen.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        self.whole
+    }
 }
 
 /// What a frame amounts to.
@@ -125,6 +148,13 @@ impl Chain {
         self.open.as_ref()
     }
 
+    /// The same place with `open` as the attempt whose frames are coming in.
+    #[must_use]
+    pub fn with_open(mut self, open: Option<OpenAttempt>) -> Self {
+        self.open = open;
+        self
+    }
+
     /// Raises the generation: the open attempt and the parts of the lower one are fenced off.
     pub fn grant(&mut self, generation: Generation) {
         assert!(generation >= self.generation, "generations only rise");
@@ -145,6 +175,76 @@ impl Chain {
             Kind::PartEnd => self.part_end(frame, hash),
             Kind::Commit => self.commit(frame, hash),
         }
+    }
+
+    /// Follows a verified frame over a gap of damage: it was accepted when it was written, so its word is taken for what
+    /// is missing before it. `volumes` stand in where the attempt's `Begin` is missing. For recovery alone.
+    ///
+    /// # Errors
+    /// Where the frame is of a fenced generation or its record does not parse.
+    pub fn step_over_gap(
+        &mut self,
+        frame: &Frame<'_>,
+        hash: FrameHash,
+        volumes: &[Volume],
+    ) -> Result<Step, ChainError> {
+        let header = &frame.header;
+        if header.kind != Kind::Synced && header.generation < self.generation {
+            return Err(ChainError::Generation { frame: header.generation, group: self.generation });
+        }
+        match header.kind {
+            Kind::Synced => Ok(Step::Synced),
+            Kind::Begin => {
+                self.parts = self.parts.filter(|(epoch, _)| *epoch == header.epoch);
+                self.begin(frame, hash)
+            }
+            Kind::Extents => {
+                self.lose(&frame.header, volumes);
+                Ok(Step::Taken)
+            }
+            Kind::PartEnd => {
+                let (end, _) = PartEnd::decode(frame.payload)?;
+                let count = end.predecessor.map_or(1, |before| before.count.saturating_add(1));
+                self.presume_part(header.epoch, PartChain { count, hash });
+                Ok(Step::PartEnded(header.attempt, PartChain { count, hash }))
+            }
+            Kind::Commit => {
+                let (commit, _) = Commit::decode(frame.payload)?;
+                let head = Head { epoch: header.epoch, hash };
+                self.presume_commit(head, header.attempt);
+                Ok(Step::Committed(head, Box::new(commit)))
+            }
+        }
+    }
+
+    /// Takes note that the frame of `header`, of an attempt without an end yet, is lost or stands behind lost ones.
+    pub fn lose(&mut self, header: &Header, volumes: &[Volume]) {
+        let of_this = self.open.take().filter(|open| open.attempt == header.attempt && open.epoch == header.epoch);
+        let mut open = of_this.unwrap_or_else(|| {
+            let list = FrameListHasher::default().list();
+            OpenAttempt::resume(header.epoch, header.attempt, volumes.to_vec(), list)
+        });
+        open.next = Sequence(header.sequence.0.saturating_add(1));
+        open.whole = false;
+        self.open = Some(open);
+    }
+
+    /// Takes a part as ended whose end is damaged, by the word of others.
+    pub fn presume_part(&mut self, epoch: Epoch, parts: PartChain) {
+        self.parts = Some((epoch, parts));
+        self.open = None;
+    }
+
+    /// Takes a point as committed whose commit is damaged, by the word of others.
+    pub fn presume_commit(&mut self, head: Head, attempt: AttemptId) {
+        self.head = Some((head, attempt));
+        self.parts = None;
+        self.open = None;
+    }
+
+    /// Gives up the open attempt if frames of it are lost: it cannot be resumed.
+    pub fn forget_broken(&mut self) {
+        self.open = self.open.take().filter(OpenAttempt::is_whole);
     }
 
     fn begin(&mut self, frame: &Frame<'_>, hash: FrameHash) -> Result<Step, ChainError> {
@@ -172,6 +272,7 @@ impl Chain {
             next: Sequence(1),
             volumes: begin.volumes,
             list,
+            whole: true,
         });
         Ok(Step::Taken)
     }
@@ -193,7 +294,7 @@ impl Chain {
         let parts = self.parts;
         let Some(open) = self.next_of_open(frame)? else { return Ok(Step::Duplicate) };
         let (end, _) = PartEnd::decode(frame.payload)?;
-        if end.frames != open.list.list() {
+        if open.whole && end.frames != open.list.list() {
             return Err(ChainError::FrameList);
         }
         if end.predecessor != parts.map(|(_, parts)| parts) {
@@ -210,7 +311,7 @@ impl Chain {
         let (parts, head) = (self.parts, self.head);
         let Some(open) = self.next_of_open(frame)? else { return Ok(Step::Duplicate) };
         let (commit, _) = Commit::decode(frame.payload)?;
-        if commit.frames != open.list.list() {
+        if open.whole && commit.frames != open.list.list() {
             return Err(ChainError::FrameList);
         }
         if commit.parts != parts.map(|(_, parts)| parts) {

@@ -1,0 +1,249 @@
+//! The store's offices and groups by the names people use.
+//!
+//! Reads beside a running server and changes nothing; the one exception, `write_label`, says that it needs the lock.
+//! Folders carry ids; names come from the register of offices and from each group's own manifest.
+
+use crate::authority::{Authority, AuthorityError};
+use crate::enroll::Office;
+use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest};
+use crate::points::{PointInfo, PointTimes, point_time};
+use crate::store::{GroupPlace, Store, StoreError};
+use cdp_protocol::escrow::EscrowError;
+use cdp_protocol::seal::DataKey;
+use cdp_protocol::units::Epoch;
+use std::sync::Arc;
+
+/// The offices and groups of a store.
+pub struct Catalog {
+    store: Store,
+    authority: Authority,
+}
+
+/// A group, opened to read.
+pub struct Group {
+    place: GroupPlace,
+    view: Arc<GroupView>,
+}
+
+/// Why something is not in the catalogue or cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// No office of that name.
+    #[error("there is no office {name}{}", closest(name, known))]
+    NoOffice {
+        /// The name.
+        name: String,
+        /// The offices there are.
+        known: Vec<String>,
+    },
+    /// No group of that name in the office.
+    #[error("office {office} has no group {name}{}", closest(name, known))]
+    NoGroup {
+        /// The office's name.
+        office: String,
+        /// The group's name.
+        name: String,
+        /// The groups there are.
+        known: Vec<String>,
+    },
+    /// No volume of that name in the group.
+    #[error("the point has no volume {name}, it has {}", known.join(", "))]
+    NoVolume {
+        /// The name.
+        name: String,
+        /// The volumes there are.
+        known: Vec<String>,
+    },
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The register of offices.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// A group's journal.
+    #[error("open group {group} of office {office}")]
+    Journal {
+        /// The office's name.
+        office: String,
+        /// The group's id: its name may be what cannot be read.
+        group: String,
+        /// Why.
+        source: JournalError,
+    },
+    /// A group's data key.
+    #[error("open the data key of group {group}")]
+    Key {
+        /// The group's name.
+        group: String,
+        /// Why.
+        source: EscrowError,
+    },
+}
+
+/// "; did you mean …?" where one is near.
+fn closest(name: &str, known: &[String]) -> String {
+    let near = known.iter().min_by_key(|known| strsim::damerau_levenshtein(known, name));
+    let near = near.filter(|known| strsim::damerau_levenshtein(known, name) <= 3);
+    near.map_or_else(String::new, |near| format!("; did you mean {near}?"))
+}
+
+impl Catalog {
+    /// The catalogue of an open store.
+    #[must_use]
+    pub fn new(store: &Store, authority: Authority) -> Self {
+        Self { store: store.clone(), authority }
+    }
+
+    /// The offices, in the order in which they were enrolled.
+    #[must_use]
+    pub fn offices(&self) -> &[Office] {
+        self.authority.offices()
+    }
+
+    /// Finds an office.
+    ///
+    /// # Errors
+    /// Where there is none of that name.
+    pub fn office(&self, name: &str) -> Result<&Office, CatalogError> {
+        self.offices().iter().find(|office| office.name == name).ok_or_else(|| CatalogError::NoOffice {
+            name: name.to_owned(),
+            known: self.offices().iter().map(|office| office.name.clone()).collect(),
+        })
+    }
+
+    /// Opens a group.
+    ///
+    /// # Errors
+    /// Where there is none of that name, or it cannot be read.
+    pub fn group(&self, office: &str, name: &str) -> Result<Group, CatalogError> {
+        let office = self.office(office)?;
+        let mut known = Vec::new();
+        let mut failed = None;
+        for place in self.store.groups(office.id)? {
+            match open_group(&self.store, place) {
+                Ok(group) if group.name() == name => return Ok(group),
+                Ok(group) => known.push(group.name().to_owned()),
+                Err(source) => failed = Some((place, source)),
+            }
+        }
+        // A group that cannot be read may well be the one.
+        Err(match failed {
+            Some((place, source)) => {
+                CatalogError::Journal { office: office.name.clone(), group: place.group.to_string(), source }
+            }
+            None => CatalogError::NoGroup { office: office.name.clone(), name: name.to_owned(), known },
+        })
+    }
+
+    /// The group's data key, out of escrow.
+    ///
+    /// # Errors
+    /// Where the envelope does not open.
+    pub fn key(&self, group: &Group) -> Result<DataKey, CatalogError> {
+        let escrow = self.authority.escrow();
+        let envelope = &group.view.identity().envelope;
+        escrow
+            .open(&group.place.group, envelope)
+            .map_err(|source| CatalogError::Key { group: group.name().to_owned(), source })
+    }
+}
+
+/// Opens a group's history from its files. Again where the server began another segment meanwhile: the files it was put
+/// together from may then not belong together.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn open_group(store: &Store, place: GroupPlace) -> Result<Group, JournalError> {
+    let (storage, folder) = (store.storage(), store.group_folder(place));
+    for _ in 0..OPEN_ATTEMPTS {
+        let view = GroupView::open(Arc::clone(storage), &folder);
+        let (manifest, _) = Manifest::read(storage.as_ref(), &folder)?;
+        match view {
+            Ok(view) if view.manifest().open == manifest.open => return Ok(Group { place, view: Arc::new(view) }),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    let view = GroupView::open(Arc::clone(storage), &folder)?;
+    Ok(Group { place, view: Arc::new(view) })
+}
+
+/// How often a history is opened anew when its server is faster.
+const OPEN_ATTEMPTS: usize = 4;
+
+impl Group {
+    /// A group that a server has open.
+    #[must_use]
+    pub const fn served(place: GroupPlace, view: Arc<GroupView>) -> Self {
+        Self { place, view }
+    }
+
+    /// Where it is in the store.
+    #[must_use]
+    pub const fn place(&self) -> GroupPlace {
+        self.place
+    }
+
+    /// Its name within its office.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.view.identity().name
+    }
+
+    /// Its history.
+    #[must_use]
+    pub const fn view(&self) -> &Arc<GroupView> {
+        &self.view
+    }
+
+    /// Its recovery points, oldest first.
+    ///
+    /// # Errors
+    /// Where a segment cannot be read: what would be left out is not to be missed silently.
+    pub fn points(&self) -> Result<Vec<PointInfo>, JournalError> {
+        points_of(&self.view)
+    }
+}
+
+/// The recovery points of a history, oldest first.
+///
+/// # Errors
+/// Where a segment cannot be read.
+pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
+    let mut before = None;
+    let points = view.points().map(|point| {
+        let point = point?;
+        let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
+        before = Some(time);
+        let rollback = point.after_rollback_to.map(|to| format!("after rollback to {to}"));
+        let unreadable = point.meters.unreadable_blocks;
+        let unreadable = (unreadable > 0).then(|| format!("{unreadable} blocks unreadable at the source"));
+        let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
+        let warnings: Vec<String> = [damaged, unreadable, rollback].into_iter().flatten().collect();
+        Ok(PointInfo {
+            epoch: point.epoch,
+            first_epoch: point.first_epoch,
+            time,
+            cut_time: point.cut_time,
+            received: point.received,
+            class: point.class,
+            label: point.label.clone(),
+            pinned: point.pinned,
+            bytes: point.bytes,
+            cut_us: point.meters.cut_us,
+            cut_rounds: point.meters.cut_rounds,
+            damaged: point.damaged,
+            warning: (!warnings.is_empty()).then(|| warnings.join("; ")),
+        })
+    });
+    points.collect()
+}
+
+/// Gives a point a label. The caller holds the store's lock.
+///
+/// # Errors
+/// Where the group cannot be opened or written.
+pub fn write_label(store: &Store, place: GroupPlace, epoch: Epoch, label: &str) -> Result<(), JournalError> {
+    let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
+    let (mut journal, _) = GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?;
+    journal.label(epoch, Some(label))
+}

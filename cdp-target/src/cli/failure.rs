@@ -1,0 +1,219 @@
+//! How a command fails: one line that says what was tried on what, a hint, an exit status.
+//!
+//! Owns which errors are the user's (exit 1) and which ours (exit 2), and the next step for each. Where an error comes
+//! from decides, not its text.
+
+use crate::authority::AuthorityError;
+use crate::catalog::CatalogError;
+use crate::config::ConfigError;
+use crate::control::ControlError;
+use crate::enroll::EnrollError;
+use crate::points::{LabelError, NoSuchPoint, PointNameError};
+use crate::restore::image::{ExportError, one_line};
+use crate::restore::output::OutputError;
+use crate::store::StoreError;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// Whose fault a failure is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The reader of our output went away: nothing to say.
+    Quiet,
+    /// A mistake of the user, or a negative answer.
+    User,
+    /// Ours, or the machine's.
+    Ours,
+}
+
+/// A command that failed.
+#[derive(Debug)]
+pub(super) struct Failure {
+    fault: Fault,
+    error: anyhow::Error,
+    hint: Option<String>,
+}
+
+impl Failure {
+    /// The user's mistake, or a negative answer.
+    pub(super) fn user(error: impl Into<anyhow::Error>) -> Self {
+        Self { fault: Fault::User, error: error.into(), hint: None }
+    }
+
+    /// The user's mistake, said in a line.
+    pub(super) fn mistake(line: impl Into<String>) -> Self {
+        Self::user(anyhow::Error::msg(line.into()))
+    }
+
+    /// With the next step.
+    #[must_use]
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// With what was tried, in front of the error.
+    #[must_use]
+    pub(super) fn context(mut self, what: impl std::fmt::Display + Send + Sync + 'static) -> Self {
+        self.error = self.error.context(what.to_string());
+        self
+    }
+
+    /// Whose fault it is.
+    #[must_use]
+    pub(super) const fn fault(&self) -> Fault {
+        self.fault
+    }
+
+    /// The error with its causes, in one line.
+    #[must_use]
+    pub(super) fn line(&self) -> String {
+        one_line(self.error.as_ref())
+    }
+
+    /// The next step.
+    #[must_use]
+    pub(super) fn next_step(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// A failure that another process reports.
+    #[must_use]
+    pub(super) fn reported(user: bool, line: String, hint: Option<String>) -> Self {
+        let fault = if user { Fault::User } else { Fault::Ours };
+        Self { fault, error: anyhow::Error::msg(line), hint }
+    }
+
+    /// Prints it on stderr; gives the exit status.
+    #[must_use]
+    pub(super) fn report(&self) -> ExitCode {
+        let code = match self.fault {
+            Fault::Quiet => return ExitCode::SUCCESS,
+            Fault::User => 1,
+            Fault::Ours => 2,
+        };
+        let hint = self.hint.as_ref().map_or_else(String::new, |hint| format!("\nhint: {hint}"));
+        // Nobody is left to tell where stderr is closed.
+        let _ = writeln!(io::stderr(), "error: {}{hint}", self.line());
+        ExitCode::from(code)
+    }
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let error = error.into();
+        let (fault, hint) = classify(&error);
+        Self { fault, error, hint: hint.map(str::to_owned) }
+    }
+}
+
+/// Whose fault, and the next step where there is one.
+fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
+    if let Some(error) = error.downcast_ref::<StoreError>() {
+        return store(error);
+    }
+    if let Some(error) = error.downcast_ref::<EnrollError>() {
+        let ours = matches!(error, EnrollError::Authority(_));
+        return (if ours { Fault::Ours } else { Fault::User }, error.hint());
+    }
+    if let Some(error) = error.downcast_ref::<OutputError>() {
+        return output(error);
+    }
+    if let Some(error) = error.downcast_ref::<ExportError>() {
+        return export(error);
+    }
+    if let Some(error) = error.downcast_ref::<CatalogError>() {
+        return catalog(error);
+    }
+    if let Some(error) = error.downcast_ref::<AuthorityError>() {
+        let name = matches!(error, AuthorityError::Name(_));
+        return (if name { Fault::User } else { Fault::Ours }, None);
+    }
+    if error.is::<NoSuchPoint>() {
+        return (Fault::User, Some("`cdp-target points OFFICE/GROUP` lists the points there are"));
+    }
+    if error.is::<PointNameError>() {
+        let hint =
+            "name a point by number, `latest`, a label, an RFC 3339 time with its zone, or an age (30s, 10m, 2h, 3d)";
+        return (Fault::User, Some(hint));
+    }
+    if error.is::<LabelError>() {
+        return (Fault::User, Some("choose a name such as before-upgrade"));
+    }
+    if error.is::<ConfigError>() {
+        return (Fault::User, None);
+    }
+    if error.is::<ControlError>() {
+        return (Fault::Ours, Some("look at the log of `cdp-target serve`, restart it if it hangs"));
+    }
+    let broken_pipe = error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe);
+    (if broken_pipe { Fault::Quiet } else { Fault::Ours }, None)
+}
+
+fn store(error: &StoreError) -> (Fault, Option<&'static str>) {
+    match error {
+        StoreError::NotEmpty(_) => (Fault::User, Some("give a folder that is empty or does not exist yet")),
+        StoreError::NotAStore(_) => {
+            (Fault::User, Some("`cdp-target init --data DIR` makes one; --data or CDP_TARGET_DATA names another"))
+        }
+        StoreError::Newer { .. } => (Fault::User, Some("use the version of cdp-target that wrote it, or a newer one")),
+        StoreError::Marker(..) => (Fault::Ours, Some("restore store.json from a copy of the store's folder")),
+        StoreError::Config(..) => (Fault::User, Some("correct the line; what is left out takes its default")),
+        StoreError::InUse { .. } => (Fault::User, Some("one server serves a store at a time; end the other one first")),
+        StoreError::System { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            (Fault::User, Some("run it as the user that owns the store"))
+        }
+        StoreError::System { .. } => (Fault::Ours, None),
+    }
+}
+
+fn output(error: &OutputError) -> (Fault, Option<&'static str>) {
+    match error {
+        OutputError::Exists(_) => (Fault::User, Some("give another name, or --force to replace it")),
+        OutputError::IsFolder(_) => {
+            (Fault::User, Some("give a file's name; a whole group (OFFICE/GROUP) goes into a folder"))
+        }
+        OutputError::Kind(_) => (Fault::User, Some("give a file, a block device or - for stdout")),
+        OutputError::InUse { .. } => {
+            (Fault::User, Some("unmount it and end whatever uses it; --force does not help here"))
+        }
+        OutputError::NotBlank(_) => (Fault::User, Some("--force overwrites what is on it; look first with `blkid`")),
+        OutputError::TooSmall { .. } => (Fault::User, Some("give an output with more room")),
+        OutputError::System { source, .. } => match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                (Fault::User, Some("give a path in a folder that exists"))
+            }
+            io::ErrorKind::PermissionDenied => (Fault::User, Some("run it as a user that may write there")),
+            io::ErrorKind::AlreadyExists => (Fault::User, Some("something took the name meanwhile: give another")),
+            io::ErrorKind::StorageFull => (Fault::User, Some("give an output with more room")),
+            _ => (Fault::Ours, None),
+        },
+    }
+}
+
+fn export(error: &ExportError) -> (Fault, Option<&'static str>) {
+    match error {
+        ExportError::Write { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => (Fault::Quiet, None),
+        ExportError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            (Fault::User, Some("give an output with more room; nothing was left behind"))
+        }
+        ExportError::Damaged { .. } => {
+            let hint =
+                "`cdp-target verify` names the damaged points; take another one, or --allow-damaged to get the rest";
+            (Fault::User, Some(hint))
+        }
+        ExportError::Interrupted => (Fault::User, None),
+        ExportError::Write { .. } | ExportError::Sync(_) => (Fault::Ours, None),
+    }
+}
+
+fn catalog(error: &CatalogError) -> (Fault, Option<&'static str>) {
+    match error {
+        CatalogError::NoOffice { .. } | CatalogError::NoGroup { .. } => {
+            (Fault::User, Some("`cdp-target status` lists offices and groups"))
+        }
+        CatalogError::NoVolume { .. } => (Fault::User, Some("name one of those, or none for the whole group")),
+        CatalogError::Store(error) => store(error),
+        CatalogError::Authority(_) | CatalogError::Journal { .. } | CatalogError::Key { .. } => (Fault::Ours, None),
+    }
+}

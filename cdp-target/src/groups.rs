@@ -1,0 +1,288 @@
+//! The store's groups as the receiver writes them: journals behind its `GroupStore`.
+//!
+//! Owns which folder a group is in, and that a name is one group's within its office. The receiver keeps one thread a
+//! group, which alone calls the writer made here; the views of what is durable are shared with whoever reports.
+
+use crate::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest};
+use crate::receiver::{GroupStore, GroupWriter, StoreError};
+use crate::store::{GroupPlace, Store};
+use cdp_protocol::frame::Frame;
+use cdp_protocol::message::{OpenGroup, PointSummary};
+use cdp_protocol::session::chain::{Chain, Step};
+use cdp_protocol::units::{Epoch, Generation, GroupId, Head, OfficeId, Timestamp};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The groups of a store, for the receiver.
+pub struct StoreGroups {
+    store: Store,
+    /// Offices by name, as they were admitted.
+    offices: Mutex<HashMap<String, OfficeId>>,
+    views: Arc<Views>,
+}
+
+/// What is durable of each open group.
+#[derive(Default)]
+struct Views(Mutex<HashMap<GroupPlace, Arc<GroupView>>>);
+
+/// An office that was not admitted on this server.
+#[derive(Debug, thiserror::Error)]
+#[error("office {0} is not known to the server")]
+struct UnknownOffice(String);
+
+impl Views {
+    fn lock(&self) -> MutexGuard<'_, HashMap<GroupPlace, Arc<GroupView>>> {
+        // Every change is one insert or remove: nothing is half done after a panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl StoreGroups {
+    /// The groups of a store whose lock is held.
+    #[must_use]
+    pub fn new(store: Store) -> Self {
+        Self { store, offices: Mutex::default(), views: Arc::default() }
+    }
+
+    /// Lets an office's groups be opened: the receiver knows offices by name, the store by id.
+    pub fn admit(&self, name: &str, office: OfficeId) {
+        self.offices.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), office);
+    }
+
+    /// What is durable of a group, where it is open.
+    #[must_use]
+    pub fn view(&self, place: GroupPlace) -> Option<Arc<GroupView>> {
+        self.views.lock().get(&place).cloned()
+    }
+
+    fn place(&self, office: &str, group: GroupId) -> Result<GroupPlace, StoreError> {
+        let offices = self.offices.lock().unwrap_or_else(PoisonError::into_inner);
+        let office = offices.get(office).copied().ok_or_else(|| UnknownOffice(office.to_owned()));
+        office.map(|office| GroupPlace { office, group }).map_err(|error| StoreError::Failed(error.into()))
+    }
+
+    fn limits(&self) -> JournalLimits {
+        JournalLimits { segment_bytes_max: self.store.config().segment_bytes_max }
+    }
+
+    fn open_journal(&self, place: GroupPlace) -> Result<Box<dyn GroupWriter>, StoreError> {
+        let folder = self.store.group_folder(place);
+        let (journal, report) =
+            GroupJournal::open(Arc::clone(self.store.storage()), &folder, self.limits()).map_err(failed)?;
+        if report.torn_bytes > 0 {
+            tracing::info!(group = %place.group, bytes = report.torn_bytes, "cut off a torn tail that was never acked");
+        }
+        for damage in &report.damages {
+            let (segment, offset, what) = (damage.segment, damage.offset, &damage.what);
+            tracing::error!(group = %place.group, segment, offset, what, "damaged: `cdp-target verify` names the points");
+        }
+        Ok(self.writer(place, journal))
+    }
+
+    fn writer(&self, place: GroupPlace, journal: GroupJournal) -> Box<dyn GroupWriter> {
+        self.views.lock().insert(place, journal.view());
+        Box::new(JournalWriter { journal, place, store: self.store.clone(), views: Arc::clone(&self.views) })
+    }
+}
+
+/// Whether another group of the office has the name.
+fn is_taken(store: &Store, place: GroupPlace, name: &str) -> Result<bool, StoreError> {
+    let others = store.groups(place.office).map_err(|error| StoreError::Failed(error.into()))?;
+    for other in others.into_iter().filter(|other| *other != place) {
+        let folder = store.group_folder(other);
+        match Manifest::read(store.storage().as_ref(), &folder) {
+            Ok((manifest, _)) if manifest.identity.name == name => return Ok(true),
+            Ok(_) => {}
+            // A group that cannot be read is not to keep the others of its office from going on.
+            Err(error) => tracing::error!(group = %other.group, %error, "the manifest of a group cannot be read"),
+        }
+    }
+    Ok(false)
+}
+
+impl GroupStore for StoreGroups {
+    fn open_or_create(&self, office: &str, request: &OpenGroup) -> Result<Box<dyn GroupWriter>, StoreError> {
+        let place = self.place(office, request.group)?;
+        let known = self.store.groups(place.office).map_err(|error| StoreError::Failed(error.into()))?;
+        if known.contains(&place) {
+            return self.open_journal(place);
+        }
+        if is_taken(&self.store, place, &request.name)? {
+            return Err(StoreError::NameTaken);
+        }
+        let identity = GroupIdentity {
+            group: request.group,
+            office: office.to_owned(),
+            name: request.name.clone(),
+            envelope: request.envelope.clone(),
+        };
+        let (storage, folder) = (Arc::clone(self.store.storage()), self.store.group_folder(place));
+        let journal = GroupJournal::create(storage, &folder, identity, self.limits()).map_err(failed)?;
+        tracing::info!(office, group = request.name, "new group");
+        Ok(self.writer(place, journal))
+    }
+
+    fn open(&self, office: &str, group: GroupId) -> Result<Box<dyn GroupWriter>, StoreError> {
+        self.open_journal(self.place(office, group)?)
+    }
+}
+
+/// A journal as the receiver's writer.
+struct JournalWriter {
+    journal: GroupJournal,
+    place: GroupPlace,
+    store: Store,
+    views: Arc<Views>,
+}
+
+impl JournalWriter {
+    fn publish(&self) {
+        self.views.lock().insert(self.place, self.journal.view());
+    }
+}
+
+impl Drop for JournalWriter {
+    fn drop(&mut self) {
+        self.views.lock().remove(&self.place);
+    }
+}
+
+impl GroupWriter for JournalWriter {
+    fn chain(&self) -> &Chain {
+        self.journal.chain()
+    }
+
+    fn holds(&self, point: Head) -> Result<bool, StoreError> {
+        Ok(self.journal.head_of(point.epoch).map_err(failed)? == Some(point))
+    }
+
+    fn identify(&mut self, request: &OpenGroup) -> Result<(), StoreError> {
+        let known = self.journal.identity();
+        if known.name == request.name && known.envelope == request.envelope {
+            return Ok(());
+        }
+        if known.name != request.name && is_taken(&self.store, self.place, &request.name)? {
+            return Err(StoreError::NameTaken);
+        }
+        let identity =
+            GroupIdentity { name: request.name.clone(), envelope: request.envelope.clone(), ..known.clone() };
+        self.journal.set_identity(identity).map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
+
+    fn grant(&mut self, generation: Generation) -> Result<(), StoreError> {
+        self.journal.grant(generation).map_err(failed)
+    }
+
+    fn append(&mut self, frame: &Frame<'_>, received: Timestamp) -> Result<Step, StoreError> {
+        self.journal.append(frame, received).map_err(failed)
+    }
+
+    fn sync(&mut self) -> Result<(), StoreError> {
+        self.journal.sync().map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
+
+    fn frozen(&self) -> Option<String> {
+        self.journal.frozen().map(str::to_owned)
+    }
+
+    fn freeze(&mut self, reason: &str) -> Result<(), StoreError> {
+        self.journal.set_frozen(Some(reason)).map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
+
+    fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
+        let view = self.journal.view();
+        // From the newest back: a source asks for what is new far more often than for all.
+        let mut points = Vec::new();
+        for point in view.points().rev() {
+            let point = point.map_err(failed)?;
+            if after.is_some_and(|after| point.epoch <= after) {
+                break;
+            }
+            points.push(PointSummary {
+                epoch: point.epoch,
+                cut_time: point.cut_time,
+                class: point.class,
+                label: point.label,
+                bytes: point.bytes,
+                cut_us: point.meters.cut_us,
+                cut_rounds: point.meters.cut_rounds,
+            });
+        }
+        points.reverse();
+        points.truncate(max);
+        Ok(points)
+    }
+
+    fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {
+        self.journal.label(epoch, label).map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
+}
+
+/// What the receiver has to tell apart.
+fn failed(error: JournalError) -> StoreError {
+    match error {
+        JournalError::Chain(error) => StoreError::Chain(error),
+        error if error.is_full() => StoreError::Full(crate::restore::image::one_line(&error)),
+        error => StoreError::Failed(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, LISTEN_DEFAULT};
+    use cdp_protocol::escrow::Envelope;
+    use cdp_protocol::units::KeyId;
+    use cdp_seams::storage::{Storage, SystemStorage};
+
+    fn request(group: u8, name: &str) -> OpenGroup {
+        OpenGroup {
+            group: GroupId([group; 16]),
+            name: name.to_owned(),
+            generation: None,
+            acked: vec![],
+            sent: vec![],
+            envelope: Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] },
+            volumes: vec![],
+        }
+    }
+
+    #[test]
+    fn a_name_is_one_groups_within_its_office() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let storage: Arc<dyn Storage> = Arc::new(SystemStorage);
+        let config = Config::new(LISTEN_DEFAULT, vec![]);
+        crate::store::init(&storage, folder.path(), &config, Timestamp(0), |_| {
+            Ok::<_, crate::store::StoreError>("0".repeat(32))
+        })
+        .expect("made");
+        let groups = StoreGroups::new(Store::open(storage, folder.path()).expect("opened"));
+        assert!(matches!(groups.open_or_create("paris", &request(1, "main")), Err(StoreError::Failed(_))));
+        groups.admit("paris", OfficeId([1; 16]));
+        groups.admit("lyon", OfficeId([2; 16]));
+        let place = GroupPlace { office: OfficeId([1; 16]), group: GroupId([1; 16]) };
+
+        let mut main = groups.open_or_create("paris", &request(1, "main")).expect("made");
+        assert!(matches!(groups.open_or_create("paris", &request(2, "main")), Err(StoreError::NameTaken)));
+        drop(groups.open_or_create("lyon", &request(3, "main")).expect("another office"));
+        let mut other = groups.open_or_create("paris", &request(2, "other")).expect("made");
+        assert!(matches!(other.identify(&request(2, "main")), Err(StoreError::NameTaken)));
+        main.identify(&request(1, "renamed")).expect("free");
+        assert_eq!(groups.view(place).expect("open").identity().name, "renamed");
+        other.identify(&request(2, "main")).expect("free now");
+
+        drop(main);
+        assert!(groups.view(place).is_none(), "no view outlives its writer");
+        let main = groups.open("paris", GroupId([1; 16])).expect("there");
+        assert_eq!(main.chain().head(), None);
+        assert!(matches!(groups.open("paris", GroupId([9; 16])), Err(StoreError::Failed(_))));
+    }
+}

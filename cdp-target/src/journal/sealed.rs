@@ -1,0 +1,218 @@
+//! Indexes of sealed segments, as readers hold them: loaded when needed, verified, within a budget of memory.
+//!
+//! An index that does not verify is made anew from the segment's frames, in memory; nothing is written.
+
+use super::index::{Summary, Tables};
+use super::manifest::SealedSegment;
+use super::scan::FrameScan;
+use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Place, Section};
+use super::walk::{Blind, Visit, Walked, walk_visited};
+use super::{Damage, JournalError};
+use cdp_protocol::units::GroupId;
+use cdp_seams::storage::{Storage, StorageFile};
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Memory for summaries and for extent tables, each, in bytes.
+const CACHE_BYTES_MAX: usize = 32 << 20;
+/// Files kept open.
+const FILES_MAX: usize = 64;
+
+/// A sealed segment's index does not verify, and why.
+enum IndexError {
+    Io(io::Error),
+    Damaged,
+}
+
+impl From<io::Error> for IndexError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// What readers of one group share.
+#[derive(Default)]
+pub(crate) struct Caches {
+    summaries: Mutex<Cache<Summary>>,
+    tables: Mutex<Cache<Tables>>,
+    files: Mutex<Cache<Box<dyn StorageFile>>>,
+}
+
+/// Values by segment number, the longest unused going first.
+struct Cache<T> {
+    values: HashMap<u64, (u64, usize, Arc<T>)>,
+    bytes: usize,
+    uses: u64,
+}
+
+impl<T> Default for Cache<T> {
+    fn default() -> Self {
+        Self { values: HashMap::new(), bytes: 0, uses: 0 }
+    }
+}
+
+impl<T> Cache<T> {
+    fn find(&mut self, number: u64) -> Option<Arc<T>> {
+        self.uses += 1;
+        let (used, _, value) = self.values.get_mut(&number)?;
+        *used = self.uses;
+        Some(Arc::clone(value))
+    }
+
+    fn keep(&mut self, number: u64, value: &Arc<T>, bytes: usize, bytes_max: usize) {
+        while self.bytes + bytes > bytes_max
+            && let Some(oldest) = self.values.iter().min_by_key(|(_, (used, ..))| *used).map(|(number, _)| *number)
+        {
+            self.bytes -= self.values.remove(&oldest).map_or(0, |(_, bytes, _)| bytes);
+        }
+        self.uses += 1;
+        if self.values.insert(number, (self.uses, bytes, Arc::clone(value))).is_none() {
+            self.bytes += bytes;
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where sealed segments are and whose they are.
+pub(crate) struct Shelf<'a> {
+    pub(crate) storage: &'a dyn Storage,
+    pub(crate) folder: &'a Path,
+    pub(crate) group: GroupId,
+    pub(crate) caches: &'a Caches,
+}
+
+impl Shelf<'_> {
+    /// A segment's file, open to read.
+    pub(crate) fn file(&self, number: u64) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
+        if let Some(file) = locked(&self.caches.files).find(number) {
+            return Ok(file);
+        }
+        let path = segment::path(self.folder, number);
+        let file = Arc::new(self.storage.open(&path).map_err(JournalError::io("open", &path))?);
+        locked(&self.caches.files).keep(number, &file, 1, FILES_MAX);
+        Ok(file)
+    }
+
+    /// Everything but the extents.
+    pub(crate) fn summary(&self, sealed: &SealedSegment) -> Result<Arc<Summary>, JournalError> {
+        if let Some(summary) = locked(&self.caches.summaries).find(sealed.number) {
+            return Ok(summary);
+        }
+        let file = self.file(sealed.number)?;
+        let (summary, tables) = match load_summary(file.as_ref().as_ref(), sealed) {
+            Ok(summary) => (summary, None),
+            Err(IndexError::Damaged) => {
+                let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
+                (summary, Some(tables))
+            }
+            Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
+        };
+        if let Some(tables) = tables {
+            let bytes = tables.bytes();
+            locked(&self.caches.tables).keep(sealed.number, &Arc::new(tables), bytes, CACHE_BYTES_MAX);
+        }
+        let summary = Arc::new(summary);
+        locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
+        Ok(summary)
+    }
+
+    /// The extents.
+    pub(crate) fn tables(&self, sealed: &SealedSegment) -> Result<Arc<Tables>, JournalError> {
+        if let Some(tables) = locked(&self.caches.tables).find(sealed.number) {
+            return Ok(tables);
+        }
+        let file = self.file(sealed.number)?;
+        let tables = match load_tables(file.as_ref().as_ref(), sealed) {
+            Ok(tables) => tables,
+            Err(IndexError::Damaged) => self.rebuild(sealed)?.index.into_sealed().1,
+            Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
+        };
+        let tables = Arc::new(tables);
+        locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
+        Ok(tables)
+    }
+
+    fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {
+        self.walk(sealed, &mut Blind)
+    }
+
+    /// Walks a sealed segment frame by frame.
+    pub(crate) fn walk(&self, sealed: &SealedSegment, visitor: &mut dyn Visit) -> Result<Walked, JournalError> {
+        let file = self.file(sealed.number)?;
+        let file = file.as_ref().as_ref();
+        self.walk_file(file, sealed, visitor).map_err(|error| self.read_error(sealed.number, error))
+    }
+
+    fn walk_file(&self, file: &dyn StorageFile, sealed: &SealedSegment, visitor: &mut dyn Visit) -> io::Result<Walked> {
+        let mut bytes = vec![0; HEADER_BYTES_MAX.min(sealed.frames_end as usize)];
+        let read = file.read_at(&mut bytes, 0)?;
+        let header = Header::decode(&bytes[..read]).ok();
+        let header = header.filter(|(header, _)| header.group == self.group && header.number == sealed.number);
+        let end = file.len()?.min(sealed.frames_end);
+        let (group, number, frames_end) = (self.group, sealed.number, sealed.frames_end);
+        let (place, start, damaged) = match header {
+            Some((header, len)) => (header.place, len as u64, false),
+            None => (Place::default(), FrameScan::new(file, group, end).find(0)?.unwrap_or(end), true),
+        };
+        let mut walked = walk_visited(file, end, group, number, start, place, frames_end, visitor)?;
+        if damaged {
+            let what = "the segment's header is damaged".to_owned();
+            let segment = sealed.number;
+            walked.damages.push(Damage { segment, offset: 0, len: start, first_epoch: None, any_block: false, what });
+        }
+        Ok(walked)
+    }
+
+    /// Whether a sealed segment's index is what was written.
+    pub(crate) fn index_is_whole(&self, sealed: &SealedSegment) -> Result<bool, JournalError> {
+        let file = self.file(sealed.number)?;
+        let file = file.as_ref().as_ref();
+        let loaded = load_summary(file, sealed).and_then(|_| load_tables(file, sealed));
+        match loaded {
+            Ok(_) => Ok(true),
+            Err(IndexError::Damaged) => Ok(false),
+            Err(IndexError::Io(error)) => Err(self.read_error(sealed.number, error)),
+        }
+    }
+
+    fn read_error(&self, number: u64, error: io::Error) -> JournalError {
+        JournalError::io("read", &segment::path(self.folder, number))(error)
+    }
+}
+
+fn load_footer(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Footer, IndexError> {
+    let at = sealed.len.checked_sub(FOOTER_BYTES as u64).ok_or(IndexError::Damaged)?;
+    let mut bytes = vec![0; FOOTER_BYTES];
+    let read = file.read_at(&mut bytes, at)?;
+    let footer = Footer::decode(&bytes[..read], sealed.len).map_err(|_| IndexError::Damaged)?;
+    let same = footer.hash() == sealed.footer_hash && footer.frames_end == sealed.frames_end;
+    if same { Ok(footer) } else { Err(IndexError::Damaged) }
+}
+
+fn load_section(file: &dyn StorageFile, footer: &Footer, section: Section) -> Result<Vec<u8>, IndexError> {
+    let (len, hash) = footer.sections[section as usize];
+    let mut bytes = vec![0; len as usize];
+    let read = file.read_at(&mut bytes, footer.offset(section))?;
+    let whole = read == bytes.len() && *blake3::hash(&bytes).as_bytes() == hash;
+    if whole { Ok(bytes) } else { Err(IndexError::Damaged) }
+}
+
+fn load_summary(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Summary, IndexError> {
+    let footer = load_footer(file, sealed)?;
+    let load = |section| load_section(file, &footer, section);
+    let (runs, commits) = (load(Section::Runs)?, load(Section::Commits)?);
+    let (lost, bitmaps) = (load(Section::Lost)?, load(Section::Bitmaps)?);
+    Summary::decode(&runs, &commits, &lost, &bitmaps).map_err(|_| IndexError::Damaged)
+}
+
+fn load_tables(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Tables, IndexError> {
+    let footer = load_footer(file, sealed)?;
+    let content = load_section(file, &footer, Section::Content)?;
+    let bare = load_section(file, &footer, Section::Bare)?;
+    Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)
+}

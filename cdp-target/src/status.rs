@@ -1,0 +1,279 @@
+//! What a store's groups are doing: computed from what is durable, joined with what only a running server knows.
+//!
+//! The live RPO is now minus the later of the newest point and the newest validated "unchanged since"; both count by the
+//! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
+
+use crate::catalog::{Catalog, CatalogError, Group, open_group};
+use crate::journal::{GroupView, JournalError};
+use crate::points::{Instant, PointInfo};
+use crate::restore::image::one_line;
+use crate::store::{GroupPlace, Store, StoreError};
+use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What a store holds and does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Id of the store.
+    pub store: String,
+    /// Now, in RFC 3339.
+    pub time: String,
+    /// Where the running server listens; `None` where none runs.
+    pub listening: Option<String>,
+    /// Bytes that can still be written.
+    pub free_bytes: u64,
+    /// The offices.
+    pub offices: Vec<OfficeStatus>,
+}
+
+/// An office.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OfficeStatus {
+    /// Its id.
+    pub id: OfficeId,
+    /// Its name.
+    pub name: String,
+    /// How far it is enrolled: `enrolled`, `invited` or `expired`.
+    pub state: String,
+    /// Its groups.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// What a group does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupState {
+    /// Its source is connected.
+    Connected,
+    /// The server waits for its source.
+    Disconnected,
+    /// No server runs.
+    NotServed,
+    /// Its source's history is another one than ours: nothing is taken until an operator resolves it.
+    Frozen,
+    /// Its source is connected and put off or refused; the reason says why.
+    Refused,
+    /// It cannot be read: a person has to look.
+    Failed,
+}
+
+/// A group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Its id.
+    pub id: GroupId,
+    /// Its name; the id where it cannot be read.
+    pub name: String,
+    /// What it does.
+    pub state: GroupState,
+    /// Why, where that needs saying.
+    pub reason: Option<String>,
+    /// How many points it has.
+    pub points: u64,
+    /// Its newest point.
+    pub newest: Option<NewestPoint>,
+    /// Until when its source said that nothing changed since.
+    pub unchanged_as_of: Option<String>,
+    /// Data that would be lost now, as time, in milliseconds.
+    pub live_rpo_ms: Option<i64>,
+    /// From the newest point's cut to its arrival, in milliseconds.
+    pub lag_ms: Option<i64>,
+    /// Bytes its files take.
+    pub used_bytes: u64,
+    /// How far it got in each stage; only a running server knows.
+    pub watermarks: Option<Watermarks>,
+    /// Its quota; none is set yet.
+    pub quota_bytes: Option<u64>,
+    /// Its last drill; none runs yet.
+    pub last_drill: Option<String>,
+}
+
+/// The newest point of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewestPoint {
+    /// Its number.
+    pub epoch: Epoch,
+    /// Its time.
+    pub time: String,
+    /// When it arrived.
+    pub received: String,
+}
+
+/// The newest epoch in each stage since the server started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watermarks {
+    /// Frames of it have come.
+    pub received: Option<Epoch>,
+    /// Durable.
+    pub journaled: Option<Epoch>,
+    /// The source was told.
+    pub acked: Option<Epoch>,
+}
+
+/// What only the server knows of a group.
+#[derive(Clone, Default)]
+pub struct LiveGroup {
+    /// Whether its source is connected.
+    pub connected: bool,
+    /// The newest validated "unchanged since": the point, and until when.
+    pub unchanged: Option<(Epoch, Timestamp)>,
+    /// How far it got.
+    pub watermarks: Watermarks,
+    /// Why its source is put off or refused.
+    pub trouble: Option<String>,
+    /// Its history, where the server has it open.
+    pub view: Option<Arc<GroupView>>,
+}
+
+/// The server's side of a report.
+pub trait Live {
+    /// Where the server listens.
+    fn listening(&self) -> String;
+    /// What it knows of a group.
+    fn group(&self, office: &str, place: GroupPlace) -> LiveGroup;
+}
+
+/// Reports on a whole store at `now`.
+///
+/// # Errors
+/// Where the store cannot be read; a group that cannot be read is reported as failed.
+pub fn report(
+    store: &Store,
+    catalog: &Catalog,
+    live: Option<&dyn Live>,
+    now: Timestamp,
+) -> Result<StatusReport, CatalogError> {
+    let mut offices = Vec::new();
+    for office in catalog.offices() {
+        let mut groups = Vec::new();
+        for place in store.groups(office.id)? {
+            let used_bytes = used_bytes(store, &store.group_folder(place));
+            let live = live.map(|live| live.group(&office.name, place));
+            let served = live.as_ref().and_then(|live| live.view.clone());
+            let group = served.map_or_else(|| open_group(store, place), |view| Ok(Group::served(place, view)));
+            groups.push(match group {
+                Ok(group) => group_status(&group, live, used_bytes, now)
+                    .unwrap_or_else(|error| unreadable(place, group.name(), &error, used_bytes)),
+                Err(error) => unreadable(place, &place.group.to_string(), &error, used_bytes),
+            });
+        }
+        let state = serde_json::to_value(office.state(now)).ok();
+        let state = state.as_ref().and_then(serde_json::Value::as_str).unwrap_or("unknown").to_owned();
+        offices.push(OfficeStatus { id: office.id, name: office.name.clone(), state, groups });
+    }
+    let folder = store.folder();
+    let free_bytes = store.storage().free_bytes(folder).map_err(|source| {
+        CatalogError::Store(StoreError::System { verb: "look at", path: folder.to_owned(), source })
+    })?;
+    Ok(StatusReport {
+        store: store.id().to_owned(),
+        time: Instant(now).to_string(),
+        listening: live.map(Live::listening),
+        free_bytes,
+        offices,
+    })
+}
+
+fn group_status(
+    group: &Group,
+    live: Option<LiveGroup>,
+    used_bytes: u64,
+    now: Timestamp,
+) -> Result<GroupStatus, JournalError> {
+    let points = group.points()?;
+    let newest = points.last();
+    let unchanged = live.as_ref().and_then(|live| live.unchanged);
+    let frozen = group.view().manifest().frozen.clone();
+    let (state, reason) = match (&live, frozen) {
+        (_, Some(reason)) => (GroupState::Frozen, Some(reason)),
+        (None, None) => (GroupState::NotServed, None),
+        (Some(LiveGroup { trouble: Some(reason), .. }), None) => (GroupState::Refused, Some(reason.clone())),
+        (Some(live), None) if live.connected => (GroupState::Connected, None),
+        (Some(_), None) => (GroupState::Disconnected, None),
+    };
+    Ok(GroupStatus {
+        id: group.place().group,
+        name: group.name().to_owned(),
+        state,
+        reason,
+        points: points.len() as u64,
+        newest: newest.map(|point| NewestPoint {
+            epoch: point.epoch,
+            time: Instant(point.time).to_string(),
+            received: Instant(point.received).to_string(),
+        }),
+        unchanged_as_of: unchanged.map(|(_, as_of)| Instant(as_of).to_string()),
+        live_rpo_ms: newest.map(|newest| live_rpo_ms(newest, unchanged, now)),
+        lag_ms: newest.map(|newest| newest.received.0.saturating_sub(newest.time.0).max(0)),
+        used_bytes,
+        watermarks: live.map(|live| live.watermarks),
+        quota_bytes: None,
+        last_drill: None,
+    })
+}
+
+fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u64) -> GroupStatus {
+    GroupStatus {
+        id: place.group,
+        name: name.to_owned(),
+        state: GroupState::Failed,
+        reason: Some(one_line(error)),
+        points: 0,
+        newest: None,
+        unchanged_as_of: None,
+        live_rpo_ms: None,
+        lag_ms: None,
+        used_bytes,
+        watermarks: None,
+        quota_bytes: None,
+        last_drill: None,
+    }
+}
+
+/// Now minus the later of the newest point and "unchanged since" that point; never below zero.
+#[must_use]
+pub fn live_rpo_ms(newest: &PointInfo, unchanged: Option<(Epoch, Timestamp)>, now: Timestamp) -> i64 {
+    let unchanged = unchanged.filter(|(epoch, _)| *epoch == newest.epoch).map(|(_, as_of)| as_of);
+    let fresh = unchanged.map_or(newest.time, |as_of| as_of.max(newest.time));
+    now.0.saturating_sub(fresh.0).max(0)
+}
+
+/// Bytes of the files in a group's folder. A file that goes while we look counts nothing.
+fn used_bytes(store: &Store, folder: &Path) -> u64 {
+    let storage = store.storage();
+    let names = storage.list(folder).unwrap_or_default();
+    names.iter().filter_map(|name| storage.open(&folder.join(name)).and_then(|file| file.len()).ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_protocol::units::Class;
+
+    #[test]
+    fn the_live_rpo_counts_from_the_later_of_point_and_unchanged() {
+        let newest = PointInfo {
+            epoch: Epoch(9),
+            first_epoch: Epoch(9),
+            time: Timestamp(1000),
+            cut_time: Timestamp(1000),
+            received: Timestamp(1200),
+            class: Class::Crash,
+            label: None,
+            pinned: false,
+            bytes: 0,
+            cut_us: 0,
+            cut_rounds: 1,
+            damaged: None,
+            warning: None,
+        };
+        let rpo = |unchanged, now| live_rpo_ms(&newest, unchanged, Timestamp(now));
+        assert_eq!(rpo(None, 5000), 4000);
+        assert_eq!(rpo(Some((Epoch(9), Timestamp(4500))), 5000), 500);
+        assert_eq!(rpo(Some((Epoch(9), Timestamp(10))), 5000), 4000, "an old one does not count");
+        assert_eq!(rpo(Some((Epoch(8), Timestamp(4500))), 5000), 4000, "nor one about another point");
+        assert_eq!(rpo(None, 500), 0, "our clock went back");
+    }
+}

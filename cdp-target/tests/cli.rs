@@ -1,0 +1,439 @@
+//! The program as an operator meets it: exit status, error and hint for what goes wrong, and what goes right.
+
+#![expect(clippy::disallowed_methods, reason = "a test of the whole program looks at real files")]
+
+use cdp_protocol::bundle::Bundle;
+use cdp_protocol::codec::{FrameListHasher, Sealer};
+use cdp_protocol::escrow;
+use cdp_protocol::frame::{self, Encoding, Kind};
+use cdp_protocol::record::{Begin, Commit, Meters, Predecessor, Volume};
+use cdp_protocol::seal::DataKey;
+use cdp_protocol::session::chain::Step;
+use cdp_protocol::units::{
+    AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, KeyId, Sequence, Timestamp, VolumeSlot,
+};
+use cdp_seams::storage::SystemStorage;
+use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use tempfile::TempDir;
+
+const GROUP: GroupId = GroupId([7; 16]);
+/// Blocks of the volume; its last one is there in half.
+const BLOCKS: u32 = 600;
+const SIZE_BYTES: u64 = BLOCKS as u64 * BLOCK_BYTES as u64 - 2048;
+/// 2026-11-10T00:00:00Z; a point a minute from there.
+const START_MS: i64 = 1_794_268_800_000;
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cdp-target"));
+    command.env_remove("CDP_TARGET_DATA").env_remove("CDP_LOG").stdin(Stdio::null());
+    command
+}
+
+/// A store with one office, and with a group of three points where it was filled.
+struct Store {
+    folder: TempDir,
+}
+
+impl Store {
+    fn new() -> Self {
+        let store = Self { folder: tempfile::tempdir().expect("a folder") };
+        store.done(&["init", "--listen", "127.0.0.1:0", "--name", "backup.example"]);
+        store
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("store")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        program().args(arguments).env("CDP_TARGET_DATA", self.data()).output().expect("the program starts")
+    }
+
+    /// Runs a command that has to succeed; gives its stdout.
+    fn done(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {stderr}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.done(arguments)).expect("one JSON document")
+    }
+
+    /// Runs a command that has to fail by the user's mistake; the error has to hold `words`, and a hint has to follow.
+    fn refused(&self, arguments: &[&str], words: &[&str]) {
+        refused(&self.run(arguments), arguments, words);
+    }
+
+    /// Enrols an office while the store has a port, and gives its bundle.
+    fn enroll(&self, office: &str) -> Bundle {
+        let config = self.data().join("target.toml");
+        let text = std::fs::read_to_string(&config).expect("configured");
+        std::fs::write(&config, text.replace("127.0.0.1:0", "127.0.0.1:7443")).expect("written");
+        let bundle = self.path(&format!("{office}.bundle"));
+        self.done(&["enroll", office, "--output", bundle.to_str().expect("text")]);
+        std::fs::write(&config, text).expect("written");
+        Bundle::parse(&std::fs::read(&bundle).expect("written")).expect("a bundle")
+    }
+
+    /// Makes the group `paris/main` with three points, a minute apart; gives their images.
+    fn fill(&self) -> Vec<Vec<u8>> {
+        let bundle = self.enroll("paris");
+        let key = DataKey::new([3; 32]);
+        let envelope = escrow::seal(&GROUP, KeyId([1; 8]), &key, &bundle.escrow_public).expect("sealed");
+        let identity = GroupIdentity { group: GROUP, office: "paris".into(), name: "main".into(), envelope };
+        let folder = self.data().join(format!("offices/{}/groups/{GROUP}", bundle.office));
+        let mut journal =
+            GroupJournal::create(Arc::new(SystemStorage), &folder, identity, JournalLimits::default()).expect("made");
+        journal.grant(Generation(1)).expect("granted");
+        let mut image = vec![0; SIZE_BYTES as usize];
+        let mut images = Vec::new();
+        for epoch in 1..=3_u8 {
+            append(&mut journal, &key, epoch);
+            let first = usize::from(epoch) * 10 * BLOCK_BYTES;
+            image[first..first + 20 * BLOCK_BYTES].fill(epoch);
+            let len = image.len();
+            image[len - 2048..].fill(epoch);
+            images.push(image.clone());
+        }
+        images
+    }
+}
+
+/// One epoch: 20 blocks from ten times its number, and the last block; the first epoch covers all, as holes.
+fn append(journal: &mut GroupJournal, key: &DataKey, epoch: u8) {
+    let attempt = AttemptId([epoch; 16]);
+    let sealer = Sealer::new(GROUP, Epoch(epoch.into()), Generation(1), attempt, key);
+    let volume = Volume { slot: VolumeSlot(0), size_bytes: SIZE_BYTES, name: "root".into() };
+    let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: vec![volume] })];
+    let extent = |start, count| Extent::new(Block(start), count).expect("an extent");
+    if epoch == 1 {
+        let (holes, last) = (extent(30, BLOCKS - 31), extent(0, 10));
+        frames.push(sealer.bare(Encoding::Hole, VolumeSlot(0), Sequence(1), vec![last, holes]));
+    }
+    let extents = vec![extent(u32::from(epoch) * 10, 20), extent(BLOCKS - 1, 1)];
+    let content = vec![epoch; 21 * BLOCK_BYTES];
+    frames.push(sealer.content(VolumeSlot(0), Sequence(frames.len() as u64), extents, &content));
+    let mut list = FrameListHasher::default();
+    frames.iter().for_each(|bytes| list.push(&frame::hash(bytes)));
+    let time = START_MS + i64::from(epoch) * 60_000;
+    let commit = Commit {
+        predecessor: journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt }),
+        frames: list.list(),
+        parts: None,
+        first_epoch: Epoch(epoch.into()),
+        after_rollback_to: None,
+        class: Class::Crash,
+        cut_time: Timestamp(time),
+        meters: Meters { cut_rounds: 2, cut_us: 1500, ..Meters::default() },
+        label: None,
+    };
+    frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
+    for bytes in frames {
+        let frame = frame::decode(&GROUP, &bytes).expect("a frame we made");
+        let step = journal.append(&frame, Timestamp(time + 200)).expect("it follows");
+        assert!(matches!(step, Step::Taken | Step::Committed(..)));
+    }
+    journal.sync().expect("synced");
+}
+
+fn refused(output: &Output, arguments: &[&str], words: &[&str]) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+    let (error, hint) = stderr.split_once('\n').expect("an error and a hint");
+    assert!(error.starts_with("error: "), "{stderr}");
+    assert!(hint.starts_with("hint: ") && hint.trim_end().lines().count() == 1, "{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{word:?} is not in: {stderr}");
+    }
+    assert_eq!(output.stdout, b"", "no data where nothing was done");
+}
+
+/// A server of a store.
+struct Server {
+    child: Child,
+    address: String,
+}
+
+impl Server {
+    fn start(store: &Store) -> Self {
+        let mut child = program()
+            .arg("serve")
+            .env("CDP_TARGET_DATA", store.data())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("started");
+        let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+        let address = loop {
+            let line = lines.next().expect("it says where it listens before it ends").expect("text");
+            if let Some(address) = line.strip_prefix("listening on ") {
+                break address.to_owned();
+            }
+        };
+        // What it says later has to go somewhere.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self { child, address }
+    }
+
+    fn end(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
+        assert!(self.child.wait().expect("it ends").success(), "SIGTERM is a clean end");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail where it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_command_line_that_is_wrong_is_said_in_two_lines() {
+    let store = Store { folder: tempfile::tempdir().expect("a folder") };
+    for (arguments, word) in [
+        (&[][..], "no command given"),
+        (&["statsu"], "status"),
+        (&["points"], "OFFICE/GROUP"),
+        (&["points", "paris"], "OFFICE/GROUP"),
+        (&["points", "paris/main/root"], "without a volume"),
+        (&["export", "paris/main", "--at", "latest"], "--output"),
+        (&["export", "paris/main", "--at", "latest", "--output", "x", "--format", "qcow2"], "raw"),
+        (&["enroll", "paris", "--output", "x", "--expires", "soon"], "24h"),
+        (&["init", "--listen", "here"], "here"),
+        (&["init", "--name", "a b"], "a host name"),
+        (&["prune", "paris/main"], "prune"),
+        (&["status"], "is no store of cdp-target"),
+    ] {
+        store.refused(arguments, &[word]);
+    }
+    assert!(store.done(&["--help"]).contains("export"));
+    assert!(store.done(&["--version"]).starts_with("cdp-target "));
+}
+
+#[test]
+fn a_store_is_not_made_over_anything_and_not_opened_when_it_is_newer() {
+    let store = Store::new();
+    store.refused(&["init"], &["is not empty"]);
+    let status = store.json(&["status", "--json"]);
+    assert_eq!(status["offices"], Value::Array(vec![]));
+    assert_eq!(status["listening"], Value::Null);
+
+    let config = store.data().join("target.toml");
+    let text = std::fs::read_to_string(&config).expect("configured");
+    std::fs::write(&config, format!("{text}segment_byte_max = 5\n")).expect("written");
+    store.refused(&["status"], &["target.toml: line 14: unknown key `segment_byte_max`", "`segment_bytes_max`"]);
+    std::fs::write(&config, text).expect("written");
+
+    let marker = store.data().join("store.json");
+    let text = std::fs::read_to_string(&marker).expect("there");
+    std::fs::write(&marker, text.replace("\"version\": 1", "\"version\": 9")).expect("written");
+    store.refused(&["serve"], &["has format 9", "reads up to 1"]);
+}
+
+#[test]
+fn an_office_is_enrolled_once_and_its_bundle_never_overwritten() {
+    let store = Store::new();
+    let file = store.path("paris.bundle");
+    let output = file.to_str().expect("text");
+    store.refused(&["enroll", "paris", "--output", output], &["port 0"]);
+    assert!(!file.exists(), "an empty bundle is worse than none");
+    let bundle = store.enroll("paris");
+    assert_eq!(bundle.targets, ["backup.example:7443"]);
+    store.refused(&["enroll", "paris", "--output", output], &["write bundle"]);
+    let other = store.path("other");
+    store.refused(&["enroll", "lyon", "--output", other.to_str().expect("text"), "--replace"], &["lyon"]);
+    store.refused(&["enroll", "a b", "--output", other.to_str().expect("text")], &["a b"]);
+    assert!(!other.exists());
+    assert_eq!(store.json(&["status", "--json"])["offices"][0]["state"], "invited");
+}
+
+#[test]
+fn points_are_listed_named_and_exported() {
+    let store = Store::new();
+    let images = store.fill();
+    let listed = store.json(&["points", "paris/main", "--json"]);
+    let points = listed["points"].as_array().expect("points");
+    assert_eq!(points.len(), 3);
+    assert_eq!((&points[1]["epoch"], &points[1]["time"]), (&2.into(), &"2026-11-10T00:02:00.000Z".into()));
+    assert_eq!((&points[1]["cut_ms"], &points[1]["cut_rounds"]), (&1.5.into(), &2.into()));
+    let until =
+        ["points", "paris/main", "--since", "2026-11-10T00:02:00Z", "--until", "2026-11-10T00:02:30Z", "--json"];
+    assert_eq!(store.json(&until)["points"].as_array().expect("points").len(), 1);
+    assert_eq!(store.done(&["points", "paris/main"]).lines().count(), 4);
+
+    for (index, at) in ["1", "2026-11-10T00:02:59Z", "latest"].into_iter().enumerate() {
+        let file = store.path(&format!("{index}.raw"));
+        let output = file.to_str().expect("text");
+        let exported = store.json(&["export", "paris/main/root", "--at", at, "--output", output, "--json"]);
+        assert!(std::fs::read(&file).expect("exported") == images[index], "point {at} differs");
+        let hash = blake3::hash(&images[index]).to_hex().to_string();
+        assert_eq!(exported["images"][0]["blake3"], hash.as_str());
+        assert_eq!(exported["epoch"], index + 1);
+    }
+    let streamed = store.run(&["export", "paris/main/root", "--at", "2", "--output", "-"]);
+    assert!(streamed.status.success() && streamed.stdout == images[1], "stdout differs");
+    let folder = store.path("all");
+    store.done(&["export", "paris/main", "--at", "3", "--output", folder.to_str().expect("text")]);
+    assert!(std::fs::read(folder.join("root.raw")).expect("exported") == images[2], "the group's image differs");
+
+    store.done(&["label", "paris/main", "2", "before-upgrade"]);
+    store.done(&["label", "paris/main", "2", "before-upgrade"]);
+    store.refused(&["label", "paris/main", "3", "before-upgrade"], &["point 2's"]);
+    let labelled = store.json(&["points", "paris/main", "--json"]);
+    assert_eq!(labelled["points"][1]["label"], "before-upgrade");
+    let output = store.path("labelled.raw");
+    store.done(&["export", "paris/main/root", "--at", "before-upgrade", "--output", output.to_str().expect("text")]);
+    assert!(std::fs::read(&output).expect("exported") == images[1], "the labelled point differs");
+}
+
+#[test]
+fn what_is_asked_for_wrongly_is_refused_and_changes_nothing() {
+    let store = Store::new();
+    store.fill();
+    let taken = store.path("taken.raw");
+    std::fs::write(&taken, b"mine").expect("written");
+    let (taken_path, new) = (taken.to_str().expect("text"), store.path("new.raw"));
+    let new = new.to_str().expect("text");
+    let export = |group, at, output| ["export", group, "--at", at, "--output", output];
+    for (arguments, words) in [
+        (&export("paris/main/root", "2026-11-10T00:00:30Z", new)[..], &["there is none before", "after is 1 ("][..]),
+        (&export("paris/main/root", "4", new), &["no point 4", "nearest before is 3 (2026-11-10T00:03:00.000Z)"]),
+        (&export("paris/main/root", "2036-11-10T00:00:00Z", new), &["in the future"]),
+        (&export("paris/main/root", "2026-11-10T00:02:00", new), &["needs its zone"]),
+        (&export("paris/main/root", "99999999d", new), &["beyond the calendar"]),
+        (&export("paris/main/root", "?", new), &["`?` is no point"]),
+        (&export("paris/main/root", "nightly", new), &["no point `nightly`"]),
+        (&export("paris/main/boot", "latest", new), &["no volume boot", "root"]),
+        (&export("paris/mian", "latest", new), &["no group mian", "did you mean main?"]),
+        (&export("pariss/main", "latest", new), &["no office pariss", "did you mean paris?"]),
+        (&export("paris/main/root", "latest", taken_path), &["taken.raw exists", "--force"]),
+        (&export("paris/main", "latest", taken_path), &["is no folder"]),
+        (&export("paris/main", "latest", "-"), &["does not go to stdout"]),
+        (&export("paris/main/root", "latest", "/proc/none/x"), &["/proc/none", "a folder that exists"]),
+        (&["label", "paris/main", "2", "12"], &["a number"]),
+        (&["label", "paris/main", "2", "10m"], &["an age"]),
+        (&["label", "paris/main", "2", "latest"], &["the newest point"]),
+        (&["label", "paris/main", "2", "2026-11-10"], &["a time"]),
+        (&["label", "paris/main", "9", "x"], &["no point 9"]),
+        (&["points", "paris/main", "--since", "yesterday"], &["yesterday"]),
+    ] {
+        store.refused(arguments, words);
+    }
+    assert_eq!(std::fs::read(&taken).expect("there"), b"mine");
+    assert!(!Path::new(new).exists());
+    let left: Vec<_> =
+        std::fs::read_dir(store.folder.path()).expect("listed").map(|entry| entry.expect("entry")).collect();
+    assert_eq!(left.len(), 3, "the store, the bundle, the file in the way: {left:?}");
+    store.done(&["export", "paris/main/root", "--at", "latest", "--output", taken_path, "--force"]);
+    assert_eq!(std::fs::metadata(&taken).expect("there").len(), SIZE_BYTES);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let store = Store::new();
+    store.fill();
+    let mut child = program()
+        .args(["export", "paris/main/root", "--at", "latest", "--output", "-"])
+        .env("CDP_TARGET_DATA", store.data())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    drop(child.stdout.take());
+    let mut said = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
+    child.wait().expect("it ends");
+    assert_eq!(said, "", "quiet");
+}
+
+#[test]
+fn one_server_serves_a_store_and_commands_work_beside_it() {
+    let store = Store::new();
+    store.fill();
+    let server = Server::start(&store);
+    let output = store.run(&["serve"]);
+    refused(&output, &["serve"], &["is in use by another server", &format!("(pid {})", server.child.id())]);
+
+    let status = store.json(&["status", "--json"]);
+    assert_eq!(status["listening"], server.address.as_str());
+    let group = &status["offices"][0]["groups"][0];
+    assert_eq!(
+        (&group["name"], &group["state"], &group["points"]),
+        (&"main".into(), &"disconnected".into(), &3.into())
+    );
+    assert!(group["live_rpo_ms"].as_i64().expect("known") > 0);
+
+    store.done(&["label", "paris/main", "3", "beside"]);
+    assert_eq!(store.json(&["points", "paris/main", "--json"])["points"][2]["label"], "beside");
+    let bundle = store.path("lyon.bundle");
+    store.done(&["enroll", "lyon", "--output", bundle.to_str().expect("text")]);
+    let bundle = Bundle::parse(&std::fs::read(&bundle).expect("written")).expect("a bundle");
+    let port = server.address.rsplit(':').next().expect("a port");
+    assert_eq!(bundle.targets, [format!("backup.example:{port}")], "the port that port 0 became");
+    store.refused(
+        &["enroll", "rome", "--output", store.path("x").to_str().expect("text"), "--replace"],
+        &["enroll office rome", "no office rome to replace"],
+    );
+
+    server.end();
+    assert_eq!(store.json(&["status", "--json"])["listening"], Value::Null);
+    store.done(&["label", "paris/main", "1", "after"]);
+}
+
+/// A loop device with a mounted file system, gone at the end.
+struct Mounted {
+    device: String,
+    at: PathBuf,
+}
+
+impl Mounted {
+    /// `None` where this machine does not let us.
+    fn new(folder: &Path) -> Option<Self> {
+        let file = folder.join("disk");
+        std::fs::File::create(&file).ok()?.set_len(16 << 20).ok()?;
+        let run = |program: &str, arguments: &[&str]| {
+            let output = Command::new(program).args(arguments).output().ok()?;
+            output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        };
+        run("mkfs.ext4", &["-q", file.to_str()?])?;
+        let device = run("losetup", &["-f", "--show", file.to_str()?])?;
+        let mounted = Self { device, at: folder.join("mnt") };
+        std::fs::create_dir(&mounted.at).ok()?;
+        run("mount", &[&mounted.device, mounted.at.to_str()?])?;
+        Some(mounted)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.at).output();
+        let _ = Command::new("losetup").args(["-d", &self.device]).output();
+    }
+}
+
+#[test]
+fn a_mounted_device_is_refused_even_by_force() {
+    let store = Store::new();
+    store.fill();
+    let folder = tempfile::tempdir().expect("a folder");
+    let Some(mounted) = Mounted::new(folder.path()) else {
+        eprintln!("skipped: this machine gives no loop device, no mkfs.ext4 or no mount");
+        return;
+    };
+    let at = format!("is in use: mounted at {}", mounted.at.display());
+    let arguments = ["export", "paris/main/root", "--at", "latest", "--output", &mounted.device, "--force"];
+    store.refused(&arguments, &[&at, "--force does not help"]);
+}

@@ -1,0 +1,148 @@
+//! One flipped bit anywhere in a fully synced journal: never taken for a torn tail, never served as content, the points named.
+
+mod journal_support;
+
+use cdp_protocol::units::Epoch;
+use cdp_seams::random::SimRandom;
+use cdp_seams::storage::Storage;
+use cdp_seams::storage::sim::SimStorage;
+use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
+use cdp_target::verify::verify;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use journal_support::{ModelPoint, Source, damaged_blocks, identity, image_cells, key};
+
+const FOLDER: &str = "/store/branch/main";
+
+/// A synced journal in memory, made the same way every time.
+struct Made {
+    files: Vec<(PathBuf, Vec<u8>)>,
+    points: Vec<ModelPoint>,
+    limits: JournalLimits,
+}
+
+impl Made {
+    fn new(seed: u64, segment_bytes_max: u64, steps: u64, sync_each: bool) -> Self {
+        let disk = SimStorage::new(seed);
+        let limits = JournalLimits { segment_bytes_max };
+        let mut journal =
+            GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), limits).expect("made");
+        let mut source = Source::new(seed);
+        source.grant(&mut journal).expect("granted");
+        for step in 0..steps {
+            source.make(sync_each && step % 5 == 3, 3);
+            let frames = source.attempt.as_ref().map_or(0, |attempt| attempt.frames.len());
+            source.send(&mut journal, 0, frames).expect("sent");
+            if sync_each {
+                source.sync(&mut journal).expect("synced");
+            }
+        }
+        source.sync(&mut journal).expect("synced");
+        drop(journal);
+        let mut files = Vec::new();
+        for folder in [FOLDER.to_owned(), format!("{FOLDER}/journal")] {
+            for name in disk.list(Path::new(&folder)).expect("listed") {
+                let path = Path::new(&folder).join(name);
+                let bytes = cdp_seams::storage::read_all(&disk, &path, 1 << 30).expect("read");
+                files.push((path, bytes));
+            }
+        }
+        Self { files, points: source.points, limits }
+    }
+
+    fn disk(&self) -> SimStorage {
+        let disk = SimStorage::new(1);
+        for folder in ["journal", "aside"] {
+            disk.create_dir_all(&Path::new(FOLDER).join(folder)).expect("made");
+        }
+        for (path, bytes) in &self.files {
+            let file = disk.create_new(path).expect("made");
+            file.write_at(bytes, 0).expect("written");
+            file.sync().expect("synced");
+            disk.sync_dir(path.parent().expect("a folder")).expect("synced");
+        }
+        disk
+    }
+
+    /// Opens the journal with one bit flipped, and holds what it serves against the model. Gives whether any block was lost.
+    fn flip(&self, path: &Path, bit: u64, deep: usize) -> bool {
+        let place = format!("{} byte {} bit {}", path.display(), bit / 8, bit % 8);
+        let disk = self.disk();
+        disk.flip_bit(path, bit);
+        let opened = GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), self.limits);
+        let (journal, report) = opened.unwrap_or_else(|error| panic!("{place}: {error}"));
+        let view = journal.view();
+        let points: Vec<_> = view.points().map(|point| point.expect("a point")).collect();
+        let epochs: BTreeSet<Epoch> = points.iter().map(|point| point.epoch).collect();
+        let verified = verify(&view, Some(&key()), None, &mut |_| {}).expect("verified");
+        let clean = report.damages.is_empty() && !report.manifest_repaired && verified.is_clean();
+        let mut named: BTreeSet<Epoch> =
+            points.iter().filter(|point| point.damaged.is_some()).map(|point| point.epoch).collect();
+        named.extend(verified.damages.iter().flat_map(|damage| &damage.points));
+        let mut lost = false;
+        let stride = self.points.len().div_ceil(deep);
+        for (at, point) in self.points.iter().enumerate() {
+            let epoch = point.head.epoch;
+            if !epochs.contains(&epoch) {
+                // Hidden beyond telling: then a damage has to reach over it.
+                assert!(!clean, "{place}: point {epoch} vanished silently");
+                lost = true;
+                continue;
+            }
+            if at % stride != 0 && at + 1 != self.points.len() && !named.contains(&epoch) {
+                continue;
+            }
+            let Ok(cells) = image_cells(&view, epoch) else {
+                assert!(named.contains(&epoch), "{place}: point {epoch} is lost and not named");
+                lost = true;
+                continue;
+            };
+            let damaged = damaged_blocks(&cells, &point.cells);
+            assert!(damaged.is_empty() || named.contains(&epoch), "{place}: point {epoch} is hit and not named");
+            lost |= !damaged.is_empty();
+        }
+        assert!(epochs.len() <= self.points.len(), "{place}: a point nobody made");
+        // Whatever was found, the journal stands: opened again it says the same, and a reader beside it too.
+        drop(journal);
+        let (again, second) =
+            GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), self.limits).expect("again");
+        assert_eq!((second.damages.len(), second.torn_bytes), (0, 0), "{place}: found anew");
+        let same = again.view().points().map(|point| point.expect("a point")).collect::<Vec<_>>();
+        assert_eq!(same, points, "{place}");
+        let beside = GroupView::open(Arc::new(disk), Path::new(FOLDER)).expect("a view");
+        assert_eq!(beside.points().count(), points.len(), "{place}");
+        lost
+    }
+}
+
+#[test]
+fn every_byte_of_a_synced_journal() {
+    let made = Made::new(5, 6_000, 8, true);
+    assert!(made.files.len() >= 4, "several segments: {}", made.files.len());
+    let random = SimRandom::new(11);
+    let (mut flips, mut lost) = (0, 0);
+    for (path, bytes) in &made.files {
+        for byte in 0..bytes.len() as u64 {
+            // Content is alike from byte to byte: everything else is tried whole.
+            if bytes.len() > 4000 && random.below(8) > 0 {
+                continue;
+            }
+            lost += u64::from(made.flip(path, byte * 8 + random.below(8), 4));
+            flips += 1;
+        }
+    }
+    println!("{flips} flips, {lost} hit blocks");
+    assert!(lost > 0 && lost < flips);
+}
+
+#[test]
+fn a_journal_of_500_epochs_synced_in_one_go() {
+    let made = Made::new(6, 1 << 30, 500, false);
+    assert_eq!(made.points.len(), 500);
+    let random = SimRandom::new(12);
+    let segment = made.files.iter().find(|(path, _)| path.extension().is_some()).expect("a segment");
+    for _ in 0..60 {
+        made.flip(&segment.0, random.below(segment.1.len() as u64 * 8), 10);
+    }
+}

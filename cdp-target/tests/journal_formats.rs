@@ -1,0 +1,118 @@
+//! The bytes on disk: frozen by fixtures, and no flipped bit is taken for them.
+
+#![expect(clippy::disallowed_methods, reason = "reads fixtures of the repository")]
+
+mod journal_support;
+
+use cdp_seams::storage::sim::SimStorage;
+use cdp_seams::storage::{Storage, SystemStorage};
+use cdp_target::inspect::{Description, inspect};
+use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header};
+use cdp_target::journal::{GroupJournal, JournalLimits, Manifest};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use journal_support::{Source, check, identity};
+
+const FOLDER: &str = "/store/branch/main";
+const LIMITS: JournalLimits = JournalLimits { segment_bytes_max: 5000 };
+
+/// The same journal every time: fixtures are made of it.
+fn made() -> (SimStorage, Source) {
+    let disk = SimStorage::new(77);
+    let mut journal =
+        GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), LIMITS).expect("made");
+    let mut source = Source::new(77);
+    for _ in 0..8 {
+        source.step(&mut journal).expect("no fault is set");
+    }
+    source.sync(&mut journal).expect("no fault is set");
+    journal.label(source.points[0].head.epoch, Some("first")).expect("labelled");
+    (disk, source)
+}
+
+fn bytes_of(disk: &SimStorage, path: &str) -> Vec<u8> {
+    cdp_seams::storage::read_all(disk, &Path::new(FOLDER).join(path), 1 << 20).expect("read")
+}
+
+fn fixtures() -> [(PathBuf, &'static str); 3] {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata");
+    [
+        (data.join("segment/1/sealed.seg"), "journal/0000000000000001.seg"),
+        (data.join("segment/1/open.seg"), ""),
+        (data.join("manifest/1/manifest"), "manifest"),
+    ]
+}
+
+fn open_name(disk: &SimStorage) -> String {
+    let names = disk.list(&Path::new(FOLDER).join("journal")).expect("listed");
+    format!("journal/{}", names.last().expect("a segment").display())
+}
+
+#[test]
+fn fixtures_of_version_1_are_still_read_and_still_written() {
+    let (disk, source) = made();
+    check(
+        &GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), LIMITS).expect("opened").0.view(),
+        &source.points,
+        |_| true,
+    );
+    let (disk, _) = made();
+    for (fixture, path) in fixtures() {
+        let path = if path.is_empty() { open_name(&disk) } else { path.to_owned() };
+        let written = bytes_of(&disk, &path);
+        if std::env::var_os("CDP_WRITE_FIXTURES").is_some() {
+            std::fs::create_dir_all(fixture.parent().expect("a folder")).expect("made");
+            std::fs::write(&fixture, &written).expect("written");
+        }
+        let frozen = std::fs::read(&fixture).expect("the fixture");
+        assert!(frozen == written, "{} is not what this program writes", fixture.display());
+        let description = inspect(&SystemStorage, &fixture).expect("described");
+        match &description {
+            Description::Segment(segment) => {
+                assert!(segment.damages.is_empty() && !segment.frames.is_empty());
+                assert_eq!(segment.sealed, fixture.ends_with("sealed.seg"));
+            }
+            Description::Manifest(manifest) => assert_eq!(manifest.identity, identity()),
+        }
+        assert!(description.to_string().lines().count() > 2);
+    }
+}
+
+#[test]
+fn no_decoder_takes_a_flipped_bit() {
+    let (disk, _) = made();
+    let manifest = bytes_of(&disk, "manifest");
+    let copy = &manifest[..manifest.len() / 2];
+    let segment = bytes_of(&disk, "journal/0000000000000001.seg");
+    let (_, header_len) = Header::decode(&segment).expect("a header");
+    let footer = &segment[segment.len() - FOOTER_BYTES..];
+    let len = segment.len() as u64;
+    assert!(Manifest::decode(copy).is_ok() && Footer::decode(footer, len).is_ok());
+    let refuses = |bytes: &[u8], takes: &dyn Fn(&[u8]) -> bool| {
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(!takes(&flipped), "bit {bit}");
+        }
+        for cut in 0..bytes.len() {
+            assert!(!takes(&bytes[..cut]), "cut to {cut}");
+        }
+    };
+    refuses(copy, &|bytes| Manifest::decode(bytes).is_ok());
+    refuses(footer, &|bytes| Footer::decode(bytes, len).is_ok());
+    refuses(&segment[..header_len], &|bytes| Header::decode(bytes).is_ok());
+}
+
+#[test]
+fn a_newer_manifest_is_refused_with_both_versions() {
+    let (disk, _) = made();
+    let mut manifest = bytes_of(&disk, "manifest");
+    let half = manifest.len() / 2;
+    for at in [8, half + 8] {
+        manifest[at] = 2;
+    }
+    cdp_seams::storage::replace(&disk, &Path::new(FOLDER).join("manifest"), &manifest).expect("replaced");
+    let error = GroupJournal::open(Arc::new(disk), Path::new(FOLDER), LIMITS).err().expect("refused");
+    let source = std::error::Error::source(&error).expect("a source").to_string();
+    assert_eq!(source, "manifest format version 2, this program reads up to 1");
+}

@@ -1,0 +1,116 @@
+//! A naive oracle, a block map per point, against what the index serves over random histories.
+
+mod journal_support;
+
+use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot};
+use cdp_seams::storage::sim::SimStorage;
+use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
+use cdp_target::restore::point::{Content, ReadError};
+use cdp_target::verify::verify;
+use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
+use std::path::Path;
+use std::sync::Arc;
+use journal_support::{BLOCKS, Cell, Source, check, identity, key};
+
+const FOLDER: &str = "/store/branch/main";
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    /// Overlapping extents, holes, unreadable blocks, parts, abandoned attempts, generations, segments of any size.
+    #[test]
+    fn every_point_is_what_was_sent(seed in any::<u64>(), segment_bytes_max in 1500_u64..60_000, steps in 1_u64..40) {
+        let disk = SimStorage::new(seed);
+        let limits = JournalLimits { segment_bytes_max };
+        let mut journal =
+            GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), limits).expect("made");
+        let mut source = Source::new(seed);
+        for _ in 0..steps {
+            source.step(&mut journal).expect("no fault is set");
+        }
+        // What was appended and not synced is not shown.
+        let shown = journal.view().points().count();
+        prop_assert!(shown >= source.acked_points);
+        source.sync(&mut journal).expect("no fault is set");
+        check(&journal.view(), &source.points, |_| true);
+        let beside = Arc::new(GroupView::open(Arc::new(disk.clone()), Path::new(FOLDER)).expect("a view"));
+        check(&beside, &source.points, |at| at % 4 == 0);
+        let report = verify(&beside, Some(&key()), None, &mut |_| {}).expect("verified");
+        prop_assert_eq!(report.damages, vec![]);
+        prop_assert_eq!(report.points, source.points.len() as u64);
+        drop(journal);
+        let (journal, _) = GroupJournal::open(Arc::new(disk), Path::new(FOLDER), limits).expect("opened");
+        check(&journal.view(), &source.points, |at| at % 4 == 1);
+        any_window(&journal.view(), &source);
+    }
+}
+
+/// Any window gives what the whole gives.
+fn any_window(view: &Arc<GroupView>, source: &Source) {
+    let Some(point) = source.points.last() else { return };
+    let image = view.image(point.head.epoch, &key()).expect("an image");
+    for _ in 0..20 {
+        let volume = source.below(2) as usize;
+        let start = source.below(u64::from(BLOCKS[volume])) as u32;
+        let count = 1 + source.below(u64::from(BLOCKS[volume] - start)) as u32;
+        let extent = Extent::new(Block(start), count).expect("within");
+        let mut at = start;
+        let read = image.read_blocks(VolumeSlot(volume as u16), extent, &mut |piece, content| {
+            assert_eq!(piece.start.0, at);
+            at += piece.count;
+            let expected = &point.cells[volume][piece.start.0 as usize];
+            let kind = match content {
+                Content::Zero => Cell::Zero,
+                Content::Unreadable => Cell::Unreadable,
+                Content::Bytes(bytes) => {
+                    assert_eq!(bytes.len() as u64, piece.to_bytes());
+                    Cell::Filled(u64::from_le_bytes(*bytes.first_chunk().expect("a block")))
+                }
+            };
+            assert_eq!(kind, *expected);
+        });
+        let cells = &point.cells[volume][start as usize..(start + count) as usize];
+        match read {
+            Ok(()) => assert!(at == start + count && !cells.contains(&Cell::NotCovered)),
+            Err(ReadError::NotCovered { .. }) => assert!(cells.contains(&Cell::NotCovered)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn points_are_found_by_number_time_and_label_and_marks_last() {
+    let disk = SimStorage::new(9);
+    let limits = JournalLimits { segment_bytes_max: 4000 };
+    let open = || GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), limits).expect("opened").0;
+    let mut journal =
+        GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), limits).expect("made");
+    let mut source = Source::new(9);
+    for _ in 0..20 {
+        source.step(&mut journal).expect("no fault is set");
+    }
+    source.sync(&mut journal).expect("no fault is set");
+    let some = source.points[source.points.len() / 2].head;
+    assert_eq!(journal.head_of(some.epoch).expect("read"), Some(some));
+    assert_eq!(journal.head_of(Epoch(9999)).expect("read"), None);
+    assert!(journal.label(Epoch(9999), Some("nothing")).is_err());
+    journal.label(some.epoch, Some("before-upgrade")).expect("labelled");
+    journal.pin(some.epoch, true).expect("pinned");
+    journal.set_frozen(Some("fork")).expect("frozen");
+    drop(journal);
+    let journal = open();
+    assert_eq!(journal.frozen(), Some("fork"));
+    let view = journal.view();
+    let labelled = view.point_labelled("before-upgrade").expect("read").expect("a point");
+    assert_eq!((labelled.epoch, labelled.pinned), (some.epoch, true));
+    let points: Vec<_> = view.points().map(|point| point.expect("a point")).collect();
+    assert_eq!(view.newest().expect("read").as_ref(), points.last());
+    for time in [0, 1000, 1005, 1020, 99_999] {
+        let found = view.point_at_or_before(Timestamp(time)).expect("read").map(|point| point.epoch);
+        let expected = points.iter().rev().find(|point| point.cut_time.0 <= time).map(|point| point.epoch);
+        assert_eq!(found, expected, "at {time}");
+    }
+    let mut journal = journal;
+    source.make(false, 2);
+    assert!(source.send(&mut journal, 0, 1).is_err(), "frozen");
+}
