@@ -1,1 +1,3 @@
-//! The agent: one capture thread a group, one runtime for the line.
+//! The agent: watches the groups, cuts, and sends.
+
+pub mod status;
