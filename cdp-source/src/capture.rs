@@ -1,1 +1,200 @@
-//! What a cut took: the content of its blocks.
+//! The content of a cut: which blocks, and what each of them holds.
+//!
+//! Owns the memory: content lies in chunks that are never moved, a block has a slot in them, and a block that is read again
+//! keeps its slot. Zeros take no memory. Whether the content is one of an instant is not known here (`cut`).
+
+use cdp_protocol::codec;
+use cdp_protocol::record::Meters;
+use cdp_protocol::units::{BLOCK_BYTES, Block, Timestamp};
+use roaring::RoaringBitmap;
+use std::collections::BTreeMap;
+
+/// Blocks whose content lies in one piece of memory: 256 KiB.
+const CHUNK_BLOCKS: usize = 64;
+
+/// All that was read for a recovery point, or for a part of one.
+#[derive(Debug)]
+pub struct Capture {
+    /// The instant, by the source's clock; zero for a part, which is of no instant.
+    pub cut_time: Timestamp,
+    /// What the cut amounted to. Its frames' bytes are not known yet.
+    pub meters: Meters,
+    /// The volumes, in the tracker's order.
+    pub volumes: Vec<CapturedVolume>,
+}
+
+/// What was read of one volume.
+#[derive(Debug, Default)]
+pub struct CapturedVolume {
+    blocks: RoaringBitmap,
+    holdings: BTreeMap<u32, Holding>,
+    chunks: Vec<Box<[u8]>>,
+    /// Slots given out so far.
+    slots: u32,
+    /// Slots whose block has become zeros or unreadable.
+    free: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holding {
+    Slot(u32),
+    Zero,
+    Unreadable,
+}
+
+/// What a captured block holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockContent<'a> {
+    /// A block's bytes, not all of them zero.
+    Bytes(&'a [u8]),
+    /// Zeros.
+    Zero,
+    /// The device could not read it.
+    Unreadable,
+}
+
+impl Capture {
+    /// A capture of `volumes` volumes that holds nothing yet.
+    #[must_use]
+    pub fn new(volumes: usize) -> Self {
+        let volumes = (0..volumes).map(|_| CapturedVolume::default()).collect();
+        Self { cut_time: Timestamp(0), meters: Meters::default(), volumes }
+    }
+
+    /// Counts what is held into the meters.
+    pub(crate) fn count(&mut self) {
+        let (mut content, mut holes, mut unreadable) = (0, 0, 0);
+        for holding in self.volumes.iter().flat_map(|volume| volume.holdings.values()) {
+            match holding {
+                Holding::Slot(_) => content += 1,
+                Holding::Zero => holes += 1,
+                Holding::Unreadable => unreadable += 1,
+            }
+        }
+        self.meters.dirty_blocks = content + holes + unreadable;
+        self.meters.content_blocks = content;
+        self.meters.hole_blocks = holes;
+        self.meters.unreadable_blocks = unreadable;
+    }
+}
+
+impl CapturedVolume {
+    /// The blocks that are held.
+    #[must_use]
+    pub const fn blocks(&self) -> &RoaringBitmap {
+        &self.blocks
+    }
+
+    /// What a block that is held holds.
+    #[must_use]
+    pub fn block(&self, block: Block) -> BlockContent<'_> {
+        self.content(*self.holdings.get(&block.0).expect("the block is one of `blocks`"))
+    }
+
+    /// Everything held, in block order.
+    pub fn iter(&self) -> impl Iterator<Item = (Block, BlockContent<'_>)> {
+        self.holdings.iter().map(|(block, holding)| (Block(*block), self.content(*holding)))
+    }
+
+    /// Takes a block's content, in the place of what it held before.
+    pub(crate) fn put(&mut self, block: Block, bytes: &[u8]) {
+        if codec::is_zero(bytes) {
+            self.hold(block, Holding::Zero);
+            return;
+        }
+        let slot = match self.holdings.get(&block.0) {
+            Some(Holding::Slot(slot)) => *slot,
+            _ => self.take_slot(),
+        };
+        let (chunk, within) = place(slot);
+        self.chunks[chunk][within..within + BLOCK_BYTES].copy_from_slice(bytes);
+        self.hold(block, Holding::Slot(slot));
+    }
+
+    /// Notes that the device could not read a block.
+    pub(crate) fn put_unreadable(&mut self, block: Block) {
+        self.hold(block, Holding::Unreadable);
+    }
+
+    fn hold(&mut self, block: Block, holding: Holding) {
+        self.blocks.insert(block.0);
+        if let Some(Holding::Slot(before)) = self.holdings.insert(block.0, holding)
+            && holding != Holding::Slot(before)
+        {
+            self.free.push(before);
+        }
+    }
+
+    fn take_slot(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            let slot = self.slots;
+            self.slots += 1;
+            if place(slot).0 == self.chunks.len() {
+                self.chunks.push(vec![0; CHUNK_BLOCKS * BLOCK_BYTES].into_boxed_slice());
+            }
+            slot
+        })
+    }
+
+    fn content(&self, holding: Holding) -> BlockContent<'_> {
+        match holding {
+            Holding::Zero => BlockContent::Zero,
+            Holding::Unreadable => BlockContent::Unreadable,
+            Holding::Slot(slot) => {
+                let (chunk, within) = place(slot);
+                BlockContent::Bytes(&self.chunks[chunk][within..within + BLOCK_BYTES])
+            }
+        }
+    }
+}
+
+/// A slot's chunk, and where in it the slot begins.
+const fn place(slot: u32) -> (usize, usize) {
+    (slot as usize / CHUNK_BLOCKS, slot as usize % CHUNK_BLOCKS * BLOCK_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::{Strategy, any, prop_assert_eq, proptest};
+
+    #[derive(Clone, Copy, Debug)]
+    enum Put {
+        Bytes(u8),
+        Unreadable,
+    }
+
+    fn puts() -> impl Strategy<Value = Vec<(u32, Put)>> {
+        // Zero, and so a hole, is one of few fills.
+        let put = any::<u8>().prop_map(|fill| if fill > 250 { Put::Unreadable } else { Put::Bytes(fill % 4) });
+        proptest::collection::vec((0..150u32, put), 0..400)
+    }
+
+    proptest! {
+        #[test]
+        fn every_block_holds_what_was_put_last(puts in puts()) {
+            let mut capture = Capture::new(1);
+            let mut oracle = BTreeMap::new();
+            for (block, put) in puts {
+                match put {
+                    Put::Bytes(fill) => capture.volumes[0].put(Block(block), &[fill; BLOCK_BYTES]),
+                    Put::Unreadable => capture.volumes[0].put_unreadable(Block(block)),
+                }
+                oracle.insert(block, put);
+            }
+            capture.count();
+            let volume = &capture.volumes[0];
+            prop_assert_eq!(volume.blocks().iter().collect::<Vec<_>>(), oracle.keys().copied().collect::<Vec<_>>());
+            for (block, put) in &oracle {
+                match (volume.block(Block(*block)), put) {
+                    (BlockContent::Bytes(bytes), Put::Bytes(fill)) => prop_assert_eq!(bytes, [*fill; BLOCK_BYTES]),
+                    (content, Put::Bytes(0)) => prop_assert_eq!(content, BlockContent::Zero),
+                    (content, _) => prop_assert_eq!(content, BlockContent::Unreadable),
+                }
+            }
+            let meters = capture.meters;
+            prop_assert_eq!(meters.dirty_blocks, oracle.len() as u64);
+            prop_assert_eq!(u64::from(volume.slots), meters.content_blocks + volume.free.len() as u64);
+        }
+    }
+}

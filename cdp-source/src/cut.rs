@@ -1,1 +1,259 @@
-//! The optimistic cut: the content of all changed blocks of a group as of one instant, without a freeze.
+//! The optimistic cut: the content of all changed blocks as of one instant τ, without freezing anything.
+//!
+//! What a capture holds: every write completed before τ, any part of the writes in flight at τ, none issued after τ. A
+//! round flips the tracker (a new τ), reads what was marked before it, and asks for each block when its read has
+//! returned whether a write may have been issued since: if not, the block stands for τ, whatever is written later. What
+//! failed is read again in the next round, under a later τ; a block that stood and is not marked since is unchanged up to it.
+//!
+//! Invariant: at every way out, `carry` holds every block that the tracker gave and no capture vouches for. Does not
+//! decide when to cut, nor what becomes of the capture.
+
+use crate::capture::{Capture, CapturedVolume};
+use crate::reader::{self, BlockReader, READ_BLOCKS_MAX, ReadRequest};
+use crate::tracker::{Tracker, TrackerError};
+use cdp_protocol::units::{Block, Extent, Timestamp, blocks_in};
+use cdp_seams::clock::Clock;
+use roaring::RoaringBitmap;
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
+
+/// A set of blocks of each volume.
+type Blocks = Vec<RoaringBitmap>;
+
+/// How far a cut goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CutLimits {
+    /// How long blocks that failed are read again: from the end of the first round, which takes as long as reading all
+    /// changed blocks takes, to the start of the last. 250 ms at an interval of a second.
+    pub bound: Duration,
+    /// Blocks that may be held in memory.
+    pub blocks_max: u64,
+}
+
+impl CutLimits {
+    /// The time bound for an interval between points: a quarter of it.
+    #[must_use]
+    pub fn new(interval: Duration, blocks_max: u64) -> Self {
+        Self { bound: interval / 4, blocks_max }
+    }
+}
+
+/// What became of a cut.
+#[derive(Debug)]
+pub enum Cut {
+    /// The changed blocks, all as of one instant.
+    Captured(Capture),
+    /// Nothing has changed since the cut before.
+    Unchanged {
+        /// Up to when, by the source's clock.
+        as_of: Timestamp,
+    },
+    /// More blocks than may be held: send some as a part first.
+    TooLarge,
+    /// No instant could be vouched for within the bound. Try again.
+    NotValidated,
+}
+
+/// Why no cut can be had until something is done about it.
+#[derive(Debug, thiserror::Error)]
+pub enum CutError {
+    /// The tracker cannot go on.
+    #[error("track changed blocks")]
+    Tracker(#[from] TrackerError),
+    /// The reader cannot go on, or the device fails in a way that is not one block's.
+    #[error("read changed blocks")]
+    Read(#[source] io::Error),
+}
+
+/// Cuts all volumes at one instant.
+///
+/// `carry` is what the cut has to hold besides what the tracker gives, a set of blocks for each volume: failed cuts,
+/// recovered, fenced epochs. After `Captured` its sets are empty; after anything else, an error too, they hold all that is
+/// still to be captured.
+///
+/// # Errors
+/// Where a volume is not what it was, or tracker or reader cannot go on. Nothing is lost; `carry` has it.
+pub fn cut(
+    tracker: &mut dyn Tracker,
+    reader: &mut dyn BlockReader,
+    clock: &dyn Clock,
+    carry: &mut Blocks,
+    limits: &CutLimits,
+) -> Result<Cut, CutError> {
+    let sizes: Vec<u64> = tracker.volumes().iter().map(|volume| blocks_in(volume.size_bytes)).collect();
+    let mut round = Round { tracker, sizes, cut_time: Timestamp(0) };
+    carry.resize_with(round.sizes.len(), RoaringBitmap::new);
+    round.clip(carry);
+    let started = clock.monotonic();
+    let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
+    union(carry, &marked);
+    if len(carry) == 0 {
+        return Ok(Cut::Unchanged { as_of: round.cut_time });
+    }
+    let mut capture = Capture::new(carry.len());
+    let mut due = carry.clone();
+    let mut heat = Heat::default();
+    let mut deadline = None;
+    loop {
+        if len(carry) > limits.blocks_max {
+            return Ok(Cut::TooLarge);
+        }
+        capture.meters.cut_rounds += 1;
+        let failed = round.read(reader, &heat.requests(&due), &mut capture)?;
+        if len(&failed) == 0 && round.tracker.settle()? {
+            break;
+        }
+        let now = clock.monotonic();
+        if now >= *deadline.get_or_insert(now + limits.bound) {
+            return Ok(Cut::NotValidated);
+        }
+        let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
+        union(carry, &marked);
+        due = marked;
+        union(&mut due, &failed);
+        heat.add(&due);
+    }
+    capture.cut_time = round.cut_time;
+    capture.meters.cut_us = clock.monotonic().saturating_sub(started).as_micros() as u64;
+    capture.count();
+    assert!(capture.volumes.iter().map(CapturedVolume::blocks).eq(carry.iter()), "what was given is what was read");
+    carry.iter_mut().for_each(RoaringBitmap::clear);
+    Ok(Cut::Captured(capture))
+}
+
+/// Reads up to `blocks_max` of the lowest blocks of `carry` without validation: a part, of no instant. Removes nothing from
+/// `carry`. Whatever is being written meanwhile is marked when it completes, and so comes with a later flip.
+///
+/// # Errors
+/// Where the reader cannot go on.
+pub fn read_part(reader: &mut dyn BlockReader, carry: &[RoaringBitmap], blocks_max: u64) -> Result<Capture, CutError> {
+    let mut capture = Capture::new(carry.len());
+    let mut left = blocks_max;
+    let mut requests = Vec::new();
+    for (volume, blocks) in carry.iter().enumerate() {
+        let lowest = blocks.iter().take(usize::try_from(left).unwrap_or(usize::MAX));
+        let extents = reader::runs(lowest, READ_BLOCKS_MAX);
+        left -= extents.iter().map(|extent| u64::from(extent.count)).sum::<u64>();
+        requests.extend(extents.into_iter().map(|extent| ReadRequest { volume, extent }));
+    }
+    read_into(reader, &requests, &mut capture, &mut |_, _| {})?;
+    capture.count();
+    Ok(capture)
+}
+
+/// What the rounds of one cut share.
+struct Round<'a> {
+    tracker: &'a mut dyn Tracker,
+    /// Blocks of each volume.
+    sizes: Vec<u64>,
+    /// Taken just before the last flip: every write that had completed by then is in.
+    cut_time: Timestamp,
+}
+
+impl Round<'_> {
+    /// A new τ; `None` where it cannot be vouched for. The tracker keeps what it drained then.
+    fn flip(&mut self, clock: &dyn Clock) -> Result<Option<Blocks>, CutError> {
+        self.cut_time = Timestamp(clock.wall_ms());
+        match self.tracker.flip() {
+            Ok(mut marked) => {
+                self.clip(&mut marked);
+                Ok(Some(marked))
+            }
+            Err(TrackerError::Stragglers(reason)) => {
+                tracing::debug!(reason, "no cut: stragglers");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes out what lies beyond a volume's end.
+    fn clip(&self, blocks: &mut Blocks) {
+        for (blocks, size) in blocks.iter_mut().zip(&self.sizes) {
+            if let Ok(first_beyond) = u32::try_from(*size) {
+                blocks.remove_range(first_beyond..);
+            }
+        }
+    }
+
+    /// Reads into the capture and gives the blocks that failed: a write to them may have been issued after τ.
+    fn read(
+        &mut self,
+        reader: &mut dyn BlockReader,
+        requests: &[ReadRequest],
+        capture: &mut Capture,
+    ) -> Result<Blocks, CutError> {
+        let mut failed = vec![RoaringBitmap::new(); self.sizes.len()];
+        read_into(reader, requests, capture, &mut |volume, block| {
+            if self.tracker.is_conflicted(volume, block) {
+                failed[volume].insert(block.0);
+            }
+        })?;
+        Ok(failed)
+    }
+}
+
+/// How often each block had to be read again. Hot blocks are read first: the sooner after the flip, the better their chance.
+#[derive(Default)]
+struct Heat(HashMap<(usize, u32), u32>);
+
+impl Heat {
+    fn add(&mut self, due: &[RoaringBitmap]) {
+        for (volume, blocks) in due.iter().enumerate() {
+            for block in blocks {
+                *self.0.entry((volume, block)).or_default() += 1;
+            }
+        }
+    }
+
+    /// The requests for `due`, hottest first.
+    fn requests(&self, due: &[RoaringBitmap]) -> Vec<ReadRequest> {
+        if self.0.is_empty() {
+            return due.iter().enumerate().flat_map(|(volume, blocks)| reader::requests_of(volume, blocks)).collect();
+        }
+        let each = due.iter().enumerate().flat_map(|(volume, blocks)| blocks.iter().map(move |block| (volume, block)));
+        let mut blocks: Vec<_> =
+            each.map(|key| (Reverse(self.0.get(&key).copied().unwrap_or(0)), key.0, key.1)).collect();
+        blocks.sort_unstable();
+        blocks
+            .chunk_by(|a, b| a.0 == b.0 && a.1 == b.1)
+            .flat_map(|alike| {
+                let extents = reader::runs(alike.iter().map(|entry| entry.2), READ_BLOCKS_MAX);
+                let volume = alike[0].1;
+                extents.into_iter().map(move |extent: Extent| ReadRequest { volume, extent })
+            })
+            .collect()
+    }
+}
+
+/// Reads into the capture; `returned` is called for each block when its read has returned.
+fn read_into(
+    reader: &mut dyn BlockReader,
+    requests: &[ReadRequest],
+    capture: &mut Capture,
+    returned: &mut dyn FnMut(usize, Block),
+) -> Result<(), CutError> {
+    let mut failure = None;
+    reader::read_blocks(reader, requests, &mut |volume, block, result| {
+        returned(volume, block);
+        match result {
+            Ok(bytes) => capture.volumes[volume].put(block, bytes),
+            Err(error) if reader::is_medium_error(&error) => capture.volumes[volume].put_unreadable(block),
+            Err(error) => failure = Some(error),
+        }
+    })
+    .map_err(CutError::Read)?;
+    failure.map_or(Ok(()), |error| Err(CutError::Read(error)))
+}
+
+fn union(blocks: &mut [RoaringBitmap], more: &[RoaringBitmap]) {
+    for (blocks, more) in blocks.iter_mut().zip(more) {
+        *blocks |= more;
+    }
+}
+
+fn len(blocks: &[RoaringBitmap]) -> u64 {
+    blocks.iter().map(RoaringBitmap::len).sum()
+}
