@@ -57,6 +57,12 @@ impl Sealer {
         self.epoch
     }
 
+    /// The generation the frames are sealed under.
+    #[must_use]
+    pub const fn generation(&self) -> Generation {
+        self.generation
+    }
+
     /// The attempt the frames belong to.
     #[must_use]
     pub const fn attempt(&self) -> AttemptId {

@@ -62,8 +62,8 @@ pub struct OpenGroup {
     pub generation: Option<Generation>,
     /// Its newest acked points, newest first, at most 16.
     pub acked: Vec<Head>,
-    /// A commit that was sent and may have been acked unheard.
-    pub sent: Option<Head>,
+    /// Commits that were sent after those and may have been acked unheard, newest first, at most 8.
+    pub sent: Vec<Head>,
     /// The data key, sealed to the target.
     pub envelope: Envelope,
     /// The volumes.
@@ -166,8 +166,8 @@ pub struct GroupOpened {
     pub verdict: Verdict,
     /// The target's newest point, and its attempt.
     pub head: Option<(Head, AttemptId)>,
-    /// The acked parts of the epoch after it.
-    pub parts: Option<PartChain>,
+    /// The acked parts of the epoch after it, and that epoch's number: its commit has to be of the same number.
+    pub parts: Option<(Epoch, PartChain)>,
     /// The unfinished attempt that may go on, if the source still has it.
     pub resume: Option<Resume>,
 }
@@ -251,6 +251,15 @@ pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, MessageError> {
     if used == bytes.len() { Ok(message) } else { Err(MessageError::Trailing(bytes.len() - used)) }
 }
 
+/// The version a `Hello` names, whatever comes after it in a version this program does not know; `None` where the bytes
+/// are no `Hello`.
+#[must_use]
+pub fn hello_version(bytes: &[u8]) -> Option<u32> {
+    let (variant, rest) = bytes.split_first_chunk::<4>()?;
+    let (version, _) = rest.split_first_chunk::<4>()?;
+    (*variant == [0; 4]).then_some(u32::from_le_bytes(*version))
+}
+
 fn config() -> impl bincode::config::Config {
     bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<MESSAGE_BYTES_MAX>()
 }
@@ -265,6 +274,14 @@ mod tests {
         let bytes = [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, b'x', 2, 0, 0, 0, 0, 0, 0, 0];
         assert_eq!(encode(&hello), bytes);
         assert_eq!(decode::<SourceMessage>(&bytes).expect("hello"), hello);
+        assert_eq!(hello_version(&bytes), Some(1));
+    }
+
+    #[test]
+    fn the_version_of_an_unknown_hello_can_be_read() {
+        assert_eq!(hello_version(&[0, 0, 0, 0, 9, 0, 0, 0, 0xff, 0xff]), Some(9));
+        assert_eq!(hello_version(&[0, 0, 0, 0, 9, 0, 0]), None);
+        assert_eq!(hello_version(&encode(&SourceMessage::Ping)), None);
     }
 
     #[test]

@@ -1,9 +1,16 @@
 //! The two ends of a group's session, as state machines without I/O.
 //!
 //! * `chain`: what frames may follow which; the target's receiver and the journal's recovery both walk it.
+//! * `memo`: what a source has to remember beyond its own death.
 //! * `source`: what a source sends, and again after a broken line.
 //! * `target`: what a target grants and answers.
 
 pub mod chain;
+pub mod memo;
 pub mod source;
 pub mod target;
+
+/// Acked points a source names when it opens a group.
+pub const ACKED_MAX: usize = 16;
+/// Commits a source has under way at once, sent and not acked.
+pub const SENT_MAX: usize = 8;

@@ -1,0 +1,198 @@
+//! What a source remembers of a group's session beyond its own death: generation, acked points, commits under way.
+//!
+//! It lives as long as the tracking does (pinned beside it, at most 1 KiB), because it says what the tracking is relative
+//! to: the newest acked point. From it the target judges how the two histories stand to each other. The owner stores it
+//! *before* a commit leaves (`committing`), so that a successor knows what may have been acked unheard; and stores an
+//! adopted head (`opened` with a new generation) only once everything that has to be captured again is in the tracker.
+
+use super::{ACKED_MAX, SENT_MAX};
+use crate::message::{GroupOpened, Verdict};
+use crate::units::{Epoch, FrameHash, Generation, Head};
+
+/// Bytes a memo may have.
+pub const MEMO_BYTES_MAX: usize = 1024;
+const MAGIC: [u8; 4] = *b"CDPM";
+const VERSION: u8 = 1;
+const FIXED_BYTES: usize = 16;
+const HEAD_BYTES: usize = 40;
+const CRC_BYTES: usize = 4;
+const _: () = assert!(FIXED_BYTES + (ACKED_MAX + SENT_MAX) * HEAD_BYTES + CRC_BYTES <= MEMO_BYTES_MAX);
+
+/// A source's memory of a group's session.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memo {
+    /// The generation last granted; `None` before the first time.
+    pub generation: Option<Generation>,
+    /// The newest acked points, newest first, at most `ACKED_MAX`.
+    pub acked: Vec<Head>,
+    /// Commits sent after those, newest first, at most `SENT_MAX`.
+    pub sent: Vec<Head>,
+}
+
+/// Why bytes are not a memo. Whoever finds this knows nothing about the group and starts over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MemoError {
+    /// Not of the length its counts tell, or the counts are beyond their bounds.
+    #[error("memo has the wrong length")]
+    Length,
+    /// Not a memo of a version this program reads.
+    #[error("not a memo of version {VERSION}")]
+    Version,
+    /// The checksum is wrong.
+    #[error("memo checksum mismatch")]
+    Crc,
+}
+
+impl Memo {
+    /// The newest acked point.
+    #[must_use]
+    pub fn head(&self) -> Option<Head> {
+        self.acked.first().copied()
+    }
+
+    /// A commit is about to leave.
+    pub fn committing(&mut self, head: Head) {
+        // One of the same or a higher number was a predecessor's of this process, and can no longer be acked.
+        self.sent.retain(|sent| sent.epoch < head.epoch);
+        self.sent.insert(0, head);
+        self.sent.truncate(SENT_MAX);
+    }
+
+    /// A point was acked; commits up to it are no longer under way.
+    pub fn acked(&mut self, head: Head) {
+        if !self.acked.contains(&head) {
+            self.acked.insert(0, head);
+            self.acked.truncate(ACKED_MAX);
+        }
+        self.sent.retain(|sent| sent.epoch > head.epoch);
+    }
+
+    /// The target's answer: its head is where the source stands from now on.
+    pub fn opened(&mut self, opened: &GroupOpened) {
+        let head = opened.head.map(|(head, _)| head);
+        if self.generation != Some(opened.generation) {
+            // Frames of the lower generation are fenced off: what was under way can no longer be acked.
+            self.sent.retain(|sent| Some(*sent) == head);
+        }
+        self.generation = Some(opened.generation);
+        match (opened.verdict, head) {
+            (_, None) => *self = Self { generation: self.generation, ..Self::default() },
+            (Verdict::TargetBehind, Some(head)) => {
+                self.acked.retain(|acked| acked.epoch <= head.epoch);
+                self.acked(head);
+            }
+            (_, Some(head)) => self.acked(head),
+        }
+    }
+
+    /// The memo's bytes: magic, version, counts, generation (0 is none), heads, and a CRC-32 over all of it.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        assert!(self.acked.len() <= ACKED_MAX && self.sent.len() <= SENT_MAX, "the lists are cut where they grow");
+        let mut out = MAGIC.to_vec();
+        out.extend_from_slice(&[VERSION, self.acked.len() as u8, self.sent.len() as u8, 0]);
+        out.extend_from_slice(&self.generation.unwrap_or_default().0.to_le_bytes());
+        for head in self.acked.iter().chain(&self.sent) {
+            out.extend_from_slice(&head.epoch.0.to_le_bytes());
+            out.extend_from_slice(&head.hash.0);
+        }
+        out.extend_from_slice(&crc32fast::hash(&out).to_le_bytes());
+        out
+    }
+
+    /// Parses a memo; no bytes at all are the memo of a source that knows nothing yet.
+    ///
+    /// # Errors
+    /// Where the bytes are not a whole memo.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MemoError> {
+        if bytes.is_empty() {
+            return Ok(Self::default());
+        }
+        let (fixed, rest) = bytes.split_first_chunk::<FIXED_BYTES>().ok_or(MemoError::Length)?;
+        if fixed[..4] != MAGIC || fixed[4] != VERSION || fixed[7] != 0 {
+            return Err(MemoError::Version);
+        }
+        let (acked, sent) = (usize::from(fixed[5]), usize::from(fixed[6]));
+        if acked > ACKED_MAX || sent > SENT_MAX || rest.len() != (acked + sent) * HEAD_BYTES + CRC_BYTES {
+            return Err(MemoError::Length);
+        }
+        let (summed, crc) = bytes.split_at(bytes.len() - CRC_BYTES);
+        if crc32fast::hash(summed).to_le_bytes() != crc {
+            return Err(MemoError::Crc);
+        }
+        let mut heads = rest[..rest.len() - CRC_BYTES].chunks_exact(HEAD_BYTES).map(|entry| Head {
+            epoch: Epoch(u64::from_le_bytes(entry[..8].try_into().expect("eight bytes"))),
+            hash: FrameHash(entry[8..].try_into().expect("32 bytes")),
+        });
+        let generation = u64::from_le_bytes(fixed[8..].try_into().expect("eight bytes"));
+        Ok(Self {
+            generation: (generation != 0).then_some(Generation(generation)),
+            acked: heads.by_ref().take(acked).collect(),
+            sent: heads.collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{AttemptId, GroupId};
+
+    fn head(epoch: u64) -> Head {
+        Head { epoch: Epoch(epoch), hash: FrameHash([epoch as u8; 32]) }
+    }
+
+    fn full() -> Memo {
+        let mut memo = Memo { generation: Some(Generation(3)), ..Memo::default() };
+        (1..=40).for_each(|epoch| memo.acked(head(epoch)));
+        (41..=60).for_each(|epoch| memo.committing(head(epoch)));
+        memo
+    }
+
+    #[test]
+    fn a_memo_comes_back_and_fits() {
+        for memo in [Memo::default(), full()] {
+            let bytes = memo.encode();
+            assert!(bytes.len() <= MEMO_BYTES_MAX);
+            assert_eq!(Memo::decode(&bytes), Ok(memo));
+        }
+        assert_eq!(Memo::decode(&[]), Ok(Memo::default()));
+        assert_eq!((full().acked.len(), full().sent.len()), (ACKED_MAX, SENT_MAX));
+    }
+
+    #[test]
+    fn flips_cuts_and_tails_are_refused() {
+        let bytes = full().encode();
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(Memo::decode(&flipped).is_err(), "bit {bit}");
+        }
+        for len in 1..bytes.len() {
+            assert!(Memo::decode(&bytes[..len]).is_err(), "cut to {len}");
+        }
+        assert!(Memo::decode(&[bytes.as_slice(), &[0]].concat()).is_err());
+    }
+
+    #[test]
+    fn the_targets_head_becomes_the_sources() {
+        let opened = |verdict, generation, epoch: Option<u64>| GroupOpened {
+            group: GroupId::default(),
+            generation: Generation(generation),
+            verdict,
+            head: epoch.map(|epoch| (head(epoch), AttemptId::default())),
+            parts: None,
+            resume: None,
+        };
+        let mut memo =
+            Memo { generation: Some(Generation(1)), acked: vec![head(2), head(1)], sent: vec![head(4), head(3)] };
+        memo.opened(&opened(Verdict::Continue, 1, Some(3)));
+        assert_eq!((memo.head(), memo.sent.as_slice()), (Some(head(3)), [head(4)].as_slice()));
+        memo.opened(&opened(Verdict::TargetBehind, 2, Some(1)));
+        assert_eq!((memo.acked.as_slice(), memo.sent.len()), ([head(1)].as_slice(), 0));
+        memo.opened(&opened(Verdict::Rollback { to: Some(Epoch(1)) }, 3, Some(9)));
+        assert_eq!(memo.acked, [head(9), head(1)]);
+        memo.opened(&opened(Verdict::New, 4, None));
+        assert_eq!(memo, Memo { generation: Some(Generation(4)), ..Memo::default() });
+    }
+}
