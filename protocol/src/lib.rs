@@ -3,13 +3,14 @@
 //! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
 //! * `units`, `limits`: newtypes and bounds.
 //! * `frame`, `record`, `codec`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
-//! * `message`: the control messages.
+//! * `message`: the control messages; `bundle`, `join`: how an office comes to its certificate.
 //! * `session`: who may say what when, and what is sent again after a broken line.
 
 pub mod bundle;
 pub mod codec;
 pub mod escrow;
 pub mod frame;
+pub mod join;
 pub mod limits;
 pub mod message;
 pub mod record;

@@ -9,3 +9,5 @@ pub mod line;
 pub mod quic;
 pub mod random;
 pub mod storage;
+#[cfg(feature = "quic")]
+pub mod tls;
