@@ -1,3 +1,6 @@
 //! The agent: watches the groups, cuts, and sends.
 
+mod encoding;
+pub mod group;
+pub mod ledger;
 pub mod status;
