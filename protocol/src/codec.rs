@@ -19,6 +19,31 @@ pub struct Sealer {
     digest_key: DigestKey,
 }
 
+/// Memory for compressing one frame after the other.
+pub struct Packer {
+    table: lz4_flex::block::CompressTable,
+    packed: Vec<u8>,
+}
+
+impl Default for Packer {
+    fn default() -> Self {
+        Self { table: lz4_flex::block::CompressTable::large(), packed: Vec::new() }
+    }
+}
+
+impl Packer {
+    /// The shorter of `content` compressed and as it is.
+    fn pack<'a>(&'a mut self, content: &'a [u8]) -> (Encoding, &'a [u8]) {
+        let bound = lz4_flex::block::get_maximum_output_size(content.len());
+        if self.packed.len() < bound {
+            self.packed.resize(bound, 0);
+        }
+        let packed = lz4_flex::block::compress_into_with_table(content, &mut self.packed, &mut self.table)
+            .expect("the buffer has the bound's size");
+        if packed < content.len() { (Encoding::Lz4, &self.packed[..packed]) } else { (Encoding::Raw, content) }
+    }
+}
+
 /// Why the content of a frame cannot be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ContentError {
@@ -87,30 +112,40 @@ impl Sealer {
     /// A frame with content: `content` is the blocks of `extents` one after the other, at most 128 KiB of them.
     #[must_use]
     pub fn content(&self, volume: VolumeSlot, sequence: Sequence, extents: Vec<Extent>, content: &[u8]) -> Vec<u8> {
+        self.content_with(&mut Packer::default(), volume, sequence, extents, content)
+    }
+
+    /// `content`, with memory kept from frame to frame. Content that does not compress is copied once.
+    #[must_use]
+    pub fn content_with(
+        &self,
+        packer: &mut Packer,
+        volume: VolumeSlot,
+        sequence: Sequence,
+        extents: Vec<Extent>,
+        content: &[u8],
+    ) -> Vec<u8> {
         let blocks = content.len() / BLOCK_BYTES;
         assert!(
             blocks <= CONTENT_BLOCKS_MAX && content.len() == blocks * BLOCK_BYTES,
             "whole blocks, and not too many"
         );
-        let mut payload = vec![0; lz4_flex::block::get_maximum_output_size(content.len())];
-        let packed = lz4_flex::block::compress_into(content, &mut payload).expect("the buffer has the bound's size");
-        let encoding = if packed < content.len() { Encoding::Lz4 } else { Encoding::Raw };
-        match encoding {
-            Encoding::Lz4 => payload.truncate(packed),
-            _ => content.clone_into(&mut payload),
-        }
+        let (encoding, stored) = packer.pack(content);
         let digests_len = blocks * DIGEST_BYTES + TAG_BYTES;
-        let payload_len = payload.len() + TAG_BYTES + digests_len;
+        let payload_len = stored.len() + TAG_BYTES + digests_len;
         let mut header = self.header(Kind::Extents, encoding, volume, sequence, extents, payload_len, digests_len);
         header.content_len = content.len() as u32;
-        let associated_data = header.associated_data();
-        self.attempt_key.seal(sequence, Section::Content, &associated_data, &mut payload, 0);
-        let from = payload.len();
+        let mut out = frame::start(&self.group, &header);
+        let associated_data = out[..header.associated_data_len()].to_vec();
+        let from = out.len();
+        out.extend_from_slice(stored);
+        self.attempt_key.seal(sequence, Section::Content, &associated_data, &mut out, from);
+        let from = out.len();
         for block in content.chunks_exact(BLOCK_BYTES) {
-            payload.extend_from_slice(&self.digest_key.digest(block));
+            out.extend_from_slice(&self.digest_key.digest(block));
         }
-        self.attempt_key.seal(sequence, Section::Digests, &associated_data, &mut payload, from);
-        frame::encode(&self.group, &header, &payload)
+        self.attempt_key.seal(sequence, Section::Digests, &associated_data, &mut out, from);
+        frame::finish(&self.group, &header, out)
     }
 
     /// A frame of extents without content: holes or unreadable blocks. Its seal is over nothing but the header.

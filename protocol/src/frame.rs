@@ -151,7 +151,7 @@ impl Frame<'_> {
     /// The part of the frame that is associated data of its seal: the header without its checksum.
     #[must_use]
     pub fn associated_data(&self) -> &[u8] {
-        &self.bytes[..self.header.header_len() - CRC_BYTES]
+        &self.bytes[..self.header.associated_data_len()]
     }
 }
 
@@ -166,6 +166,12 @@ impl Header {
     #[must_use]
     pub fn header_len(&self) -> usize {
         header_len(self.extents.len())
+    }
+
+    /// Bytes of the header without its checksum.
+    #[must_use]
+    pub fn associated_data_len(&self) -> usize {
+        self.header_len() - CRC_BYTES
     }
 
     /// Bytes of the whole frame.
@@ -210,11 +216,26 @@ impl Header {
 /// Builds a frame of `header` and `payload`, whose length has to be the header's `payload_len`.
 #[must_use]
 pub fn encode(group: &GroupId, header: &Header, payload: &[u8]) -> Vec<u8> {
-    assert_eq!(header.payload_len as usize, payload.len(), "the header tells the payload's length");
+    let mut out = start(group, header);
+    out.extend_from_slice(payload);
+    finish(group, header, out)
+}
+
+/// The beginning of a frame, its header with checksum, with room for the rest: for payloads that are made in place.
+#[must_use]
+pub fn start(group: &GroupId, header: &Header) -> Vec<u8> {
     let mut out = header.associated_data();
     out.extend_from_slice(&crc(group, &out).to_le_bytes());
-    out.extend_from_slice(payload);
-    out.extend_from_slice(&crc(group, payload).to_le_bytes());
+    out
+}
+
+/// Ends a frame that `start` began and to which the whole payload was added.
+#[must_use]
+pub fn finish(group: &GroupId, header: &Header, mut out: Vec<u8>) -> Vec<u8> {
+    let payload = &out[header.header_len()..];
+    assert_eq!(header.payload_len as usize, payload.len(), "the header tells the payload's length");
+    let sum = crc(group, payload);
+    out.extend_from_slice(&sum.to_le_bytes());
     out
 }
 

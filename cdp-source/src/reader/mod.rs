@@ -95,7 +95,7 @@ pub fn read_blocks(reader: &mut dyn BlockReader, requests: &[ReadRequest], done:
             Ok(bytes) => give(volume, extent, bytes, done),
             Err(error) if extent.count == 1 => done(volume, extent.start, Err(error)),
             Err(_) => {
-                again.extend(extent.blocks().map(|start| ReadRequest { volume, extent: Extent { start, count: 1 } }))
+                again.extend(extent.blocks().map(|start| ReadRequest { volume, extent: Extent { start, count: 1 } }));
             }
         }
     })?;
