@@ -9,6 +9,7 @@
 //! First and last line keep this form in every version, so that a newer bundle is told from a damaged one. Line ends may have
 //! become CR LF on the way, and the last one may be missing. The bundle is a secret until it was used: it holds the token.
 
+use crate::hex;
 use crate::units::{FrameHash, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -68,8 +69,9 @@ pub struct Bundle {
     pub targets: Vec<String>,
     /// Names the target's certificate is for; never empty.
     pub server_names: Vec<String>,
-    /// The target's certificate authority, PEM: the only one the office believes.
-    pub authority: String,
+    /// The target's certificate authority, DER: the only one the office believes.
+    #[serde(with = "hex")]
+    pub authority: Vec<u8>,
     /// Public half of the target's escrow key.
     #[serde(with = "hex")]
     pub escrow_public: Vec<u8>,
@@ -181,37 +183,6 @@ fn without_checksum(last: &str) -> BundleError {
     if document || version || CHECKSUM.starts_with(last) { BundleError::CutShort } else { BundleError::Damaged }
 }
 
-/// Bytes as lower-case hexadecimal digits, in text and in serde documents.
-mod hex {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-
-    pub(super) fn encode(bytes: &[u8]) -> String {
-        bytes.iter().flat_map(|&byte| [byte >> 4, byte & 15]).map(|digit| DIGITS[digit as usize] as char).collect()
-    }
-
-    pub(super) fn decode(text: &str) -> Option<Vec<u8>> {
-        let digit = |byte: u8| DIGITS.iter().position(|&known| known == byte).map(|value| value as u8);
-        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-        let bytes = pairs.iter().map(|&[high, low]| Some(digit(high)? << 4 | digit(low)?)).collect();
-        if rest.is_empty() { bytes } else { None }
-    }
-
-    pub(super) fn serialize<S: Serializer>(bytes: impl AsRef<[u8]>, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&encode(bytes.as_ref()))
-    }
-
-    pub(super) fn deserialize<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-    where
-        D: Deserializer<'de>,
-        T: TryFrom<Vec<u8>>,
-    {
-        let bytes = decode(&String::deserialize(deserializer)?).ok_or_else(|| D::Error::custom("not hexadecimal"))?;
-        T::try_from(bytes).map_err(|_| D::Error::custom("not the right number of hexadecimal digits"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,7 +192,7 @@ mod tests {
             store: StoreId([1; 16]),
             targets: vec!["backup.example.org:7443".into(), "192.0.2.1:7443".into()],
             server_names: vec!["backup.example.org".into()],
-            authority: "-----BEGIN CERTIFICATE-----\n…".into(),
+            authority: vec![8; 500],
             escrow_public: vec![9; 32],
             office: OfficeId([2; 16]),
             office_name: "north".into(),

@@ -10,6 +10,7 @@ pub mod bundle;
 pub mod codec;
 pub mod escrow;
 pub mod frame;
+pub mod hex;
 pub mod join;
 pub mod limits;
 pub mod message;

@@ -11,8 +11,8 @@
 use crate::line::{BoxFuture, Control, Line, ReceiveStream, SendStream};
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{
-    ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TokioRuntime,
-    TransportConfig, ValidationTokenConfig, VarInt,
+    ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TokioRuntime, TransportConfig, TransportErrorCode, ValidationTokenConfig, VarInt,
 };
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -33,6 +33,8 @@ pub const FRAME_STREAMS_MAX: u32 = 64;
 pub const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 /// Bytes that may be under way to a server, all streams of a connection.
 pub const RECEIVE_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+/// Bytes that may be under way to a server from a peer it did not admit yet: one join request.
+pub const STRANGER_WINDOW_BYTES: u32 = 16 * 1024;
 /// Bytes sent and not acknowledged, all streams of a connection.
 pub const SEND_WINDOW_BYTES: u64 = 8 * 1024 * 1024;
 /// Bytes that may be under way to a client: control messages only.
@@ -103,8 +105,9 @@ pub fn client_endpoint(server: SocketAddr, tls: rustls::ClientConfig) -> io::Res
     Ok(endpoint)
 }
 
-/// Lets an authenticated source open its control stream and its streams of frames.
+/// Lets an authenticated source open its control stream and its streams of frames, and fill the windows.
 pub fn admit(connection: &Connection) {
+    connection.set_receive_window(RECEIVE_WINDOW_BYTES.into());
     connection.set_max_concurrent_uni_streams(FRAME_STREAMS_MAX.into());
     connection.set_max_concurrent_bi_streams(1_u32.into());
 }
@@ -112,6 +115,44 @@ pub fn admit(connection: &Connection) {
 /// Lets a peer open one bidirectional stream.
 pub fn admit_one_exchange(connection: &Connection) {
     connection.set_max_concurrent_bi_streams(1_u32.into());
+}
+
+/// A TLS alert that ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsAlert {
+    /// We refused the other side's handshake.
+    Sent(u8),
+    /// The other side refused ours.
+    Received(u8),
+}
+
+impl TlsAlert {
+    /// The alert behind `error`, if there is one.
+    #[must_use]
+    pub fn of(error: &ConnectionError) -> Option<Self> {
+        let alert = |code: TransportErrorCode| {
+            let code = u64::from(code);
+            (code & !0xff == 0x100).then_some((code & 0xff) as u8)
+        };
+        match error {
+            ConnectionError::TransportError(error) => alert(error.code).map(Self::Sent),
+            ConnectionError::ConnectionClosed(close) => alert(close.error_code).map(Self::Received),
+            _ => None,
+        }
+    }
+
+    /// Whether a certificate was missing or not believed (RFC 8446, 6.2).
+    #[must_use]
+    pub fn is_about_certificate(self) -> bool {
+        let (Self::Sent(code) | Self::Received(code)) = self;
+        matches!(code, 42..=46 | 48 | 49 | 51 | 116)
+    }
+
+    /// Whether the two sides have no ALPN protocol in common.
+    #[must_use]
+    pub fn is_about_protocol(self) -> bool {
+        matches!(self, Self::Sent(120) | Self::Received(120))
+    }
 }
 
 fn transport() -> TransportConfig {
@@ -129,7 +170,7 @@ fn transport() -> TransportConfig {
 
 fn server_transport() -> TransportConfig {
     let mut config = transport();
-    config.stream_receive_window(STREAM_WINDOW_BYTES.into()).receive_window(RECEIVE_WINDOW_BYTES.into());
+    config.stream_receive_window(STREAM_WINDOW_BYTES.into()).receive_window(STRANGER_WINDOW_BYTES.into());
     config
 }
 
@@ -171,7 +212,7 @@ impl QuicLine {
     ///
     /// # Errors
     /// Where the server does not admit us, or the connection breaks.
-    pub async fn connected(connection: Connection) -> Result<Self, quinn::ConnectionError> {
+    pub async fn connected(connection: Connection) -> Result<Self, ConnectionError> {
         let control = boxed(connection.open_bi().await?);
         Ok(Self { connection, opened: Mutex::new(Some(control)) })
     }
