@@ -15,7 +15,7 @@ use crate::control::{PointReply, Reply};
 use crate::cut::{self, Cut, CutError, CutLimits};
 use crate::encoder::Encoder;
 use crate::reader::BlockReader;
-use crate::tracker::Tracker;
+use crate::tracker::{Tracker, TrackerError};
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::message::{GroupOpened, RefusalReason, Verdict};
 use cdp_protocol::record::{Begin, PartChain};
@@ -204,6 +204,8 @@ struct Group {
     refused: Option<String>,
     /// Why everything is captured again.
     rescan: Option<String>,
+    /// Whether the tracker was flipped before parts are read.
+    primed: bool,
     next_cut: Duration,
     reopen_at: Duration,
     retain_at: Option<Duration>,
@@ -259,6 +261,7 @@ impl Group {
             trouble: None,
             refused: None,
             rescan: None,
+            primed: false,
             next_cut: Duration::ZERO,
             reopen_at: Duration::ZERO,
             retain_at: None,
@@ -286,6 +289,7 @@ impl Group {
             self.rescan = Some(reason);
         }
         self.devices = Some(devices);
+        self.primed = false;
         self.trouble = None;
     }
 
@@ -349,6 +353,16 @@ impl Group {
     /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
     fn part(&mut self) -> Result<(), CutError> {
         let Some(devices) = &mut self.devices else { return Ok(()) };
+        if !self.primed {
+            // What was marked so far is read now; a tracker that compares takes its first look. Without it the volume
+            // would be sent once in parts and once more by the first cut.
+            self.primed = true;
+            match devices.tracker.flip() {
+                Ok(marked) => self.ledger.carry_more(&marked),
+                Err(TrackerError::Stragglers(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         let capture = cut::read_part(&mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
         if is_all_unreadable(&capture) {
             self.fail("every block read came back with an error".into());
