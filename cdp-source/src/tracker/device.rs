@@ -1,1 +1,303 @@
-//! What a protected device is: disk, window, size, sequence.
+//! What a protected device is: which disk, which window of it, how large, of what kind.
+//!
+//! Owns the reading of sysfs. A `Device` is what was found when it was inspected; `still_same` compares it with what is
+//! there now, by device number, never by path: a path may have come to mean another device. Does not open the device.
+
+use super::TrackerError;
+use cdp_protocol::units::{SECTOR_BYTES, Sectors, VOLUME_BYTES_MAX};
+use cdp_seams::storage::{Storage, SystemStorage};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A block device's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct DeviceNumber {
+    /// The driver's.
+    pub major: u32,
+    /// The device's.
+    pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// The number as the kernel holds it (`dev_t` within the kernel, not the one of `stat`).
+    #[must_use]
+    pub const fn to_kernel(self) -> u32 {
+        self.major << 20 | self.minor
+    }
+
+    fn sysfs(self) -> PathBuf {
+        PathBuf::from(format!("/sys/dev/block/{self}"))
+    }
+}
+
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// How a device takes its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Through requests: SCSI, SATA, NVMe, virtio, loop.
+    Request,
+    /// Through bios: device-mapper, md, zram.
+    Bio,
+}
+
+/// Where to read a volume: through the node of the whole disk, so that a mounted file system is not disturbed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadTarget {
+    /// Node of the whole disk.
+    pub node: PathBuf,
+    /// Where the volume begins on it, in bytes.
+    pub offset_bytes: u64,
+    /// Length of the volume in bytes.
+    pub size_bytes: u64,
+}
+
+/// A block device as it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// The path it was found by.
+    pub path: PathBuf,
+    /// Its own number.
+    pub number: DeviceNumber,
+    /// The number of the whole disk; its own where it is one.
+    pub disk: DeviceNumber,
+    /// Node of the whole disk.
+    pub disk_node: PathBuf,
+    /// Where its window of the disk begins.
+    pub start: Sectors,
+    /// How long the window is.
+    pub length: Sectors,
+    /// The disk's sequence number: another one is another disk, or another file under a loop device.
+    pub diskseq: u64,
+    /// How it takes its work.
+    pub kind: DeviceKind,
+    /// Nothing can be written to it.
+    pub read_only: bool,
+    /// It has zones that are written in order.
+    pub zoned: bool,
+    /// It can be written past the block layer.
+    pub dax: bool,
+}
+
+impl Device {
+    /// What the device behind `path` is.
+    ///
+    /// # Errors
+    /// Where there is none, it is no block device, it has no size, or sysfs does not tell.
+    pub fn inspect(path: &Path) -> Result<Self, TrackerError> {
+        let refuse = |reason: &str| unsupported(path, reason);
+        let stat = match rustix::fs::stat(path) {
+            Err(rustix::io::Errno::NOENT) => return Err(refuse("does not exist")),
+            other => other.map_err(|error| io_error(path, error.into()))?,
+        };
+        if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::BlockDevice {
+            return Err(refuse("is not a block device (an image file is tracked by `scan`)"));
+        }
+        let number = DeviceNumber { major: rustix::fs::major(stat.st_rdev), minor: rustix::fs::minor(stat.st_rdev) };
+        Self::of_number(path, number).map_err(|error| io_error(path, error))?.usable()
+    }
+
+    fn of_number(path: &Path, number: DeviceNumber) -> io::Result<Self> {
+        let folder = number.sysfs();
+        let disk_folder = disk_folder(number);
+        let partition = folder.join("partition");
+        let start = if rustix::fs::stat(&partition).is_ok() { read_number(&folder.join("start"))? } else { 0 };
+        let disk = parse_device(&read_text(&disk_folder.join("dev"))?)?;
+        let request_based = rustix::fs::stat(disk_folder.join("mq")).is_ok();
+        Ok(Self {
+            path: path.to_owned(),
+            number,
+            disk,
+            disk_node: disk_node(&disk_folder, disk)?,
+            start: Sectors(start),
+            length: Sectors(read_number(&folder.join("size"))?),
+            diskseq: read_number(&disk_folder.join("diskseq"))?,
+            kind: if request_based { DeviceKind::Request } else { DeviceKind::Bio },
+            read_only: read_number(&folder.join("ro"))? != 0,
+            zoned: read_text(&disk_folder.join("queue/zoned")).is_ok_and(|zoned| zoned != "none"),
+            dax: read_number(&disk_folder.join("queue/dax")).is_ok_and(|dax| dax != 0),
+        })
+    }
+
+    fn usable(self) -> Result<Self, TrackerError> {
+        let refuse = |reason: &str| Err(unsupported(&self.path, reason));
+        if self.length.0 == 0 {
+            return refuse("has no size: nothing is attached to it");
+        }
+        if self.length.0 > VOLUME_BYTES_MAX / SECTOR_BYTES {
+            return refuse("is larger than 16 TiB");
+        }
+        Ok(self)
+    }
+
+    /// Whether the eBPF tracker can watch it.
+    ///
+    /// # Errors
+    /// Where it cannot, with the reason.
+    pub fn trackable(&self) -> Result<(), TrackerError> {
+        let refuse = |reason: &str| Err(unsupported(&self.path, reason));
+        if self.zoned {
+            return refuse("is a zoned device; those are not supported");
+        }
+        if self.dax {
+            return refuse("can be written past the block layer (DAX); those are not supported");
+        }
+        if self.kind == DeviceKind::Bio {
+            return refuse(
+                "is bio-based (device-mapper, LVM, md, zram); `ebpf` tracks request-based devices, `scan` tracks this",
+            );
+        }
+        Ok(())
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub const fn size_bytes(&self) -> u64 {
+        self.length.to_bytes()
+    }
+
+    /// Where to read it.
+    #[must_use]
+    pub fn read_target(&self) -> ReadTarget {
+        ReadTarget {
+            node: self.disk_node.clone(),
+            offset_bytes: self.start.to_bytes(),
+            size_bytes: self.length.to_bytes(),
+        }
+    }
+
+    /// Whether the device is what it was, by a look at sysfs.
+    ///
+    /// # Errors
+    /// What is different, in a line.
+    pub fn still_same(&self) -> Result<(), String> {
+        let name = self.path.display();
+        let now = match Self::of_number(&self.path, self.number) {
+            Ok(now) => now,
+            Err(error) => return Err(format!("{name} vanished ({error})")),
+        };
+        let (was, is) = (self.length.0, now.length.0);
+        if now.disk != self.disk {
+            return Err(format!("{name} is on another disk: {}, was {}", now.disk, self.disk));
+        }
+        if now.diskseq != self.diskseq {
+            return Err(format!(
+                "{name} is another device now (sequence number {}, was {})",
+                now.diskseq, self.diskseq
+            ));
+        }
+        if is != was {
+            let verb = if is < was { "shrank" } else { "grew" };
+            return Err(format!("{name} {verb} from {was} to {is} sectors"));
+        }
+        if now.start != self.start {
+            return Err(format!("{name} begins at sector {}, was {}", now.start, self.start));
+        }
+        Ok(())
+    }
+}
+
+/// What the kernel counted on a disk, from `stat` and `inflight`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskCounts {
+    /// Sectors of completed writes.
+    pub written: u64,
+    /// Sectors of completed discards.
+    pub discarded: u64,
+    /// Writes and discards in flight.
+    pub in_flight: u64,
+}
+
+impl DiskCounts {
+    /// The counts of a whole disk now; in flight last, so that what it says holds for the others too.
+    ///
+    /// # Errors
+    /// Where sysfs does not tell.
+    pub fn read(disk: DeviceNumber) -> io::Result<Self> {
+        let folder = disk.sysfs();
+        let stat = numbers(&read_text(&folder.join("stat"))?)?;
+        let in_flight = numbers(&read_text(&folder.join("inflight"))?)?;
+        let field = |fields: &[u64], index: usize| fields.get(index).copied().ok_or_else(strange);
+        // Kernels without discard counts have fewer fields, but none of those is supported.
+        Ok(Self { written: field(&stat, 6)?, discarded: field(&stat, 13)?, in_flight: field(&in_flight, 1)? })
+    }
+}
+
+fn disk_folder(number: DeviceNumber) -> PathBuf {
+    let folder = number.sysfs();
+    if rustix::fs::stat(folder.join("partition")).is_ok() { folder.join("..") } else { folder }
+}
+
+fn disk_node(disk_folder: &Path, disk: DeviceNumber) -> io::Result<PathBuf> {
+    let uevent = read_text(&disk_folder.join("uevent"))?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=")).ok_or_else(strange)?;
+    let node = Path::new("/dev").join(name);
+    let stat = rustix::fs::stat(&node)?;
+    if (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)) != (disk.major, disk.minor) {
+        return Err(io::Error::other(format!("{} is not the node of {disk}", node.display())));
+    }
+    Ok(node)
+}
+
+/// Text of a small file of sysfs or procfs, which may say that it is empty and is not.
+pub(super) fn read_text(path: &Path) -> io::Result<String> {
+    let mut buffer = vec![0; 8192];
+    let read = SystemStorage.open(path)?.read_at(&mut buffer, 0)?;
+    buffer.truncate(read);
+    let text = String::from_utf8(buffer).map_err(|_| strange())?;
+    Ok(text.trim_end().to_owned())
+}
+
+fn read_number(path: &Path) -> io::Result<u64> {
+    read_text(path)?.parse().map_err(|_| strange())
+}
+
+fn numbers(text: &str) -> io::Result<Vec<u64>> {
+    text.split_ascii_whitespace().map(|field| field.parse().map_err(|_| strange())).collect()
+}
+
+fn parse_device(text: &str) -> io::Result<DeviceNumber> {
+    let (major, minor) = text.split_once(':').ok_or_else(strange)?;
+    let number = |text: &str| text.parse().map_err(|_| strange());
+    Ok(DeviceNumber { major: number(major)?, minor: number(minor)? })
+}
+
+fn strange() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "sysfs says something unexpected")
+}
+
+fn unsupported(path: &Path, reason: &str) -> TrackerError {
+    TrackerError::Unsupported { step: format!("open volume {}", path.display()), reason: reason.to_owned() }
+}
+
+fn io_error(path: &Path, source: io::Error) -> TrackerError {
+    TrackerError::Io { step: format!("inspect volume {}", path.display()), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_block_device_is_refused_with_the_reason() {
+        let refused = |path: &str| Device::inspect(Path::new(path)).expect_err("refused").to_string();
+        assert_eq!(refused("/dev/cdp-none"), "open volume /dev/cdp-none: does not exist");
+        assert!(refused("/dev/null").contains("is not a block device"));
+        assert!(refused("/").contains("is not a block device"));
+    }
+
+    #[test]
+    fn device_numbers_are_read_and_packed_as_the_kernel_does() {
+        let number = parse_device("259:65537").expect("parsed");
+        assert_eq!(number, DeviceNumber { major: 259, minor: 65537 });
+        assert_eq!(number.to_kernel(), (259 << 20) + 0x1_0001);
+        assert_eq!(number.to_string(), "259:65537");
+        assert!(parse_device("259").is_err());
+    }
+}

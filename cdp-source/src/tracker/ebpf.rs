@@ -1,1 +1,465 @@
-//! The eBPF tracker.
+//! The eBPF tracker: one instance of programs and maps a group, pinned, so that tracking outlives this process.
+//!
+//! Owns the flip, and the decision what a tracking found in bpffs is worth. Invariants: a block leaves the kernel's
+//! record only for `unacked`; no path starts an empty record and goes on: whatever was not tracked without a gap is
+//! wholly dirty. One instance holds all volumes of the group in maps sized for them. When the volumes (or the programs)
+//! change, a new instance is attached first, then the old one's marks are carried over for the volumes that are the
+//! same, then the state folder names the new one, then the old one is removed; killed at any step, the successor finds
+//! a named instance that has seen every write. Does not read volumes.
+//!
+//! Place of what is to come: bio-based devices get programs of their own beside `issue` and `complete`; holes a bitmap
+//! beside `dirty`; doubt follows from `trust`.
+
+use super::bitmap::{drain, filter_has, peek};
+use super::device::{Device, read_text};
+use super::identity::{Identity, LAYOUT, VolumeIdentity};
+use super::instance::{EventCounts, Instance, MEMO_BYTES_MAX, disks_of, program_hash};
+use super::pins;
+use super::trust::{Suspects, Trust};
+use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
+use cdp_protocol::limits::VOLUMES_MAX;
+use cdp_protocol::units::{Block, GroupId, VolumeSlot};
+use cdp_seams::clock::{Clock, SystemClock};
+use cdp_seams::random::{SystemRandom, array};
+use cdp_seams::storage::{Storage, StorageFile, read_all, replace};
+use roaring::RoaringBitmap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a flip waits for runs that were counted into the old parity.
+const STRAGGLERS_MS: u64 = 250;
+/// Bytes of the record in the state folder.
+const RECORD_BYTES_MAX: u64 = 64 * 1024;
+
+/// What to track, and where the tracking is kept.
+pub struct EbpfOptions {
+    /// The group.
+    pub group: GroupId,
+    /// Its volumes.
+    pub volumes: Vec<(VolumeSlot, PathBuf)>,
+    /// Where bpffs is mounted; mounted there if it is not.
+    pub bpffs: PathBuf,
+    /// Where the identity is kept, in `tracker-<group>.json`.
+    pub state_folder: PathBuf,
+    /// How to get there.
+    pub storage: Arc<dyn Storage>,
+    /// Where the kernel tells the boot's id.
+    pub boot_id_path: PathBuf,
+}
+
+impl EbpfOptions {
+    /// The usual places of bpffs and of the boot's id.
+    #[must_use]
+    pub fn new(
+        group: GroupId,
+        volumes: Vec<(VolumeSlot, PathBuf)>,
+        state_folder: PathBuf,
+        storage: Arc<dyn Storage>,
+    ) -> Self {
+        let bpffs = PathBuf::from(pins::BPFFS);
+        let boot_id_path = PathBuf::from("/proc/sys/kernel/random/boot_id");
+        Self { group, volumes, bpffs, state_folder, storage, boot_id_path }
+    }
+
+    fn record(&self) -> PathBuf {
+        self.state_folder.join(format!("tracker-{}.json", self.group))
+    }
+}
+
+/// The tracker of a group of request-based block devices.
+pub struct EbpfTracker {
+    instance: Instance,
+    devices: Vec<Device>,
+    volumes: Vec<TrackedVolume>,
+    /// Drained and not given to a cut yet.
+    pending: Vec<RoaringBitmap>,
+    recovered: Vec<RoaringBitmap>,
+    started_over: Option<String>,
+    trust: Trust,
+    suspects: Suspects,
+    issue_misses_at_flip: u64,
+    marks_lost: u64,
+    completions_lost: u64,
+    clock: SystemClock,
+    _lock: Box<dyn StorageFile>,
+}
+
+/// What was found of an earlier tracking, and what it is worth.
+enum Found {
+    /// It is just what is wanted.
+    Same(Box<Instance>),
+    /// It can be trusted, but has other volumes or programs.
+    Other(Box<Instance>),
+    /// It is worth nothing, for this reason.
+    Nothing(String),
+}
+
+impl EbpfTracker {
+    /// Starts to track, or goes on with the tracking a predecessor left.
+    ///
+    /// # Errors
+    /// Where a volume or this machine cannot be tracked, or another process tracks the group.
+    pub fn open(options: &EbpfOptions) -> Result<Self, TrackerError> {
+        let devices = inspect(&options.volumes)?;
+        pins::supported_at(&options.bpffs)?;
+        let folder = pins::group_folder(&options.bpffs, options.group);
+        let lock = pins::lock(&folder)?;
+        let failed = |step: &str| {
+            let step = format!("{step} of group {}", options.group);
+            move |source: io::Error| TrackerError::Io { step, source }
+        };
+        let boot = read_text(&options.boot_id_path).map_err(failed("read the boot id for the tracking"))?;
+        let wanted = identity(options, &devices, boot);
+        let (instance, recovered, started_over) = match find(options, &folder, &wanted)? {
+            Found::Same(instance) => (*instance, None, None),
+            Found::Other(old) => succeed(&folder, wanted, &devices, &old)?,
+            Found::Nothing(reason) => begin(&folder, wanted, &devices, reason)?,
+        };
+        let record = serde_json::to_vec_pretty(&instance.identity).expect("an identity has only plain fields");
+        let kept = options.storage.create_dir_all(&options.state_folder);
+        kept.and_then(|()| replace(&*options.storage, &options.record(), &record))
+            .map_err(failed("keep the identity of the tracking"))?;
+        pins::remove_others(&folder, &instance.folder).map_err(failed("remove an old tracking"))?;
+        let trust = Trust::new(&instance, &disks_of(&devices)).map_err(failed("read the counts"))?;
+        let mut tracker = Self::assemble(instance, devices, trust, lock).map_err(failed("read the counts"))?;
+        tracker.started_over = started_over;
+        tracker.recover(recovered)?;
+        Ok(tracker)
+    }
+
+    fn assemble(
+        instance: Instance,
+        devices: Vec<Device>,
+        trust: Trust,
+        lock: Box<dyn StorageFile>,
+    ) -> io::Result<Self> {
+        let tracked = |(volume, device): (&VolumeIdentity, &Device)| TrackedVolume {
+            slot: volume.slot,
+            size_bytes: device.size_bytes(),
+        };
+        let counts = instance.counts()?;
+        let volumes: Vec<TrackedVolume> = instance.identity.volumes.iter().zip(&devices).map(tracked).collect();
+        let none = vec![RoaringBitmap::new(); volumes.len()];
+        Ok(Self {
+            suspects: Suspects::new(volumes.len()),
+            pending: none.clone(),
+            recovered: none,
+            volumes,
+            instance,
+            devices,
+            started_over: None,
+            trust,
+            issue_misses_at_flip: counts.issue_misses,
+            marks_lost: counts.lost,
+            completions_lost: 0,
+            clock: SystemClock::new(),
+            _lock: lock,
+        })
+    }
+
+    /// What was drained and not acked, and what a predecessor began to drain.
+    fn recover(&mut self, unacked: Option<Vec<RoaringBitmap>>) -> Result<(), TrackerError> {
+        let stale = 1 - self.instance.active();
+        self.pass(stale)?;
+        self.drain(stale);
+        let in_map = || self.instance.places.iter().map(|place| self.instance.unacked.blocks(place)).collect();
+        self.recovered = unacked.unwrap_or_else(in_map);
+        for (recovered, pending) in self.recovered.iter_mut().zip(&mut self.pending) {
+            *recovered |= std::mem::take(pending);
+        }
+        Ok(())
+    }
+
+    /// Where to read the volumes, in their order.
+    #[must_use]
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// The tracking's identity.
+    #[must_use]
+    pub const fn identity(&self) -> &Identity {
+        &self.instance.identity
+    }
+
+    /// Where this tracking is pinned.
+    #[must_use]
+    pub fn pin_folder(&self) -> &Path {
+        &self.instance.folder
+    }
+
+    /// What the programs counted.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell of missed runs.
+    pub fn counts(&self) -> io::Result<EventCounts> {
+        self.instance.counts()
+    }
+
+    /// Flips at which the kernel had counted completions that the programs had not.
+    #[must_use]
+    pub const fn completions_lost(&self) -> u64 {
+        self.completions_lost
+    }
+
+    /// The straggler barrier of `parity`.
+    fn pass(&self, parity: usize) -> Result<(), TrackerError> {
+        let deadline = self.clock.monotonic() + Duration::from_millis(STRAGGLERS_MS);
+        while !self.instance.is_passed(parity) {
+            if self.clock.monotonic() > deadline {
+                let reason = format!("runs that mark parity {parity} did not end within {STRAGGLERS_MS} ms");
+                return Err(TrackerError::Stragglers(reason));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, parity: usize) {
+        let (dirty, summary) = (&self.instance.dirty[parity], &self.instance.summary[parity]);
+        for (place, pending) in self.instance.places.iter().zip(&mut self.pending) {
+            *pending |= drain(dirty, summary, &self.instance.unacked, place);
+        }
+    }
+
+    fn check_devices(&self) -> Result<(), TrackerError> {
+        for (device, volume) in self.devices.iter().zip(&self.volumes) {
+            let changed = |reason| TrackerError::VolumeChanged { slot: volume.slot, reason };
+            device.still_same().map_err(changed)?;
+        }
+        Ok(())
+    }
+
+    /// Adds what the counts of this flip say may have been missed.
+    fn distrust(&mut self, verdict: super::trust::Verdict, counts: EventCounts) {
+        if verdict.lost {
+            self.completions_lost += 1;
+        }
+        if let Some(joining) = self.suspects.flipped(&self.pending, verdict) {
+            tracing::info!("completions were missed: what was written since the last quiet moment is captured again");
+            self.carry(&joining);
+        }
+        if counts.lost != self.marks_lost {
+            self.marks_lost = counts.lost;
+            tracing::error!("the tracker's programs could not make a mark: all volumes are captured again");
+            let all: Vec<_> = self.instance.places.iter().map(super::bitmap::Place::all).collect();
+            self.carry(&all);
+        }
+    }
+
+    fn carry(&mut self, blocks: &[RoaringBitmap]) {
+        for ((place, pending), blocks) in self.instance.places.iter().zip(&mut self.pending).zip(blocks) {
+            self.instance.unacked.add(place, blocks);
+            *pending |= blocks;
+        }
+    }
+
+    fn counts_of(&self, step: &str) -> Result<EventCounts, TrackerError> {
+        self.instance.counts().map_err(|source| TrackerError::Io { step: step.to_owned(), source })
+    }
+}
+
+impl Tracker for EbpfTracker {
+    fn volumes(&self) -> &[TrackedVolume] {
+        &self.volumes
+    }
+
+    fn take_recovered(&mut self) -> Vec<RoaringBitmap> {
+        let none = vec![RoaringBitmap::new(); self.volumes.len()];
+        std::mem::replace(&mut self.recovered, none)
+    }
+
+    fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+        let failed = |source| TrackerError::Io { step: "compare the kernel's counts".to_owned(), source };
+        self.check_devices()?;
+        let old = self.instance.active();
+        let new = 1 - old;
+        // What a flip that did not get past its barrier left behind. No run is in `new` when its filter is cleared.
+        self.pass(new)?;
+        self.drain(new);
+        self.instance.issued[new].clear();
+        let before = self.trust.before(&self.instance).map_err(failed)?;
+        self.issue_misses_at_flip = self.counts_of("read the counts before the flip")?.issue_misses;
+        self.instance.set_active(new);
+        self.pass(old)?;
+        self.drain(old);
+        let verdict = self.trust.judge(&self.instance, &before).map_err(failed)?;
+        let counts = self.counts_of("read the counts after the flip")?;
+        self.distrust(verdict, counts);
+        let none = vec![RoaringBitmap::new(); self.volumes.len()];
+        Ok(std::mem::replace(&mut self.pending, none))
+    }
+
+    fn is_conflicted(&self, volume: usize, block: Block) -> bool {
+        // The block's content was read before this: a write that shows in it was marked before it was sent to the disk.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        let issued = &self.instance.issued[self.instance.active()];
+        filter_has(issued, &self.instance.places[volume], block)
+    }
+
+    fn settle(&mut self) -> Result<bool, TrackerError> {
+        let counts = self.counts_of("read the counts of a round")?;
+        Ok(counts.issue_misses == self.issue_misses_at_flip && counts.lost == self.marks_lost)
+    }
+
+    fn retain_unacked(&mut self, union: &[RoaringBitmap]) -> Result<(), TrackerError> {
+        for (index, place) in self.instance.places.iter().enumerate() {
+            // What was not given away yet is of no epoch, and stays.
+            let kept = &union[index] | &self.pending[index] | &self.recovered[index];
+            self.instance.unacked.retain(place, &kept);
+        }
+        Ok(())
+    }
+
+    fn memo(&self) -> Result<Vec<u8>, TrackerError> {
+        let source = || io::Error::new(io::ErrorKind::InvalidData, "its length is past its place");
+        let step = || "read the pinned memo".to_owned();
+        self.instance.memo().ok_or_else(|| TrackerError::Io { step: step(), source: source() })
+    }
+
+    fn set_memo(&mut self, memo: &[u8]) -> Result<(), TrackerError> {
+        if memo.len() > MEMO_BYTES_MAX {
+            let source = io::ErrorKind::FileTooLarge.into();
+            return Err(TrackerError::Io { step: format!("keep a memo of {} bytes", memo.len()), source });
+        }
+        self.instance.set_memo(memo);
+        Ok(())
+    }
+
+    fn report(&self) -> TrackerReport {
+        let counts = self.instance.counts().unwrap_or_default();
+        TrackerReport {
+            kind: "ebpf",
+            started_over: self.started_over.clone(),
+            issued: counts.issued,
+            completed: counts.completed,
+            misses: counts.issue_misses + counts.complete_misses + counts.lost,
+        }
+    }
+}
+
+/// Drops everything that is pinned for `group`, and the record of it: nothing is tracked afterwards.
+///
+/// # Errors
+/// Where a process tracks the group, or something cannot be removed.
+pub fn remove(bpffs: &Path, state_folder: &Path, storage: &dyn Storage, group: GroupId) -> Result<(), TrackerError> {
+    let failed = |source| TrackerError::Io { step: format!("remove the tracking of group {group}"), source };
+    let record = state_folder.join(format!("tracker-{group}.json"));
+    let folder = pins::group_folder(bpffs, group);
+    if rustix::fs::stat(&folder).is_ok() {
+        let _lock = pins::lock(&folder)?;
+        pins::remove_all(&folder).map_err(failed)?;
+    }
+    match storage.remove(&record) {
+        Ok(()) => storage.sync_dir(state_folder).map_err(failed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn inspect(volumes: &[(VolumeSlot, PathBuf)]) -> Result<Vec<Device>, TrackerError> {
+    if volumes.is_empty() || volumes.len() > VOLUMES_MAX {
+        let reason = format!("a group has 1 to {VOLUMES_MAX} volumes, not {}", volumes.len());
+        return Err(TrackerError::Unsupported { step: "track a group".to_owned(), reason });
+    }
+    let inspect = |(_, path): &(VolumeSlot, PathBuf)| {
+        let device = Device::inspect(path)?;
+        device.trackable()?;
+        Ok(device)
+    };
+    volumes.iter().map(inspect).collect()
+}
+
+fn identity(options: &EbpfOptions, devices: &[Device], boot: String) -> Identity {
+    let volumes = options.volumes.iter().zip(devices).map(|((slot, _), device)| VolumeIdentity::new(*slot, device));
+    let tracker = format!("{:032x}", u128::from_le_bytes(array(&SystemRandom)));
+    Identity {
+        layout: LAYOUT,
+        tracker,
+        program: program_hash(),
+        boot,
+        group: options.group,
+        volumes: volumes.collect(),
+    }
+}
+
+/// The tracking the state folder names, if it can be trusted.
+fn find(options: &EbpfOptions, folder: &Path, wanted: &Identity) -> Result<Found, TrackerError> {
+    let nothing = |reason: &str| Ok(Found::Nothing(reason.to_owned()));
+    let record = match read_all(&*options.storage, &options.record(), RECORD_BYTES_MAX) {
+        Ok(record) => record,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return nothing("no earlier tracking is known in the state folder");
+        }
+        Err(source) => {
+            return Err(TrackerError::Io { step: format!("read {}", options.record().display()), source });
+        }
+    };
+    let Ok(named) = serde_json::from_slice::<Identity>(&record) else {
+        return nothing("the record of the tracking in the state folder cannot be read");
+    };
+    if let Some(reason) = named.unusable(&wanted.boot, wanted.group) {
+        return Ok(Found::Nothing(reason));
+    }
+    if !pins::is_tracker_name(&named.tracker) {
+        return nothing("the record of the tracking in the state folder is damaged");
+    }
+    let instance = match Instance::adopt(folder.join(&named.tracker), &named) {
+        Ok(instance) => Box::new(instance),
+        Err(reason) => return Ok(Found::Nothing(reason)),
+    };
+    let same = named.volumes == wanted.volumes && named.program == wanted.program;
+    Ok(if same { Found::Same(instance) } else { Found::Other(instance) })
+}
+
+type Begun = (Instance, Option<Vec<RoaringBitmap>>, Option<String>);
+
+/// A new instance with every volume dirty.
+fn begin(folder: &Path, wanted: Identity, devices: &[Device], reason: String) -> Result<Begun, TrackerError> {
+    let instance = Instance::create(&folder.join(&wanted.tracker), wanted, devices)?;
+    Ok(all_dirty(instance, reason))
+}
+
+fn all_dirty(instance: Instance, reason: String) -> Begun {
+    let mut all = Vec::new();
+    for place in &instance.places {
+        let blocks = place.all();
+        instance.unacked.add(place, &blocks);
+        all.push(blocks);
+    }
+    (instance, Some(all), Some(reason))
+}
+
+/// A new instance that takes over the marks of `old` for the volumes that are the same.
+fn succeed(folder: &Path, wanted: Identity, devices: &[Device], old: &Instance) -> Result<Begun, TrackerError> {
+    let differences = wanted.differences(&old.identity);
+    let instance = Instance::create(&folder.join(&wanted.tracker), wanted, devices)?;
+    // Runs of the old programs that began before the new ones were attached end before the old marks are read. Where
+    // that cannot be waited for, the old marks may lack a write, and nothing is carried over.
+    if let Err(error) = pins::wait_for_runs() {
+        let reason = format!("the volumes changed, and the running programs cannot be waited for: {error}");
+        return Ok(all_dirty(instance, reason));
+    }
+    let mut carried = Vec::new();
+    for ((volume, place), difference) in instance.identity.volumes.iter().zip(&instance.places).zip(&differences) {
+        let before = old.identity.volumes.iter().position(|before| before.slot == volume.slot);
+        let blocks = match (difference, before) {
+            (None, Some(before)) => {
+                let before = &old.places[before];
+                let dirty = peek(&old.dirty[0], before) | peek(&old.dirty[1], before);
+                dirty | old.unacked.blocks(before)
+            }
+            _ => place.all(),
+        };
+        instance.unacked.add(place, &blocks);
+        carried.push(blocks);
+    }
+    if let Some(memo) = old.memo() {
+        instance.set_memo(&memo);
+    }
+    let reasons: Vec<String> = differences.into_iter().flatten().collect();
+    let started_over = (!reasons.is_empty()).then(|| reasons.join("; "));
+    Ok((instance, Some(carried), started_over))
+}

@@ -8,7 +8,10 @@ pub mod bitmap;
 pub mod device;
 pub mod ebpf;
 pub mod identity;
+mod instance;
+pub mod pins;
 pub mod scan;
+mod trust;
 
 use cdp_protocol::units::{Block, VolumeSlot};
 use roaring::RoaringBitmap;

@@ -1,0 +1,381 @@
+//! One set of the tracker's programs and maps in the kernel, pinned in a folder of bpffs.
+//!
+//! Owns loading, attaching, pinning, finding again and removing. Invariants: the programs are attached only when the
+//! tables they look into are filled, and an instance is taken up only if every object is there, both links are live and
+//! lead to programs that use these maps, and the identity in the maps is the one in the state folder. Does not decide
+//! what becomes of marks (`ebpf` does). The layout of the maps is in `docs/format/tracker-maps.md`.
+
+use super::TrackerError;
+use super::bitmap::{ISSUED_WORDS, Place, SPAN_WORDS, SharedWords, Unacked};
+use super::device::{Device, DeviceNumber, read_text};
+use super::identity::Identity;
+use aya::maps::{HashMap, Map, MapData};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::{BtfTracePoint, ProgramFd, ProgramInfo};
+use aya::{Btf, Ebpf, EbpfLoader};
+use cdp_protocol::limits::VOLUMES_MAX;
+use cdp_protocol::units::blocks_in;
+use std::error::Error;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.bpf.o"));
+
+/// Each program and the tracepoint it is attached to.
+const PROGRAMS: [(&str, &str); 2] = [("issue", "block_bio_queue"), ("complete", "block_rq_complete")];
+/// Maps the programs look into; the first two the issue program alone.
+const MAPS_OF_PROGRAMS: [&str; 11] = [
+    "issued_0",
+    "issued_1",
+    "dirty_0",
+    "dirty_1",
+    "summary_0",
+    "summary_1",
+    "control",
+    "gates",
+    "tallies",
+    "volumes",
+    "disks",
+];
+/// Words of a record of `gates`, `tallies`, `volumes`.
+const GATE_WORDS: usize = 8;
+const TALLY_WORDS: usize = 4;
+const VOLUME_WORDS: usize = 4;
+/// Bytes of an identity, and of a memo.
+const IDENTITY_BYTES_MAX: usize = 16376;
+pub(super) const MEMO_BYTES_MAX: usize = 1024;
+const MEMO_WORDS: usize = 1 + MEMO_BYTES_MAX / 8;
+
+/// The programs' hash, as it stands in an identity.
+pub(super) fn program_hash() -> String {
+    blake3::hash(OBJECT).to_hex().to_string()
+}
+
+/// Events counted by the programs, summed over CPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EventCounts {
+    /// Writes issued to a tracked disk.
+    pub issued: u64,
+    /// Completions of writes to one.
+    pub completed: u64,
+    /// Passthrough writes, which have no range.
+    pub blind: u64,
+    /// Marks that could not be made.
+    pub lost: u64,
+    /// Runs of the issue program the kernel passed over.
+    pub issue_misses: u64,
+    /// Runs of the completion program the kernel passed over.
+    pub complete_misses: u64,
+}
+
+/// Sectors the programs counted on a disk, summed over CPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub(super) written: u64,
+    pub(super) discarded: u64,
+    pub(super) issued: u64,
+}
+
+/// A loaded, attached and pinned tracker.
+pub(super) struct Instance {
+    pub(super) folder: PathBuf,
+    pub(super) identity: Identity,
+    pub(super) places: Vec<Place>,
+    pub(super) dirty: [SharedWords; 2],
+    pub(super) summary: [SharedWords; 2],
+    pub(super) issued: [SharedWords; 2],
+    pub(super) unacked: Unacked,
+    control: SharedWords,
+    gates: SharedWords,
+    tallies: SharedWords,
+    memo: SharedWords,
+    programs: [ProgramFd; 2],
+    cpus: usize,
+}
+
+/// The volumes' places in the bitmaps, one after the other.
+fn places(identity: &Identity) -> Vec<Place> {
+    let mut word_base = 0;
+    let place = |volume: &super::identity::VolumeIdentity| {
+        let place = Place { word_base, blocks: blocks_in(volume.length_sectors.to_bytes()) };
+        word_base += place.words();
+        place
+    };
+    identity.volumes.iter().map(place).collect()
+}
+
+impl Instance {
+    /// Loads a new instance with empty maps into `folder`, which is made, and attaches it.
+    pub(super) fn create(folder: &Path, identity: Identity, devices: &[Device]) -> Result<Self, TrackerError> {
+        let failed = |step: &str| {
+            let step = format!("{step} for {}", folder.display());
+            move |source: io::Error| TrackerError::Io { step, source }
+        };
+        let places = places(&identity);
+        let cpus = possible_cpus().map_err(failed("count CPUs"))?;
+        rustix::fs::mkdir(folder, rustix::fs::Mode::RWXU)
+            .map_err(|error| failed("make the pin folder")(error.into()))?;
+        let mut ebpf = load(&places, cpus).map_err(failed("load the tracker's programs and maps"))?;
+        fill_tables(&mut ebpf, &places, devices).map_err(failed("fill the tracker's tables"))?;
+        for (name, map) in ebpf.maps() {
+            map.pin(folder.join(name)).map_err(|error| failed("pin a map")(other(error)))?;
+        }
+        put_identity(folder, &identity).map_err(failed("keep the identity"))?;
+        attach(&mut ebpf, folder).map_err(failed("attach the tracker's programs"))?;
+        drop(ebpf);
+        Self::open(folder.to_owned(), identity, places)
+            .map_err(|reason| failed("open the pinned maps")(io::Error::other(reason)))
+    }
+
+    /// Takes up the instance `identity` names from `folder`.
+    ///
+    /// # Errors
+    /// Why it cannot be relied upon, in a line.
+    pub(super) fn adopt(folder: PathBuf, identity: &Identity) -> Result<Self, String> {
+        if rustix::fs::stat(&folder).is_err() {
+            return Err(format!("the pinned maps and programs are gone ({})", folder.display()));
+        }
+        let words = map_words(&folder, "identity", 1 + IDENTITY_BYTES_MAX / 8)?;
+        let pinned: Option<Identity> =
+            words.counted_bytes(0, IDENTITY_BYTES_MAX).and_then(|json| serde_json::from_slice(&json).ok());
+        if pinned.as_ref() != Some(identity) {
+            return Err("the pinned identity is not the one in the state folder".to_owned());
+        }
+        let places = places(identity);
+        Self::open(folder, identity.clone(), places)
+    }
+
+    fn open(folder: PathBuf, identity: Identity, places: Vec<Place>) -> Result<Self, String> {
+        let cpus = possible_cpus().map_err(|error| format!("the CPUs could not be counted: {error}"))?;
+        let words = words_of(&places);
+        let spans = words / SPAN_WORDS;
+        let map = |name: &str, words: usize| map_words(&folder, name, words);
+        let pair = |name: &str, words: usize| {
+            Ok::<_, String>([map(&format!("{name}_0"), words)?, map(&format!("{name}_1"), words)?])
+        };
+        Ok(Self {
+            dirty: pair("dirty", words)?,
+            summary: pair("summary", spans)?,
+            issued: pair("issued", ISSUED_WORDS)?,
+            unacked: Unacked::new(map("unacked", words)?),
+            control: map("control", 1)?,
+            gates: map("gates", cpus * GATE_WORDS)?,
+            tallies: map("tallies", cpus * VOLUMES_MAX * TALLY_WORDS)?,
+            memo: map("memo", 1 + 2 * MEMO_WORDS)?,
+            programs: live_programs(&folder)?,
+            folder,
+            identity,
+            places,
+            cpus,
+        })
+    }
+
+    /// The parity that is marked now.
+    pub(super) fn active(&self) -> usize {
+        (self.control.load(0) & 1) as usize
+    }
+
+    /// Lets `parity` be marked from now on: the instant of a cut.
+    pub(super) fn set_active(&self, parity: usize) {
+        self.control.store(0, parity as u64);
+    }
+
+    /// Whether every run that was counted into `parity` has left it. All exits are read before all entries: a run that
+    /// leaves in between cannot make up for one that came in.
+    pub(super) fn is_passed(&self, parity: usize) -> bool {
+        let gate = |cpu: usize, field: usize| self.gates.load(cpu * GATE_WORDS + field + parity);
+        let exits: Vec<u64> = (0..self.cpus).map(|cpu| gate(cpu, 2)).collect();
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        (0..self.cpus).zip(exits).all(|(cpu, exits)| gate(cpu, 0) == exits)
+    }
+
+    /// What the programs counted.
+    pub(super) fn counts(&self) -> io::Result<EventCounts> {
+        let sum = |field: usize| (0..self.cpus).map(|cpu| self.gates.load(cpu * GATE_WORDS + field)).sum();
+        Ok(EventCounts {
+            issued: sum(4),
+            completed: sum(5),
+            blind: sum(6),
+            lost: sum(7),
+            issue_misses: recursion_misses(&self.programs[0])?,
+            complete_misses: recursion_misses(&self.programs[1])?,
+        })
+    }
+
+    /// What the programs counted on disk `index`, in the order of the disks' first volumes.
+    pub(super) fn tally(&self, index: usize) -> Tally {
+        let sum = |field: usize| {
+            (0..self.cpus).map(|cpu| self.tallies.load((cpu * VOLUMES_MAX + index) * TALLY_WORDS + field)).sum()
+        };
+        Tally { written: sum(0), discarded: sum(1), issued: sum(2) }
+    }
+
+    /// The memo; empty where none was kept.
+    pub(super) fn memo(&self) -> Option<Vec<u8>> {
+        let place = (self.memo.load(0) & 1) as usize;
+        self.memo.counted_bytes(1 + place * MEMO_WORDS, MEMO_BYTES_MAX)
+    }
+
+    /// Keeps `memo`. A process that is killed in here leaves the old one: the new one is written beside it, and one
+    /// store makes it current.
+    pub(super) fn set_memo(&self, memo: &[u8]) {
+        let place = 1 - (self.memo.load(0) & 1);
+        self.memo.put_counted_bytes(1 + place as usize * MEMO_WORDS, memo);
+        self.memo.store(0, place);
+    }
+}
+
+/// The disks of `devices`, each once, in the order of their first volumes: the order of their tallies.
+pub(super) fn disks_of(devices: &[Device]) -> Vec<DeviceNumber> {
+    let mut disks: Vec<DeviceNumber> = Vec::new();
+    for device in devices {
+        if !disks.contains(&device.disk) {
+            disks.push(device.disk);
+        }
+    }
+    disks
+}
+
+/// Removes a pinned instance, links first; what is not there is not missed.
+pub(super) fn remove(folder: &Path, names: &[PathBuf]) -> io::Result<()> {
+    let (links, others): (Vec<_>, Vec<_>) =
+        names.iter().partition(|name| name.to_str().is_some_and(|name| name.ends_with("_link")));
+    for name in links.into_iter().chain(others) {
+        match rustix::fs::unlink(folder.join(name)) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(rustix::fs::rmdir(folder)?)
+}
+
+fn other(error: impl Error + Send + Sync + 'static) -> io::Error {
+    io::Error::other(error)
+}
+
+fn words_of(places: &[Place]) -> usize {
+    places.iter().map(Place::words).sum()
+}
+
+fn load(places: &[Place], cpus: usize) -> io::Result<Ebpf> {
+    let too_large = |_| io::Error::other("the volumes are too large together");
+    let words = u32::try_from(words_of(places)).map_err(too_large)?;
+    let spans = words / SPAN_WORDS as u32;
+    let mut loader = EbpfLoader::new();
+    for name in ["dirty_0", "dirty_1", "unacked"] {
+        loader.map_max_entries(name, words);
+    }
+    for name in ["summary_0", "summary_1"] {
+        loader.map_max_entries(name, spans);
+    }
+    loader.map_max_entries("gates", cpus as u32);
+    loader.map_max_entries("tallies", (cpus * VOLUMES_MAX) as u32);
+    loader.load(OBJECT).map_err(other)
+}
+
+/// The kernel's table of windows, sorted by disk, and where each disk's begin in it.
+fn fill_tables(ebpf: &mut Ebpf, places: &[Place], devices: &[Device]) -> io::Result<()> {
+    let Some(Map::Array(volumes)) = ebpf.map("volumes") else {
+        return Err(io::Error::other("the object has no table of volumes"));
+    };
+    let table = SharedWords::map(volumes.fd().as_fd(), VOLUMES_MAX * VOLUME_WORDS)?;
+    let disks = ebpf.map_mut("disks").ok_or_else(|| io::Error::other("the object has no table of disks"))?;
+    let mut disks: HashMap<_, u32, [u32; 4]> = HashMap::try_from(disks).map_err(other)?;
+    let mut row = 0;
+    for (index, disk) in disks_of(devices).into_iter().enumerate() {
+        let first = row;
+        for (device, place) in devices.iter().zip(places).filter(|(device, _)| device.disk == disk) {
+            let record = [device.start.0, device.length.0, place.blocks, place.word_base as u64];
+            record.iter().enumerate().for_each(|(field, value)| table.store(row * VOLUME_WORDS + field, *value));
+            row += 1;
+        }
+        let record = [first as u32, (row - first) as u32, index as u32, 0];
+        disks.insert(disk.to_kernel(), record, 0).map_err(other)?;
+    }
+    Ok(())
+}
+
+fn put_identity(folder: &Path, identity: &Identity) -> io::Result<()> {
+    let json = serde_json::to_vec(identity)?;
+    if json.len() > IDENTITY_BYTES_MAX {
+        return Err(io::Error::other("the identity does not fit its map"));
+    }
+    let words = map_words(folder, "identity", 1 + IDENTITY_BYTES_MAX / 8).map_err(io::Error::other)?;
+    words.put_counted_bytes(0, &json);
+    Ok(())
+}
+
+fn attach(ebpf: &mut Ebpf, folder: &Path) -> io::Result<()> {
+    let btf = Btf::from_sys_fs().map_err(other)?;
+    for (name, tracepoint) in PROGRAMS {
+        let program = ebpf.program_mut(name).ok_or_else(|| io::Error::other(format!("the object has no {name}")))?;
+        let program: &mut BtfTracePoint = program.try_into().map_err(other)?;
+        program.load(tracepoint, &btf).map_err(other)?;
+        program.pin(folder.join(format!("{name}_program"))).map_err(other)?;
+        let link = program.attach().map_err(other)?;
+        let link: FdLink = program.take_link(link).map_err(other)?.into();
+        link.pin(folder.join(format!("{name}_link"))).map_err(other)?;
+    }
+    Ok(())
+}
+
+fn pinned_map(folder: &Path, name: &str) -> Result<MapData, String> {
+    MapData::from_pin(folder.join(name)).map_err(|_| format!("the pinned map {name} is gone"))
+}
+
+fn map_words(folder: &Path, name: &str, words: usize) -> Result<SharedWords, String> {
+    let map = pinned_map(folder, name)?;
+    SharedWords::map(map.fd().as_fd(), words)
+        .map_err(|error| format!("the pinned map {name} cannot be mapped: {error}"))
+}
+
+/// The pinned programs, if their links are live and they use the pinned maps.
+fn live_programs(folder: &Path) -> Result<[ProgramFd; 2], String> {
+    let mut maps = Vec::new();
+    for name in MAPS_OF_PROGRAMS {
+        let info =
+            pinned_map(folder, name)?.info().map_err(|error| format!("the pinned map {name} is strange: {error}"))?;
+        maps.push(info.id());
+    }
+    let program = |name: &str, looked_into: &[u32]| {
+        let (program, used) = live_program(folder, name)?;
+        if looked_into.iter().all(|map| used.contains(map)) {
+            Ok(program)
+        } else {
+            Err(format!("the pinned {name} program marks other maps than the pinned ones"))
+        }
+    };
+    let (issued, others) = maps.split_at(2);
+    Ok([program("issue", &[issued, others].concat())?, program("complete", others)?])
+}
+
+fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, Vec<u32>), String> {
+    let link = PinnedLink::from_pin(folder.join(format!("{name}_link")))
+        .map_err(|_| format!("the link of the {name} program is detached"))?;
+    let attached = FdLink::from(link).info().map_err(|error| format!("the link of {name} is strange: {error}"))?;
+    let info = ProgramInfo::from_pin(folder.join(format!("{name}_program")))
+        .map_err(|_| format!("the pinned {name} program is gone"))?;
+    if attached.program_id() != info.id() {
+        return Err(format!("the link of {name} leads to another program"));
+    }
+    let strange = |error| format!("the {name} program is strange: {error}");
+    let maps = info.map_ids().map_err(strange)?.unwrap_or_default();
+    Ok((info.fd().map_err(strange)?, maps))
+}
+
+fn recursion_misses(program: &ProgramFd) -> io::Result<u64> {
+    let fd = program.as_fd().as_raw_fd();
+    let text = read_text(Path::new(&format!("/proc/self/fdinfo/{fd}")))?;
+    let misses = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+    misses
+        .and_then(|misses| misses.trim().parse().ok())
+        .ok_or_else(|| io::Error::other("the kernel does not count missed runs"))
+}
+
+/// One more than the highest CPU there may ever be.
+fn possible_cpus() -> io::Result<usize> {
+    let text = read_text(Path::new("/sys/devices/system/cpu/possible"))?;
+    let last = text.rsplit([',', '-']).next().and_then(|last| last.parse::<usize>().ok());
+    last.map(|last| last + 1).ok_or_else(|| io::Error::other(format!("possible CPUs: {text}")))
+}
