@@ -257,3 +257,125 @@ fn union(blocks: &mut [RoaringBitmap], more: &[RoaringBitmap]) {
 fn len(blocks: &[RoaringBitmap]) -> u64 {
     blocks.iter().map(RoaringBitmap::len).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::BlockContent;
+    use crate::sim::{Driver, Profile, Sabotage};
+    use cdp_protocol::units::VolumeSlot;
+    use rustix::io::Errno;
+
+    const LIMITS: CutLimits = CutLimits { bound: Duration::from_secs(1), blocks_max: 1000 };
+
+    /// A source whose first point is made, and then some writes, all of them completed.
+    fn written() -> Driver {
+        let mut driver = Driver::new(3, Profile::default(), Sabotage::None);
+        driver.cut(&LIMITS).expect("a point");
+        driver.world.run(3000);
+        driver.world.set_quiet(true);
+        driver.world.run(3000);
+        driver
+    }
+
+    fn attempt(driver: &mut Driver, limits: &CutLimits) -> Result<Cut, CutError> {
+        let clock = std::sync::Arc::clone(&driver.world.clock);
+        cut(&mut driver.tracker, &mut driver.reader, clock.as_ref(), &mut driver.carry, limits)
+    }
+
+    /// After whatever went wrong, the next cut has all of it.
+    fn nothing_is_lost(mut driver: Driver) {
+        driver.finish().expect("the next point is what is on the media");
+        assert!(driver.carry.iter().all(RoaringBitmap::is_empty));
+    }
+
+    #[test]
+    fn a_quiet_volume_is_unchanged_as_of_the_flip() {
+        let mut driver = written();
+        driver.cut(&LIMITS).expect("a point");
+        driver.world.run(1000);
+        let now = driver.world.clock.wall_ms();
+        assert!(
+            matches!(attempt(&mut driver, &LIMITS), Ok(Cut::Unchanged { as_of }) if (now..now + 2).contains(&as_of.0))
+        );
+    }
+
+    #[test]
+    fn what_a_cut_carries_is_captured_even_if_nothing_was_marked() {
+        let mut driver = written();
+        driver.cut(&LIMITS).expect("a point");
+        driver.carry = vec![RoaringBitmap::from([7]), RoaringBitmap::from([1, 900])];
+        let Ok(Cut::Captured(capture)) = attempt(&mut driver, &LIMITS) else { panic!("not captured") };
+        assert_eq!(capture.volumes[0].blocks(), &RoaringBitmap::from([7]));
+        assert_eq!(capture.volumes[1].blocks(), &RoaringBitmap::from([1]), "block 900 lies beyond the volume's end");
+        assert_eq!((capture.meters.dirty_blocks, capture.meters.cut_rounds), (2, 1));
+    }
+
+    #[test]
+    fn too_many_blocks_are_all_given_back() {
+        let mut driver = written();
+        let outcome = attempt(&mut driver, &CutLimits { blocks_max: 3, ..LIMITS });
+        assert!(matches!(outcome, Ok(Cut::TooLarge)));
+        let carried = len(&driver.carry);
+        assert!(carried > 3);
+        let part = read_part(&mut driver.reader, &driver.carry, 3).expect("a part");
+        let lowest: Vec<u32> = driver.carry[0].iter().take(3).collect();
+        assert_eq!(part.volumes[0].blocks().iter().collect::<Vec<_>>(), lowest);
+        assert_eq!((part.volumes[1].blocks().len(), part.cut_time), (0, Timestamp(0)));
+        assert_eq!(len(&driver.carry), carried, "a part removes nothing");
+        nothing_is_lost(driver);
+    }
+
+    #[test]
+    fn a_straggler_makes_no_point_and_loses_nothing() {
+        let mut driver = written();
+        driver.tracker.failure = Some(TrackerError::Stragglers("held up".into()));
+        assert!(matches!(attempt(&mut driver, &LIMITS), Ok(Cut::NotValidated)));
+        nothing_is_lost(driver);
+    }
+
+    #[test]
+    fn a_changed_volume_is_an_error_and_loses_nothing() {
+        let mut driver = written();
+        driver.tracker.failure = Some(TrackerError::VolumeChanged { slot: VolumeSlot(0), reason: "it shrank".into() });
+        let error = attempt(&mut driver, &LIMITS).expect_err("refused");
+        assert!(matches!(error, CutError::Tracker(TrackerError::VolumeChanged { .. })));
+        nothing_is_lost(driver);
+    }
+
+    #[test]
+    fn a_device_that_is_gone_is_an_error_and_its_blocks_are_not_unreadable() {
+        let mut driver = written();
+        driver.reader.failure = Some(Errno::NXIO);
+        assert!(matches!(attempt(&mut driver, &LIMITS), Err(CutError::Read(_))));
+        assert!(len(&driver.carry) > 0, "what the flip gave is carried");
+        nothing_is_lost(driver);
+    }
+
+    #[test]
+    fn a_block_that_cannot_be_read_is_unreadable_and_its_neighbours_are_read() {
+        let mut driver = written();
+        driver.world.scratch(0, Block(9));
+        driver.carry = vec![(0..20).collect(), RoaringBitmap::new()];
+        let Ok(Cut::Captured(capture)) = attempt(&mut driver, &LIMITS) else { panic!("not captured") };
+        let unreadable: Vec<Block> = capture.volumes[0]
+            .iter()
+            .filter_map(|(block, content)| (content == BlockContent::Unreadable).then_some(block))
+            .collect();
+        assert_eq!((unreadable.as_slice(), capture.meters.unreadable_blocks), ([Block(9)].as_slice(), 1));
+    }
+
+    #[test]
+    fn the_hottest_blocks_are_read_first() {
+        let mut heat = Heat::default();
+        heat.add(&[RoaringBitmap::from([1, 2, 8]), RoaringBitmap::from([5])]);
+        heat.add(&[RoaringBitmap::from([8]), RoaringBitmap::from([5])]);
+        let due = [RoaringBitmap::from([0, 1, 2, 3, 8]), RoaringBitmap::from([5, 6])];
+        let order: Vec<(usize, u32, u32)> = heat
+            .requests(&due)
+            .iter()
+            .map(|request| (request.volume, request.extent.start.0, request.extent.count))
+            .collect();
+        assert_eq!(order, [(0, 8, 1), (1, 5, 1), (0, 1, 2), (0, 0, 1), (0, 3, 1), (1, 6, 1)]);
+    }
+}

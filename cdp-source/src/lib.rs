@@ -14,5 +14,7 @@ pub mod metrics;
 pub mod probe;
 pub mod reader;
 pub mod sender;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod state;
 pub mod tracker;

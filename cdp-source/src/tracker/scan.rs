@@ -247,6 +247,7 @@ mod tests {
     use crate::capture::BlockContent;
     use crate::cut::{Cut, CutLimits, cut};
     use crate::reader::pread::PreadReader;
+    use crate::sim::{Driver, Instant, Profile, Sabotage, SimReader, World};
     use cdp_protocol::units::BLOCK_BYTES;
     use cdp_seams::clock::SystemClock;
     use cdp_seams::random::SystemRandom;
@@ -387,6 +388,78 @@ mod tests {
             storage::replace(&SystemStorage, &path(bench), &vec![0; len as usize]).expect("replaced");
         });
         assert!(replaced.contains("another file"), "{replaced}");
+    }
+
+    /// The scan tracker over a simulated volume; notes what a power cut right after a flip could have left.
+    struct Probe(ScanTracker, Arc<World>, Instant);
+
+    impl Tracker for Probe {
+        fn volumes(&self) -> &[TrackedVolume] {
+            self.0.volumes()
+        }
+        fn take_recovered(&mut self) -> Vec<RoaringBitmap> {
+            self.0.take_recovered()
+        }
+        fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+            let flipped = self.0.flip();
+            self.2 = self.1.instant();
+            flipped
+        }
+        fn is_conflicted(&self, volume: usize, block: Block) -> bool {
+            self.0.is_conflicted(volume, block)
+        }
+        fn settle(&mut self) -> Result<bool, TrackerError> {
+            self.0.settle()
+        }
+        fn retain_unacked(&mut self, union: &[RoaringBitmap]) -> Result<(), TrackerError> {
+            self.0.retain_unacked(union)
+        }
+        fn memo(&self) -> Result<Vec<u8>, TrackerError> {
+            self.0.memo()
+        }
+        fn set_memo(&mut self, memo: &[u8]) -> Result<(), TrackerError> {
+            self.0.set_memo(memo)
+        }
+        fn report(&self) -> TrackerReport {
+            self.0.report()
+        }
+    }
+
+    #[test]
+    fn points_by_scanning_are_states_too() {
+        let (mut captured, mut refused) = (0, 0);
+        for seed in 0..30 {
+            // Writers slow enough to leave the volume alone now and then.
+            let profile = Profile { sectors: vec![400], issue_permille: 30, ..Profile::default() };
+            let bench = Bench::new();
+            let mut driver = Driver::new(seed, profile, Sabotage::None);
+            let world = Arc::clone(&driver.world);
+            let mut targets = bench.targets.clone();
+            targets[0].1.size_bytes = world.size_bytes(0);
+            let mut reader = SimReader::new(&world);
+            reader.step_permille = 60;
+            let folder = bench.folder.path();
+            let scan = ScanTracker::open(&targets, Box::new(reader), Arc::new(SystemStorage), folder, &SystemRandom);
+            let mut tracker = Probe(scan.expect("opened"), Arc::clone(&world), world.instant());
+            driver.reader.step_permille = 60;
+            driver.carry = tracker.take_recovered();
+            for _ in 0..20 {
+                world.run(200);
+                let limits = CutLimits { bound: Duration::from_millis(2), blocks_max: 1000 };
+                match cut(&mut tracker, &mut driver.reader, world.clock.as_ref(), &mut driver.carry, &limits) {
+                    Ok(Cut::Captured(capture)) => {
+                        driver.apply(&capture);
+                        tracker.2.explain(&driver.image).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+                        captured += 1;
+                    }
+                    Ok(Cut::Unchanged { .. }) => tracker.2.explain(&driver.image).expect("unchanged"),
+                    Ok(Cut::NotValidated) => refused += 1,
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        println!("captured {captured} refused {refused}");
+        assert!(captured > 100 && refused > 100, "captured {captured} refused {refused}");
     }
 
     #[test]

@@ -1,0 +1,136 @@
+//! A tracker over the simulated world, and the ways to build one wrongly.
+
+use super::{Blocks, Instant, World};
+use crate::tracker::{TrackedVolume, Tracker, TrackerError, TrackerReport};
+use cdp_protocol::units::{Block, VolumeSlot};
+use roaring::RoaringBitmap;
+use std::sync::Arc;
+
+/// What is left out, to see whether the tests notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    /// Nothing.
+    None,
+    /// No block is ever conflicted.
+    SkipValidation,
+    /// Completions mark nothing.
+    MarkAtIssueOnly,
+    /// Issues mark nothing.
+    MarkAtCompletionOnly,
+    /// What a failed cut held is forgotten (done by the driver).
+    ForgetCarry,
+}
+
+/// Marks of the world's writes, flipped at one instant.
+pub struct SimTracker {
+    world: Arc<World>,
+    volumes: Vec<TrackedVolume>,
+    recovered: Blocks,
+    /// Drained by a flip that failed.
+    kept: Blocks,
+    instant: Instant,
+    memo: Vec<u8>,
+    /// How many of 1000 flips meet a straggler.
+    pub straggler_permille: u64,
+    /// How many of 1000 questions are answered with a conflict that is none, as a hashed filter does.
+    pub false_hit_permille: u64,
+    /// Fails the next flip or settlement.
+    pub failure: Option<TrackerError>,
+    /// What was given to `retain_unacked` last.
+    pub unacked: Blocks,
+}
+
+impl SimTracker {
+    /// Tracks all volumes of the world; everything is dirty at first.
+    #[must_use]
+    pub fn new(world: &Arc<World>) -> Self {
+        let volume = |index| TrackedVolume { slot: VolumeSlot(index as u16), size_bytes: world.size_bytes(index) };
+        let volumes: Vec<TrackedVolume> = (0..world.volumes()).map(volume).collect();
+        let all = |volume: &TrackedVolume| (0..cdp_protocol::units::blocks_in(volume.size_bytes) as u32).collect();
+        let nothing = vec![RoaringBitmap::new(); volumes.len()];
+        Self {
+            world: Arc::clone(world),
+            recovered: volumes.iter().map(all).collect(),
+            volumes,
+            kept: nothing.clone(),
+            instant: world.instant(),
+            memo: Vec::new(),
+            straggler_permille: 0,
+            false_hit_permille: 0,
+            failure: None,
+            unacked: nothing,
+        }
+    }
+
+    /// What a power cut at the last flip could have left.
+    #[must_use]
+    pub const fn instant(&self) -> &Instant {
+        &self.instant
+    }
+
+    fn nothing(&self) -> Blocks {
+        vec![RoaringBitmap::new(); self.volumes.len()]
+    }
+}
+
+impl Tracker for SimTracker {
+    fn volumes(&self) -> &[TrackedVolume] {
+        &self.volumes
+    }
+
+    fn take_recovered(&mut self) -> Vec<RoaringBitmap> {
+        let nothing = self.nothing();
+        std::mem::replace(&mut self.recovered, nothing)
+    }
+
+    fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+        self.world.run(self.world.random.below(5));
+        let nothing = self.nothing();
+        let drained = {
+            let mut state = self.world.lock();
+            self.instant = state.instant();
+            state.issued.clone_from(&nothing);
+            std::mem::replace(&mut state.dirty, nothing.clone())
+        };
+        self.world.run(self.world.random.below(5));
+        for (kept, drained) in self.kept.iter_mut().zip(drained) {
+            *kept |= drained;
+        }
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        if self.world.random.below(1000) < self.straggler_permille {
+            return Err(TrackerError::Stragglers("simulated".to_owned()));
+        }
+        Ok(std::mem::replace(&mut self.kept, nothing))
+    }
+
+    fn is_conflicted(&self, volume: usize, block: Block) -> bool {
+        let state = self.world.lock();
+        let is_issued = state.issued[volume].contains(block.0);
+        let is_false_hit = self.world.random.below(1000) < self.false_hit_permille;
+        state.sabotage != Sabotage::SkipValidation && (is_issued || is_false_hit)
+    }
+
+    fn settle(&mut self) -> Result<bool, TrackerError> {
+        self.failure.take().map_or(Ok(true), Err)
+    }
+
+    fn retain_unacked(&mut self, union: &[RoaringBitmap]) -> Result<(), TrackerError> {
+        union.clone_into(&mut self.unacked);
+        Ok(())
+    }
+
+    fn memo(&self) -> Result<Vec<u8>, TrackerError> {
+        Ok(self.memo.clone())
+    }
+
+    fn set_memo(&mut self, memo: &[u8]) -> Result<(), TrackerError> {
+        memo.clone_into(&mut self.memo);
+        Ok(())
+    }
+
+    fn report(&self) -> TrackerReport {
+        TrackerReport { kind: "sim", ..TrackerReport::default() }
+    }
+}
