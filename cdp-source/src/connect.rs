@@ -9,7 +9,7 @@ use cdp_protocol::hex;
 use cdp_protocol::message;
 use cdp_protocol::units::OfficeId;
 use cdp_seams::clock::Clock;
-use cdp_seams::line::{BoxFuture, Line};
+use cdp_seams::line::Line;
 use cdp_seams::quic::{self, CloseCode, QuicLine, TlsAlert};
 use cdp_seams::storage::{Storage, read_all};
 use cdp_seams::tls::{self, Credentials, TlsError};
@@ -181,8 +181,8 @@ pub enum ConnectError {
         /// Its address.
         target: String,
     },
-    /// The target has too much to do.
-    #[error("the target at {target} is busy: {reason}")]
+    /// The target has too much to do, or failed.
+    #[error("the target at {target} cannot serve us for now: {reason}")]
     Busy {
         /// Its address.
         target: String,
@@ -218,9 +218,15 @@ impl ConnectError {
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Refused { .. } => Some("`cdp-target status` lists the offices; `cdp-target enroll OFFICE --replace` makes a new bundle"),
-            Self::WrongTarget { .. } => Some("check the address; a target that was set up anew needs this office to join again; see that the clock is right"),
-            Self::Unreachable { .. } => Some("UDP port blocked? the line uses UDP; see that the target runs and that firewalls let it through"),
+            Self::Refused { .. } => {
+                Some("`cdp-target status` lists the offices; `cdp-target enroll OFFICE --replace` makes a new bundle")
+            }
+            Self::WrongTarget { .. } => Some(
+                "check the address; a target that was set up anew needs this office to join again; see that the clock is right",
+            ),
+            Self::Unreachable { .. } => {
+                Some("UDP port blocked? the line uses UDP; see that the target runs and that firewalls let it through")
+            }
             Self::Lookup { .. } => Some("check the name and the name server"),
             Self::Version { .. } => Some("upgrade the older side"),
             _ => None,
@@ -287,6 +293,7 @@ fn failed(target: String, error: ConnectionError) -> ConnectError {
             match close.error_code {
                 code if code == CloseCode::Unauthorized.code() => ConnectError::Refused { target, reason },
                 code if code == CloseCode::Protocol.code() => ConnectError::Version { target },
+                code if code == CloseCode::Done.code() => ConnectError::Connection { target, source: error },
                 _ => ConnectError::Busy { target, reason },
             }
         }
@@ -319,11 +326,9 @@ impl QuicConnector {
     ///
     /// # Errors
     /// Where no address of the target does.
-    pub fn line(&self) -> BoxFuture<'_, Result<Box<dyn Line>, ConnectError>> {
-        Box::pin(async {
-            let (line, target) = self.dial.admitted().await?;
-            tracing::debug!(target, "connected");
-            Ok(Box::new(line) as Box<dyn Line>)
-        })
+    pub async fn line(&self) -> Result<Box<dyn Line>, ConnectError> {
+        let (line, target) = self.dial.admitted().await?;
+        tracing::debug!(target, "connected");
+        Ok(Box::new(line))
     }
 }

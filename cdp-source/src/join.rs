@@ -15,6 +15,7 @@ use cdp_seams::storage::{Storage, read_all, replace};
 use cdp_seams::tls;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,6 +56,9 @@ pub enum JoinError {
     /// The bundle is not one that can be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// The bundle's authority is no certificate.
+    #[error("the bundle holds no certificate authority")]
+    Authority(#[source] rustls::pki_types::pem::Error),
     /// The office joined before.
     #[error("this office already joined as {office}: path={path}")]
     AlreadyJoined {
@@ -137,13 +141,12 @@ pub async fn join(
         blocking(move || prepare(&*storage, &folder)).await?
     };
     let request = CertificateParams::default().serialize_request(&key).map_err(JoinError::Request)?;
-    let authority = CertificateDer::from(bundle.authority.clone());
+    let authority = CertificateDer::from_pem_slice(bundle.authority.as_bytes()).map_err(JoinError::Authority)?;
     let targets = target.map_or_else(|| bundle.targets.clone(), |target| vec![target.to_owned()]);
     let tls = tls::client(&authority, None, join::ALPN, Arc::clone(&clock)).map_err(ConnectError::from)?;
     let dial = Dial { tls, server_name: bundle.server_names[0].clone(), targets: targets.clone() };
     let (line, _) = dial.admitted().await?;
-    let request =
-        JoinRequest { store: bundle.store, token: bundle.token.clone(), request: request.der().to_vec() };
+    let request = JoinRequest { store: bundle.store, token: bundle.token.clone(), request: request.der().to_vec() };
     let answer = timeout(ANSWER_TIMEOUT, exchange(&line, &request)).await.map_err(|_| JoinError::NoAnswer)??;
     drop(line);
     let (office, office_name, certificate, time) = match answer {
@@ -205,22 +208,17 @@ fn prepare(storage: &dyn Storage, folder: &Path) -> Result<KeyPair, JoinError> {
 fn store(
     storage: &dyn Storage,
     folder: &Path,
-    authority: &[u8],
-    certificate: &[u8],
+    authority: &str,
+    certificate: &str,
     target: &JoinedTarget,
 ) -> Result<(), JoinError> {
     let json = serde_json::to_vec_pretty(target).expect("a target has no unencodable types");
-    let files = [("ca.pem", pem(authority)), ("office.pem", pem(certificate)), ("target.json", json)];
+    let files = [("ca.pem", authority.as_bytes()), ("office.pem", certificate.as_bytes()), ("target.json", &json)];
     for (name, bytes) in files {
         let path = folder.join(name);
-        replace(storage, &path, &bytes).map_err(at("write identity", &path))?;
+        replace(storage, &path, bytes).map_err(at("write identity", &path))?;
     }
     Ok(())
-}
-
-/// A certificate as PEM.
-fn pem(der: &[u8]) -> Vec<u8> {
-    rcgen_pem::encode("CERTIFICATE", der).into_bytes()
 }
 
 async fn blocking<T: Send + 'static>(

@@ -20,8 +20,8 @@ use cdp_seams::random::{self, Random};
 use cdp_seams::storage::{Storage, read_all, replace};
 use cdp_seams::tls::Credentials;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
+    BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, ServerName};
@@ -119,6 +119,7 @@ pub struct Authority {
     folder: PathBuf,
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+    certificate_pem: String,
     server: Credentials,
     escrow: Arc<EscrowKey>,
     pub(crate) registry: Registry,
@@ -180,6 +181,7 @@ impl Authority {
         Ok(Self {
             issuer: issuer(&ca_pem, &ca_key)?,
             certificate,
+            certificate_pem: ca_pem.to_string(),
             server,
             escrow: Arc::new(EscrowKey::from_bytes(escrow.to_vec())),
             registry,
@@ -200,6 +202,11 @@ impl Authority {
     #[must_use]
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// The same as PEM.
+    pub(crate) fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
     }
 
     /// The server's certificate and key.
@@ -226,14 +233,12 @@ impl Authority {
         &self,
         office: OfficeId,
         request: &CertificateSigningRequestParams,
-    ) -> Result<CertificateDer<'static>, AuthorityError> {
+    ) -> Result<Certificate, AuthorityError> {
         let now = Timestamp(self.clock.wall_ms());
         let mut params = leaf(&office.to_string(), now, ExtendedKeyUsagePurpose::ClientAuth, &*self.random);
         let identity = format!("cdp:office:{office}").try_into().map_err(making("make office certificate"))?;
         params.subject_alt_names = vec![SanType::URI(identity)];
-        let certificate =
-            params.signed_by(&request.public_key, &self.issuer).map_err(making("sign office certificate"))?;
-        Ok(certificate.der().clone())
+        params.signed_by(&request.public_key, &self.issuer).map_err(making("sign office certificate"))
     }
 }
 

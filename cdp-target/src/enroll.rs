@@ -153,8 +153,8 @@ pub struct Redeemed {
     pub office: OfficeId,
     /// Its name.
     pub name: String,
-    /// Its certificate.
-    pub certificate: CertificateDer<'static>,
+    /// Its certificate, PEM.
+    pub certificate: String,
 }
 
 impl Registry {
@@ -270,7 +270,7 @@ impl Authority {
             store: self.registry.store,
             targets: invite.targets.to_vec(),
             server_names,
-            authority: self.certificate().to_vec(),
+            authority: self.certificate_pem().to_owned(),
             escrow_public: self.registry.escrow_public.clone(),
             office,
             office_name: invite.office.to_owned(),
@@ -309,11 +309,11 @@ impl Authority {
         let certificate = self.sign_office(office.id, &parsed)?;
         office.revoke(now);
         office.certificates.push(OfficeCertificate {
-            fingerprint: Fingerprint::of(&certificate),
+            fingerprint: Fingerprint::of(certificate.der()),
             signed: now,
             revoked: None,
         });
-        let redeemed = Redeemed { office: office.id, name: office.name.clone(), certificate };
+        let redeemed = Redeemed { office: office.id, name: office.name.clone(), certificate: certificate.pem() };
         self.store_registry(registry)?;
         Ok(redeemed)
     }

@@ -7,7 +7,7 @@
 //! TLS 1.2 needs no refusal: QUIC has none.
 
 use crate::authority::{Authority, Fingerprint};
-use crate::enroll::{Admitted, NotAdmitted, RedeemError};
+use crate::enroll::{Admitted, NotAdmitted, RedeemError, Redeemed};
 use crate::listener::counters::{Counters, Gate};
 use cdp_protocol::join::{self, JOIN_BYTES_MAX, JoinAnswer, JoinRefusal, JoinRequest};
 use cdp_protocol::message;
@@ -309,8 +309,8 @@ impl Shared {
         match self.with_authority(move |authority| authority.redeem(&request)).await {
             Ok(Ok(redeemed)) => {
                 tracing::info!(office = redeemed.name, "office enrolled");
-                let certificate = redeemed.certificate.to_vec();
-                (JoinAnswer::Welcome { office: redeemed.office, name: redeemed.name, certificate, time }, Ok(()))
+                let Redeemed { office, name, certificate } = redeemed;
+                (JoinAnswer::Welcome { office, name, certificate, time }, Ok(()))
             }
             Ok(Err(error)) => {
                 if let RedeemError::Authority(failure) = &error {

@@ -69,9 +69,8 @@ pub struct Bundle {
     pub targets: Vec<String>,
     /// Names the target's certificate is for; never empty.
     pub server_names: Vec<String>,
-    /// The target's certificate authority, DER: the only one the office believes.
-    #[serde(with = "hex")]
-    pub authority: Vec<u8>,
+    /// The target's certificate authority, PEM: the only one the office believes.
+    pub authority: String,
     /// Public half of the target's escrow key.
     #[serde(with = "hex")]
     pub escrow_public: Vec<u8>,
@@ -192,7 +191,7 @@ mod tests {
             store: StoreId([1; 16]),
             targets: vec!["backup.example.org:7443".into(), "192.0.2.1:7443".into()],
             server_names: vec!["backup.example.org".into()],
-            authority: vec![8; 500],
+            authority: "-----BEGIN CERTIFICATE-----\n…".into(),
             escrow_public: vec![9; 32],
             office: OfficeId([2; 16]),
             office_name: "north".into(),

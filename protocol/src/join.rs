@@ -33,8 +33,8 @@ pub enum JoinAnswer {
         office: OfficeId,
         /// Its name.
         name: String,
-        /// Its certificate, DER.
-        certificate: Vec<u8>,
+        /// Its certificate, PEM.
+        certificate: String,
         /// The target's clock.
         time: Timestamp,
     },
