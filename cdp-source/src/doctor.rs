@@ -125,7 +125,8 @@ fn bpffs_finding() -> Finding {
 }
 
 fn rights_finding(storage: &dyn Storage) -> Finding {
-    const ADVICE: &str = "run as root; without CAP_BPF and CAP_PERFMON tracker = \"scan\" works on whatever you may read";
+    const ADVICE: &str =
+        "run as root; without CAP_BPF and CAP_PERFMON tracker = \"scan\" works on whatever you may read";
     let capabilities = field(storage, "/proc/self/status", "CapEff:")
         .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
         .unwrap_or(0);
@@ -181,7 +182,11 @@ fn volume_findings(state: &StateFolder, config: &Config) -> Vec<Finding> {
                 Err(reason) => Finding::fail(&subject, reason, SCAN_WORKS),
                 Ok(tracker) if probe.holds(storage, state.root()) => Finding::warn(
                     &subject,
-                    format!("{}: {}, tracker {tracker}; the state folder lies on it", volume.device.display(), probe.describe()),
+                    format!(
+                        "{}: {}, tracker {tracker}; the state folder lies on it",
+                        volume.device.display(),
+                        probe.describe()
+                    ),
                     "every log line written there is part of the next point; better keep the state folder elsewhere",
                 ),
                 Ok(tracker) => Finding::ok(

@@ -34,6 +34,9 @@ use tokio::sync::oneshot;
 /// Bytes captured and not acked above which nothing more is captured. With the capture being read and the one being
 /// encoded (32 MiB each at most by default) it bounds the agent's memory to about 100 MiB.
 const UNACKED_BYTES_MAX: u64 = 32 << 20;
+/// Attempts captured and not acked above which nothing more is captured. Below what the sender takes without waiting: this
+/// thread must never wait for the line, or nobody would let commits go.
+const ATTEMPTS_MAX: usize = 16;
 /// Epochs captured and not acked above which no cut is made: `session::SENT_MAX` commits may be under way.
 const UNACKED_EPOCHS_MAX: u64 = 8;
 /// Blocks of a part: 8 MiB, so that four are under way at a time.
@@ -44,8 +47,8 @@ const RETAIN_EVERY: Duration = Duration::from_secs(1);
 const UNCHANGED_EVERY: Duration = Duration::from_secs(20);
 /// How soon volumes that failed are tried again.
 const REOPEN_EVERY: Duration = Duration::from_secs(30);
-/// How long the thread sleeps where nothing is due.
-const IDLE_WAIT: Duration = Duration::from_secs(3600);
+/// How long the thread sleeps where nothing is due: so often the status is brought up to date.
+const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// Cuts in a row that do not validate after which the group is called stalled.
 const FAILED_CUTS_MAX: u64 = 10;
 
@@ -69,8 +72,6 @@ pub enum Input {
     Encoded(Outgoing),
     /// A point is wanted now.
     Point(PointRequest),
-    /// The line came or went.
-    LinkChanged,
     /// The end. The tracking goes on in the kernel.
     Stop,
 }
@@ -297,7 +298,7 @@ impl Group {
     fn wait(&self) -> Duration {
         let now = self.setup.clock.monotonic();
         if self.devices.is_none() {
-            return self.reopen_at.saturating_sub(now);
+            return self.reopen_at.saturating_sub(now).min(IDLE_WAIT);
         }
         let retain = self.retain_at.map_or(IDLE_WAIT, |at| at.saturating_sub(now));
         let cut = match (self.open, self.has_room()) {
@@ -305,13 +306,14 @@ impl Group {
             (Some(_), true) => self.next_cut.saturating_sub(now),
             _ => IDLE_WAIT,
         };
-        cut.min(retain)
+        cut.min(retain).min(IDLE_WAIT)
     }
 
     fn has_room(&self) -> bool {
         self.refused.is_none()
             && self.ledger.unacked_bytes() < UNACKED_BYTES_MAX
             && self.ledger.unacked_epochs() < UNACKED_EPOCHS_MAX
+            && self.ledger.attempts() < ATTEMPTS_MAX
     }
 
     /// Whether what is carried does not fit into one cut.
@@ -489,7 +491,7 @@ impl Group {
                 }
                 None => self.wanted.push_back(request),
             },
-            Input::LinkChanged | Input::Stop => {}
+            Input::Stop => {}
         }
     }
 
@@ -738,3 +740,7 @@ fn refusal(reason: &RefusalReason) -> String {
 fn lock(status: &Mutex<GroupStatus>) -> std::sync::MutexGuard<'_, GroupStatus> {
     status.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+#[path = "group_tests.rs"]
+mod tests;

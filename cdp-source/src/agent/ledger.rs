@@ -136,6 +136,12 @@ impl Ledger {
         self.captured.iter().filter(|captured| !captured.is_part).count() as u64
     }
 
+    /// Attempts captured and not acked.
+    #[must_use]
+    pub fn attempts(&self) -> usize {
+        self.captured.len()
+    }
+
     /// Whether all that was captured is acked.
     #[must_use]
     pub fn is_acked(&self) -> bool {
@@ -223,7 +229,9 @@ mod tests {
                     }
                 }
                 let mut union = carry.clone();
-                under_way.iter().for_each(|(_, _, _, blocks)| union.extend(blocks));
+                for (_, _, _, blocks) in &under_way {
+                    union.extend(blocks);
+                }
                 assert_eq!(ledger.unacked()[0].iter().collect::<BTreeSet<_>>(), union);
                 assert_eq!(ledger.carry[0].iter().collect::<BTreeSet<_>>(), carry);
                 assert_eq!(ledger.is_acked(), under_way.is_empty());

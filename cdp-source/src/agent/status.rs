@@ -12,6 +12,14 @@ pub struct AgentStatus {
     pub pid: u32,
     /// Where the target is reached.
     pub target: String,
+    /// Since when there is a line; `None` while there is none.
+    pub connected_since: Option<Timestamp>,
+    /// Why the last line ended, or was not made.
+    pub last_error: Option<String>,
+    /// The line's round trip in microseconds.
+    pub round_trip_us: Option<u64>,
+    /// Bytes of frames put on the line since it was first tried.
+    pub sent_bytes: u64,
     /// The groups, by name.
     pub groups: Vec<GroupStatus>,
 }

@@ -215,7 +215,7 @@ pub(super) fn unprotect(state: &StateFolder, args: &UnprotectArgs) -> Result<Exi
         let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
         let error = UserError::new(format!("group {} has no volume named {:?}", args.group, args.name));
         return Err(match names.as_slice() {
-            [] => error.into(),
+            [] => error.hint("cdp-source status lists what is protected").into(),
             names => error.hint(format!("it has {}", names.join(", "))).into(),
         });
     }

@@ -70,7 +70,12 @@ fn stopped(state: &StateFolder, is_json: bool) -> Result<ExitCode> {
 }
 
 fn status_text(status: &AgentStatus) -> String {
-    let mut lines = vec![format!("agent: process {}, target {}", status.pid, status.target)];
+    let line = match (status.connected_since, &status.last_error) {
+        (Some(since), _) => format!("connected since {}", rfc3339(since)),
+        (None, Some(error)) => format!("not connected: {error}"),
+        (None, None) => "connecting".to_owned(),
+    };
+    let mut lines = vec![format!("agent: process {}, target {}, {line}", status.pid, status.target)];
     lines.extend(status.groups.iter().flat_map(group_lines));
     if status.groups.is_empty() {
         lines.push("no volume is protected".into());
@@ -123,6 +128,7 @@ fn with_times(mut value: Value) -> Value {
             *value = json!(rfc3339(cdp_protocol::units::Timestamp(ms)));
         }
     }
+    replace(&mut value["connected_since"]);
     for group in value["groups"].as_array_mut().into_iter().flatten() {
         replace(&mut group["acked_time"]);
         replace(&mut group["unchanged_as_of"]);
