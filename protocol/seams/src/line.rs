@@ -9,7 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// A future behind a pointer, so that the traits here can stand behind one as well.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -63,3 +63,37 @@ pub trait Line: Send + Sync {
         None
     }
 }
+
+/// Writes `bytes` behind their length.
+///
+/// # Errors
+/// Where the stream fails.
+pub async fn write_packet(send: &mut (dyn AsyncWrite + Send + Unpin), bytes: &[u8]) -> io::Result<()> {
+    let len = u32::try_from(bytes.len()).expect("messages are far below 4 GiB");
+    let mut packet = Vec::with_capacity(4 + bytes.len());
+    packet.extend_from_slice(&len.to_le_bytes());
+    packet.extend_from_slice(bytes);
+    send.write_all(&packet).await?;
+    send.flush().await
+}
+
+/// Reads bytes behind their length, at most `bytes_max` of them. Not to be dropped half-way: the place would be lost.
+///
+/// # Errors
+/// Where the stream fails or ends, or the length is beyond its bound; nothing is allocated for such a one.
+pub async fn read_packet(receive: &mut (dyn AsyncRead + Send + Unpin), bytes_max: usize) -> io::Result<Vec<u8>> {
+    let len = receive.read_u32_le().await? as usize;
+    if len > bytes_max {
+        let reason = format!("a message of {len} bytes, at most {bytes_max} are allowed");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    }
+    let mut bytes = vec![0; len];
+    receive.read_exact(&mut bytes).await?;
+    Ok(bytes)
+}
+
+#[cfg(feature = "sim")]
+pub use sim::{Cut, SimLine, sim_line};
+
+#[cfg(feature = "sim")]
+mod sim;

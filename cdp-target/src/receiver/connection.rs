@@ -1,0 +1,272 @@
+//! One connection: the hello, its control messages, its streams of frames.
+//!
+//! Holds the connection's groups and the numbers of their sessions. Reads no more of a stream than its group has room for.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cdp_protocol::frame::{self, FrameError};
+use cdp_protocol::limits::MESSAGE_BYTES_MAX;
+use cdp_protocol::message::{self, TargetMessage};
+use cdp_protocol::session::target::{GROUPS_MAX, TargetAction, TargetRefusal, TargetSession};
+use cdp_protocol::units::{GroupId, Timestamp};
+use cdp_seams::line::{Control, Line, ReceiveStream, SendStream, read_packet, write_packet};
+use tokio::io::{AsyncReadExt, BufReader};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::group::{Command, Outbox, Session};
+use super::{FRAME_CHARGE_MIN, GroupHandle, Receiver};
+
+/// From the connection to its hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Without a message: a source asks for a sign of life every 15 s.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
+/// For a refused source to read why.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
+/// Answers that wait for the line: at most 8 acks a group and a few more.
+const OUTBOX_MESSAGES: usize = 1024;
+/// Streams of frames at once: one a group, and old ones that have not ended yet.
+const STREAMS_MAX: usize = 2 * GROUPS_MAX;
+/// Read from a stream at once.
+const READ_BYTES: usize = 64 * 1024;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    /// The line broke, or the source went away.
+    #[error("the line is gone")]
+    Line(#[from] io::Error),
+    /// No sign of life.
+    #[error("nothing was heard in {0:?}")]
+    Silent(Duration),
+    /// A message that no sound source of this version sends.
+    #[error(transparent)]
+    Refused(#[from] TargetRefusal),
+    /// Bytes that are no frame of the group.
+    #[error("group {group}: {error}")]
+    Frame {
+        /// The group.
+        group: GroupId,
+        /// What is wrong.
+        error: FrameError,
+    },
+    /// A stream of a group that is not open here.
+    #[error("frames of group {0}, which is not open on this connection")]
+    Stream(GroupId),
+    /// Too many streams.
+    #[error("more than {STREAMS_MAX} streams of frames")]
+    TooManyStreams,
+    /// A group's thread ended it.
+    #[error("{0}")]
+    Ended(String),
+}
+
+/// What the tasks of a connection share.
+struct Connection {
+    receiver: Arc<Receiver>,
+    office: String,
+    number: u64,
+    outbox: Outbox,
+    open: Mutex<HashMap<GroupId, Held>>,
+}
+
+#[derive(Clone)]
+struct Held {
+    session: u64,
+    handle: GroupHandle,
+}
+
+pub(super) async fn serve(receiver: Arc<Receiver>, line: Arc<dyn Line>, office: String) -> Result<(), ConnectionError> {
+    let mut session = TargetSession::new(receiver.software.clone());
+    let Control { mut send, mut receive } = match timeout(HELLO_TIMEOUT, line.accept_control()).await {
+        Ok(control) => control?,
+        Err(_) => return Err(silent(&*line, HELLO_TIMEOUT)),
+    };
+    let Ok(bytes) = timeout(HELLO_TIMEOUT, read_packet(&mut *receive, MESSAGE_BYTES_MAX)).await else {
+        return Err(silent(&*line, HELLO_TIMEOUT));
+    };
+    let reply = match session.receive(&bytes?, Timestamp(receiver.clock.wall_ms())) {
+        Ok(TargetAction::Reply(reply)) => reply,
+        Ok(_) => unreachable!("a hello is replied to"),
+        Err(refusal) => return Err(refuse(&*line, send, refusal).await),
+    };
+    write_packet(&mut *send, &message::encode(&reply)).await?;
+
+    let (messages, answers) = mpsc::channel(OUTBOX_MESSAGES);
+    let outbox = Outbox { messages, ending: watch::Sender::new(None) };
+    let mut ending = outbox.ending.subscribe();
+    let number = receiver.number();
+    let connection = Arc::new(Connection { receiver, office, number, outbox, open: Mutex::default() });
+    let error = tokio::select! {
+        error = connection.read_messages(session, receive) => error,
+        error = write_messages(send, answers) => error,
+        error = connection.accept_streams(&*line) => error,
+        ended = ending.wait_for(Option::is_some) => {
+            ConnectionError::Ended(ended.ok().and_then(|reason| reason.clone()).unwrap_or_default())
+        }
+        () = line.closed() => ConnectionError::Line(io::ErrorKind::ConnectionReset.into()),
+    };
+    line.close(&error.to_string());
+    connection.release().await;
+    Err(error)
+}
+
+fn silent(line: &dyn Line, within: Duration) -> ConnectionError {
+    let error = ConnectionError::Silent(within);
+    line.close(&error.to_string());
+    error
+}
+
+/// Tells why, and waits a little for it to be read.
+async fn refuse(line: &dyn Line, mut send: SendStream, refusal: TargetRefusal) -> ConnectionError {
+    let bytes = message::encode(&refusal.message());
+    let told = async {
+        write_packet(&mut *send, &bytes).await?;
+        drop(send);
+        line.closed().await;
+        Ok::<_, io::Error>(())
+    };
+    // However that goes, the refusal is what ended the connection.
+    let _ = timeout(REFUSAL_TIMEOUT, told).await;
+    line.close(&refusal.to_string());
+    refusal.into()
+}
+
+async fn write_messages(mut send: SendStream, mut answers: mpsc::Receiver<TargetMessage>) -> ConnectionError {
+    while let Some(answer) = answers.recv().await {
+        if let Err(error) = write_packet(&mut *send, &message::encode(&answer)).await {
+            return error.into();
+        }
+    }
+    ConnectionError::Line(io::ErrorKind::ConnectionReset.into())
+}
+
+impl Connection {
+    async fn read_messages(&self, mut session: TargetSession, mut receive: ReceiveStream) -> ConnectionError {
+        loop {
+            let bytes = match timeout(SILENCE_TIMEOUT, read_packet(&mut *receive, MESSAGE_BYTES_MAX)).await {
+                Ok(Ok(bytes)) => bytes,
+                Ok(Err(error)) => return error.into(),
+                Err(_) => return ConnectionError::Silent(SILENCE_TIMEOUT),
+            };
+            match session.receive(&bytes, Timestamp(self.receiver.clock.wall_ms())) {
+                Ok(action) => self.act(action).await,
+                Err(refusal) => return refusal.into(),
+            }
+        }
+    }
+
+    async fn act(&self, action: TargetAction) {
+        let (group, command) = match action {
+            TargetAction::Reply(reply) => return self.outbox.send(reply),
+            TargetAction::Open(request) => {
+                let group = request.group;
+                let held = Held { session: self.receiver.number(), handle: self.receiver.group(&self.office, group) };
+                let number = held.session;
+                self.open().insert(group, held);
+                let outbox = self.outbox.clone();
+                let session = Session { number, connection: self.number, outbox, proven: false };
+                (group, Command::Open { session, request })
+            }
+            TargetAction::Unchanged { group, epoch, as_of } => {
+                let session = self.held(group).map_or(0, |held| held.session);
+                (group, Command::Unchanged { session, epoch, as_of })
+            }
+            TargetAction::ListPoints { request, group, after } => {
+                (group, Command::Points { request, after, outbox: self.outbox.clone() })
+            }
+        };
+        if let Some(held) = self.held(group)
+            && held.handle.commands.send(command).await.is_err()
+        {
+            self.outbox.end(format!("the thread of group {group} is gone"));
+        }
+    }
+
+    async fn accept_streams(self: &Arc<Self>, line: &dyn Line) -> ConnectionError {
+        let mut streams = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = line.accept_frames() => match accepted {
+                    Ok(_) if streams.len() >= STREAMS_MAX => return ConnectionError::TooManyStreams,
+                    Ok(stream) => drop(streams.spawn(self.clone().read_frames(stream))),
+                    Err(error) => return error.into(),
+                },
+                Some(ended) = streams.join_next() => match ended {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => return error,
+                    Err(panic) => return ConnectionError::Ended(format!("a stream's task failed: {panic}")),
+                },
+            }
+        }
+    }
+
+    /// Brings the frames of one stream to their group until the stream ends.
+    async fn read_frames(self: Arc<Self>, stream: ReceiveStream) -> Result<(), ConnectionError> {
+        let mut stream = BufReader::with_capacity(READ_BYTES, stream);
+        let mut group = GroupId::default();
+        if ended(stream.read_exact(&mut group.0).await)? {
+            return Ok(());
+        }
+        let held = self.held(group).ok_or(ConnectionError::Stream(group))?;
+        let mut header = Vec::new();
+        loop {
+            header.clear();
+            let frame_len = loop {
+                let needed = match frame::decode_header(&group, &header) {
+                    Ok(parsed) => break parsed.frame_len(),
+                    Err(FrameError::Short { needed }) => needed,
+                    Err(error) => return Err(ConnectionError::Frame { group, error }),
+                };
+                let known = header.len();
+                header.resize(needed, 0);
+                // A stream that ends within a frame leaves an attempt unfinished, as a broken line does.
+                if ended(stream.read_exact(&mut header[known..]).await)? {
+                    return Ok(());
+                }
+            };
+            let charge = frame_len.max(FRAME_CHARGE_MIN) as u32;
+            let Ok(room) = held.handle.room.clone().acquire_many_owned(charge).await else { return Ok(()) };
+            let mut bytes = Vec::with_capacity(frame_len);
+            bytes.extend_from_slice(&header);
+            bytes.resize(frame_len, 0);
+            if ended(stream.read_exact(&mut bytes[header.len()..]).await)? {
+                return Ok(());
+            }
+            let command = Command::Frame { session: held.session, bytes, room };
+            if held.handle.commands.send(command).await.is_err() {
+                return Err(ConnectionError::Ended(format!("the thread of group {group} is gone")));
+            }
+        }
+    }
+
+    /// Tells the groups that this connection is gone.
+    async fn release(&self) {
+        let held: Vec<Held> = self.open().drain().map(|(_, held)| held).collect();
+        for Held { session, handle } in held {
+            // A thread that is gone holds no session.
+            let _ = handle.commands.send(Command::Closed { session }).await;
+        }
+    }
+
+    fn held(&self, group: GroupId) -> Option<Held> {
+        self.open().get(&group).cloned()
+    }
+
+    fn open(&self) -> std::sync::MutexGuard<'_, HashMap<GroupId, Held>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a stream came to its end where bytes were to be read.
+fn ended(read: io::Result<usize>) -> io::Result<bool> {
+    match read {
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(true),
+        Err(error) => Err(error),
+    }
+}

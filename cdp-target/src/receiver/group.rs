@@ -1,0 +1,407 @@
+//! The thread that owns a group's writer: opens sessions, appends, syncs, acks.
+//!
+//! Everything that concerns a group goes through its queue, in order, so nothing here is shared. An ack leaves only after
+//! the sync that covers it; one sync covers all that was queued. One session holds the group: frames of any other are
+//! passed over. Nothing here waits for a line: a session that does not take its messages is ended.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cdp_protocol::frame;
+use cdp_protocol::message::{GroupOpened, OpenGroup, RefusalReason, Resume, TargetMessage, Verdict};
+use cdp_protocol::session::chain::Step;
+use cdp_protocol::session::target::{Judgement, Standing, judge};
+use cdp_protocol::units::{Epoch, Generation, GroupId, Timestamp};
+use cdp_seams::clock::Clock;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tracing::{error, info, warn};
+
+use super::live::{LiveGroup, Unchanged};
+use super::store_api::{GroupStore, GroupWriter, StoreError};
+
+/// Bytes appended before a sync is made even though more are waiting: bounds what a crash makes a source send again.
+const SYNC_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Points on one page: 256 of at most 200 bytes fit a message of 64 KiB.
+const PAGE_POINTS: usize = 256;
+/// How long a source waits where the target has no room.
+const FULL_RETRY_MS: u32 = 5_000;
+/// How long a source waits where the writer was opened anew.
+const REOPENED_RETRY_MS: u32 = 500;
+
+/// What runs on a group's thread, with its writer or why there is none.
+pub(super) type Work = Box<dyn FnOnce(Result<&mut dyn GroupWriter, StoreError>) + Send>;
+
+/// What a group's thread is told.
+pub(super) enum Command {
+    /// A source opens the group.
+    Open { session: Session, request: Box<OpenGroup> },
+    /// A frame of a session, whose header is verified; the permit is its place in memory.
+    Frame { session: u64, bytes: Vec<u8>, room: OwnedSemaphorePermit },
+    /// Nothing was written at the source.
+    Unchanged { session: u64, epoch: Epoch, as_of: Timestamp },
+    /// A page of points.
+    Points { request: u64, after: Option<Epoch>, outbox: Outbox },
+    /// The session's line is gone.
+    Closed { session: u64 },
+    /// Something else that needs the writer.
+    Run(Work),
+}
+
+/// A source's hold on a group.
+pub(super) struct Session {
+    /// Of all sessions of this server, this one.
+    pub(super) number: u64,
+    /// Of all its connections, this one.
+    pub(super) connection: u64,
+    pub(super) outbox: Outbox,
+    /// Whether the source is known to know its generation.
+    pub(super) proven: bool,
+}
+
+/// The way back to a connection. Never blocks.
+#[derive(Clone)]
+pub(super) struct Outbox {
+    pub(super) messages: mpsc::Sender<TargetMessage>,
+    pub(super) ending: watch::Sender<Option<String>>,
+}
+
+impl Outbox {
+    pub(super) fn send(&self, message: TargetMessage) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.messages.try_send(message) {
+            self.end("the source does not take its answers");
+        }
+    }
+
+    /// Ends the connection; the first reason stays.
+    pub(super) fn end(&self, reason: impl Into<String>) {
+        self.ending.send_if_modified(|ending| {
+            let first = ending.is_none();
+            if first {
+                *ending = Some(reason.into());
+            }
+            first
+        });
+    }
+}
+
+/// A group and the thread's state.
+pub(super) struct GroupThread {
+    pub(super) office: String,
+    pub(super) group: GroupId,
+    pub(super) store: Arc<dyn GroupStore>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) live: Arc<Mutex<LiveGroup>>,
+    pub(super) writer: Option<Box<dyn GroupWriter>>,
+    pub(super) session: Option<Session>,
+    /// Acks that wait for a sync.
+    pub(super) pending: Vec<TargetMessage>,
+    pub(super) unsynced_bytes: u64,
+    /// The writer was opened anew and has not synced since.
+    pub(super) reopened: bool,
+}
+
+impl GroupThread {
+    /// Works until nobody is left who could say anything; then makes durable what is there.
+    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        loop {
+            let command = if self.pending.is_empty() {
+                let Some(command) = commands.blocking_recv() else { break };
+                Some(command)
+            } else {
+                commands.try_recv().ok()
+            };
+            match command {
+                Some(command) => self.apply(command),
+                None => self.sync(),
+            }
+            if self.unsynced_bytes >= SYNC_BYTES_MAX {
+                self.sync();
+            }
+        }
+        self.sync();
+    }
+
+    fn apply(&mut self, command: Command) {
+        match command {
+            Command::Open { session, request } => self.open(session, &request),
+            Command::Frame { session, bytes, room } => {
+                if self.holds(session) {
+                    self.frame(&bytes);
+                }
+                drop(room);
+            }
+            Command::Unchanged { session, epoch, as_of } => {
+                let known = self.writer.as_ref().and_then(|writer| writer.chain().head());
+                if self.holds(session) && known.is_some_and(|(head, _)| head.epoch == epoch) {
+                    let received_at = self.now();
+                    self.live(|live| live.unchanged = Some(Unchanged { epoch, as_of, received_at }));
+                }
+            }
+            Command::Points { request, after, outbox } => self.points(request, after, &outbox),
+            Command::Closed { session } => {
+                if self.holds(session) {
+                    self.session = None;
+                    self.live(|live| live.connected_since = None);
+                    self.sync();
+                }
+            }
+            Command::Run(work) => {
+                self.sync();
+                let opened = self.ensure(None);
+                work(match opened {
+                    Ok(()) => Ok(self.writer.as_deref_mut().expect("just opened")),
+                    Err(error) => Err(error),
+                });
+            }
+        }
+    }
+
+    fn open(&mut self, session: Session, request: &OpenGroup) {
+        // The head that `GroupOpened` names counts as acked: it has to be durable before it is named.
+        self.sync();
+        let outbox = session.outbox.clone();
+        let group = self.group;
+        let refusal = match self.judge(session, request) {
+            Ok(None) => return,
+            Ok(Some(reason)) => TargetMessage::GroupRefused { group, reason },
+            Err(StoreError::NameTaken) => TargetMessage::GroupRefused { group, reason: RefusalReason::NameTaken },
+            Err(StoreError::Full(reason)) => TargetMessage::Busy { group, reason, retry_after_ms: FULL_RETRY_MS },
+            Err(error) => {
+                self.writer = None;
+                let reason = text(&error);
+                error!(office = self.office, %group, reason, "the group cannot be opened");
+                TargetMessage::GroupRefused { group, reason: RefusalReason::Failed(reason) }
+            }
+        };
+        self.trouble(&refusal);
+        outbox.send(refusal);
+    }
+
+    /// Opens the group for a session, or says why it is refused.
+    fn judge(&mut self, mut session: Session, request: &OpenGroup) -> Result<Option<RefusalReason>, StoreError> {
+        self.ensure(Some(request))?;
+        let held = self.session.as_ref().is_some_and(|held| held.proven && held.connection != session.connection);
+        let writer = self.writer.as_deref_mut().expect("just opened");
+        if let Some(reason) = writer.frozen() {
+            warn!(office = self.office, group = %self.group, reason, "the group is frozen, its source is refused");
+            return Ok(Some(RefusalReason::Fork));
+        }
+        let chain = writer.chain();
+        let standing = Standing { head: chain.head().map(|(head, _)| head), generation: chain.generation(), held };
+        let (verdict, generation, lost) = match judge(&standing, request, &mut |point| writer.holds(point))? {
+            Judgement::Open { verdict, generation, lost } => (verdict, generation, lost),
+            Judgement::Refuse(reason) => {
+                if reason == RefusalReason::Fork {
+                    let claims = request.sent.iter().chain(&request.acked).next();
+                    let claims =
+                        claims.map_or_else(|| "nothing".to_owned(), |head| format!("{} ({})", head.epoch, head.hash));
+                    let line = format!("a source stands at {claims}, which is not in this history");
+                    error!(office = self.office, group = %self.group, line, "fork: the group is frozen until it is resolved");
+                    writer.freeze(&line)?;
+                }
+                return Ok(Some(reason));
+            }
+        };
+        if !lost.is_empty() {
+            let epochs: Vec<u64> = lost.iter().map(|epoch| epoch.0).collect();
+            error!(office = self.office, group = %self.group, ?epochs, "points that were acked are not here any more");
+        }
+        writer.identify(request)?;
+        if generation != writer.chain().generation() {
+            writer.grant(generation)?;
+        }
+        session.proven = verdict == Verdict::Continue && request.generation == Some(generation);
+        info!(office = self.office, group = %self.group, ?verdict, %generation, "group opened");
+        self.hand_over(session, verdict, generation);
+        Ok(None)
+    }
+
+    /// The newest session holds the group; the connection that held it before is closed.
+    fn hand_over(&mut self, session: Session, verdict: Verdict, generation: Generation) {
+        if let Some(before) = self.session.take().filter(|before| before.connection != session.connection) {
+            before.outbox.send(TargetMessage::GroupRefused { group: self.group, reason: RefusalReason::InUse });
+            before.outbox.end("another connection took over one of its groups");
+        }
+        let chain = self.writer.as_ref().expect("open").chain();
+        let (head, parts) = (chain.head(), chain.parts());
+        let resume = chain.open().map(|open| Resume { epoch: open.epoch, attempt: open.attempt, next: open.next });
+        let opened = GroupOpened { group: self.group, generation, verdict, head, parts, resume };
+        session.outbox.send(TargetMessage::GroupOpened(opened));
+        self.session = Some(session);
+        let now = self.now();
+        self.live(|live| {
+            live.connected_since = Some(now);
+            live.generation = generation;
+            live.acked = head.map(|(head, _)| head.epoch);
+            live.journaled = live.acked;
+            live.trouble = None;
+        });
+    }
+
+    fn frame(&mut self, bytes: &[u8]) {
+        let Some(writer) = self.writer.as_deref_mut() else { return };
+        let received = Timestamp(self.clock.wall_ms());
+        let decoded = frame::decode(&self.group, bytes).map_err(|error| error.to_string());
+        let appended = decoded.map(|frame| {
+            let place = (frame.header.epoch, frame.header.sequence);
+            writer.append(&frame, received).map(|step| (place, step))
+        });
+        match appended {
+            Err(reason) => self.end_connection(&reason),
+            Ok(Ok((place, step))) => {
+                self.unsynced_bytes += bytes.len() as u64;
+                self.taken(place, &step, received, bytes.len() as u64);
+            }
+            Ok(Err(StoreError::Chain(error))) => self.end_connection(&text(&StoreError::Chain(error))),
+            Ok(Err(StoreError::Full(reason))) => {
+                // What was appended before can still be made durable, and acked.
+                self.sync();
+                self.put_off(reason, FULL_RETRY_MS);
+            }
+            Ok(Err(error)) => self.failed(&error),
+        }
+    }
+
+    fn taken(&mut self, place: (Epoch, cdp_protocol::units::Sequence), step: &Step, now: Timestamp, bytes: u64) {
+        let group = self.group;
+        let journaled = matches!(step, Step::Committed(..));
+        match step {
+            Step::Committed(head, _) => self.pending.push(TargetMessage::Acked { group, head: *head }),
+            Step::PartEnded(attempt, parts) => {
+                self.pending.push(TargetMessage::PartAcked { group, attempt: *attempt, parts: *parts });
+            }
+            Step::Taken | Step::Duplicate | Step::Synced => {}
+        }
+        if let Some(session) = self.session.as_mut() {
+            session.proven = true;
+        }
+        self.live(|live| {
+            live.received = Some(place);
+            live.received_at = Some(now);
+            live.received_bytes += bytes;
+            if journaled {
+                live.journaled = Some(place.0);
+            }
+        });
+    }
+
+    /// Makes durable what was appended, then acks it.
+    fn sync(&mut self) {
+        let Some(writer) = self.writer.as_deref_mut().filter(|_| self.unsynced_bytes > 0) else { return };
+        let result = writer.sync();
+        self.unsynced_bytes = 0;
+        let acks = std::mem::take(&mut self.pending);
+        if let Err(error) = result {
+            return self.failed(&error);
+        }
+        self.reopened = false;
+        let now = self.now();
+        for ack in acks {
+            if let TargetMessage::Acked { head, .. } = &ack {
+                self.live(|live| (live.acked, live.acked_at) = (Some(head.epoch), Some(now)));
+            }
+            if let Some(session) = &self.session {
+                session.outbox.send(ack);
+            }
+        }
+    }
+
+    /// The writer cannot be trusted: nothing that waits for a sync is acked. Opened anew once; the source comes back and
+    /// sends what is missing. Where that does not help, the group stops until a source opens it again.
+    fn failed(&mut self, error: &StoreError) {
+        error!(office = self.office, group = %self.group, reason = text(error), "the group's journal failed");
+        self.writer = None;
+        self.pending.clear();
+        self.unsynced_bytes = 0;
+        let again = if self.reopened { None } else { Some(self.ensure(None)) };
+        self.reopened = true;
+        match again {
+            Some(Ok(())) => self.put_off("the journal was opened anew after a failure".to_owned(), REOPENED_RETRY_MS),
+            Some(Err(reopening)) => self.refuse(&text(&reopening)),
+            None => self.refuse(&text(error)),
+        }
+    }
+
+    fn put_off(&mut self, reason: String, retry_after_ms: u32) {
+        self.detach(TargetMessage::Busy { group: self.group, reason, retry_after_ms });
+    }
+
+    fn refuse(&mut self, reason: &str) {
+        let reason = RefusalReason::Failed(reason.to_owned());
+        self.detach(TargetMessage::GroupRefused { group: self.group, reason });
+    }
+
+    /// Takes the group from its session, which is told why; its frames are passed over from here on.
+    fn detach(&mut self, message: TargetMessage) {
+        self.trouble(&message);
+        self.live(|live| live.connected_since = None);
+        if let Some(session) = self.session.take() {
+            session.outbox.send(message);
+        }
+    }
+
+    /// A frame that no sound source sends: its connection ends, what was taken stays.
+    fn end_connection(&mut self, reason: &str) {
+        warn!(office = self.office, group = %self.group, reason, "a frame is refused, its connection is closed");
+        self.live(|live| {
+            live.connected_since = None;
+            live.trouble = Some(reason.to_owned());
+        });
+        if let Some(session) = self.session.take() {
+            session.outbox.end(format!("group {}: {reason}", self.group));
+        }
+    }
+
+    fn points(&mut self, request: u64, after: Option<Epoch>, outbox: &Outbox) {
+        let listed = self.writer.as_ref().map(|writer| writer.points(after, PAGE_POINTS + 1));
+        let mut points = match listed {
+            Some(Ok(points)) => points,
+            Some(Err(error)) => return outbox.end(format!("points cannot be listed: {}", text(&error))),
+            None => Vec::new(),
+        };
+        let more = points.len() > PAGE_POINTS;
+        points.truncate(PAGE_POINTS);
+        outbox.send(TargetMessage::Points { request, points, more });
+    }
+
+    fn ensure(&mut self, request: Option<&OpenGroup>) -> Result<(), StoreError> {
+        if self.writer.is_none() {
+            self.writer = Some(match request {
+                Some(request) => self.store.open_or_create(&self.office, request)?,
+                None => self.store.open(&self.office, self.group)?,
+            });
+        }
+        Ok(())
+    }
+
+    fn holds(&self, session: u64) -> bool {
+        self.session.as_ref().is_some_and(|held| held.number == session)
+    }
+
+    fn trouble(&self, message: &TargetMessage) {
+        let trouble = match message {
+            TargetMessage::Busy { reason, .. } => reason.clone(),
+            TargetMessage::GroupRefused { reason, .. } => format!("refused: {reason:?}"),
+            _ => return,
+        };
+        self.live(|live| live.trouble = Some(trouble));
+    }
+
+    fn live(&self, change: impl FnOnce(&mut LiveGroup)) {
+        change(&mut self.live.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp(self.clock.wall_ms())
+    }
+}
+
+/// An error with its causes, in a line.
+pub(super) fn text(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        line = format!("{line}: {source}");
+        cause = source.source();
+    }
+    line
+}

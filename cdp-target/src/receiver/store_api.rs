@@ -1,0 +1,97 @@
+//! What the receiver needs of a store: groups that are opened or made, and the one writer of each.
+//!
+//! All of it blocks and is called on a group's own thread. The journal stands behind it in the program, a history in
+//! memory in tests.
+
+use cdp_protocol::message::{OpenGroup, PointSummary};
+use cdp_protocol::session::chain::{Chain, ChainError, Step};
+use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
+
+/// The groups of a store.
+pub trait GroupStore: Send + Sync {
+    /// Opens the group that `request` names, or makes it (with its name and envelope).
+    ///
+    /// # Errors
+    /// `NameTaken` where another group of the office has the name; `Full` where there is no room to make one.
+    fn open_or_create(&self, office: &str, request: &OpenGroup) -> Result<Box<dyn GroupWriter>, StoreError>;
+
+    /// Opens a group that is there: after a failure, or for a command.
+    ///
+    /// # Errors
+    /// Where it is not there or cannot be opened.
+    fn open(&self, office: &str, group: GroupId) -> Result<Box<dyn GroupWriter>, StoreError>;
+}
+
+/// The one writer of a group's history.
+pub trait GroupWriter: Send {
+    /// Where the group stands, with what was appended and not synced.
+    fn chain(&self) -> &Chain;
+
+    /// Whether a point is one of the group's chain.
+    ///
+    /// # Errors
+    /// Where the history cannot be read.
+    fn holds(&self, point: Head) -> Result<bool, StoreError>;
+
+    /// Takes over name and envelope where they changed, durably.
+    ///
+    /// # Errors
+    /// Where they cannot be stored, or the name is another group's.
+    fn identify(&mut self, request: &OpenGroup) -> Result<(), StoreError>;
+
+    /// Grants a generation, durably.
+    ///
+    /// # Errors
+    /// Where it cannot be stored.
+    fn grant(&mut self, generation: Generation) -> Result<(), StoreError>;
+
+    /// Appends a frame that follows, or says that it is there already. Not durable.
+    ///
+    /// # Errors
+    /// `Chain` or `Full`: nothing changed. `Failed`: the writer is to be dropped.
+    fn append(&mut self, frame: &cdp_protocol::frame::Frame<'_>, received: Timestamp) -> Result<Step, StoreError>;
+
+    /// Makes all that was appended durable, and its points visible.
+    ///
+    /// # Errors
+    /// Any is final: the writer is to be dropped, nothing appended since the last sync may be acked.
+    fn sync(&mut self) -> Result<(), StoreError>;
+
+    /// Why the group is frozen, if it is.
+    fn frozen(&self) -> Option<String>;
+
+    /// Freezes the group, durably, until an operator resolves it.
+    ///
+    /// # Errors
+    /// Where it cannot be stored.
+    fn freeze(&mut self, reason: &str) -> Result<(), StoreError>;
+
+    /// Up to `max` points above `after`, oldest first; only durable ones.
+    ///
+    /// # Errors
+    /// Where the history cannot be read.
+    fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError>;
+
+    /// Names a point, or takes its name away.
+    ///
+    /// # Errors
+    /// Where there is no such point or it cannot be stored.
+    fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError>;
+}
+
+/// Why a store did not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The frame does not follow: the source's fault.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// No room: push back, try again later.
+    #[error("no room: {0}")]
+    Full(String),
+    /// Another group of the office has the name.
+    #[error("the name is another group's")]
+    NameTaken,
+    /// Anything else: the writer can no longer be trusted.
+    #[error(transparent)]
+    Failed(Box<dyn std::error::Error + Send + Sync>),
+}
