@@ -166,7 +166,11 @@ fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devic
             }
             Err(reason) => {
                 if said.as_ref() != Some(&reason) {
-                    tracing::error!(group = setup.facts.name, reason, "no recovery points: the volumes cannot be opened");
+                    tracing::error!(
+                        group = setup.facts.name,
+                        reason,
+                        "no recovery points: the volumes cannot be opened"
+                    );
                 }
                 let mut status = lock(&setup.status);
                 (status.state, status.reason) = (GroupPhase::Stalled, Some(reason.clone()));
@@ -381,13 +385,8 @@ impl Group {
         self.next_cut = if due > now { due } else { now + self.setup.interval };
         let Some(devices) = &mut self.devices else { return Ok(()) };
         let clock = Arc::clone(&self.setup.clock);
-        let cut = cut::cut(
-            &mut *devices.tracker,
-            &mut *devices.reader,
-            &*clock,
-            &mut self.ledger.carry,
-            &self.setup.limits,
-        )?;
+        let cut =
+            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
         match cut {
             Cut::Captured(capture) if is_all_unreadable(&capture) => {
                 let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
@@ -514,7 +513,12 @@ impl Group {
                 }
             }
             SourceEvent::Busy { reason, retry_after_ms } => {
-                tracing::warn!(group = self.setup.facts.name, reason, retry_after_ms, "the target takes nothing for now");
+                tracing::warn!(
+                    group = self.setup.facts.name,
+                    reason,
+                    retry_after_ms,
+                    "the target takes nothing for now"
+                );
                 self.refused = Some(format!("the target takes nothing for now: {reason}"));
             }
             SourceEvent::Refused(reason) => {
@@ -591,8 +595,13 @@ impl Group {
             open.after_rollback_to = None;
             open.has_point = true;
         }
-        if self.ledger.is_acked() { self.retain() } else { self.retain_soon() }
-        let (done, waiting) = std::mem::take(&mut self.awaited).into_iter().partition(|(point, _)| point.epoch <= head.epoch);
+        if self.ledger.is_acked() {
+            self.retain();
+        } else {
+            self.retain_soon();
+        }
+        let (done, waiting) =
+            std::mem::take(&mut self.awaited).into_iter().partition(|(point, _)| point.epoch <= head.epoch);
         self.awaited = waiting;
         let done: Vec<(PointReply, oneshot::Sender<Reply>)> = done;
         for (point, reply) in done {
@@ -729,7 +738,9 @@ fn refuse(request: PointRequest, reason: &str) {
 
 fn refusal(reason: &RefusalReason) -> String {
     match reason {
-        RefusalReason::Fork => "this source's history is a fork of the target's: frozen until `cdp-target resolve`".into(),
+        RefusalReason::Fork => {
+            "this source's history is a fork of the target's: frozen until `cdp-target resolve`".into()
+        }
         RefusalReason::Fenced => "another source has taken the group over".into(),
         RefusalReason::InUse => "another connection holds the group".into(),
         RefusalReason::NameTaken => "the office has another group of this name".into(),

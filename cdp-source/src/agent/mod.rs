@@ -80,8 +80,8 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
                 match load(&state).await {
                     Err(error) => _ = done.send(Err(format!("{error:#}"))),
                     Ok(config) => {
-                        stop(groups).await;
                         shared.clear();
+                        stop(groups).await;
                         groups = start(&state, &identity, config, &shared).await?;
                         _ = done.send(Ok(()));
                     }
@@ -98,6 +98,7 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     server.abort();
     recorder.abort();
+    shared.clear();
     stop(groups).await;
     // The socket is of no use to anybody any more; a crash leaves it, and the next agent takes its place.
     let _ = state.storage().remove(&state.socket());
@@ -152,17 +153,26 @@ fn start_group(
     encoder: Arc<Encoder>,
     shared: &Shared,
 ) -> Result<RunningGroup> {
-    let mut facts = state.group(name)?.with_context(|| format!("group {name} has no state: were its volumes written into source.toml by hand? use `cdp-source protect`"))?;
+    let mut facts = state.group(name)?.with_context(|| {
+        format!(
+            "group {name} has no state: were its volumes written into source.toml by hand? use `cdp-source protect`"
+        )
+    })?;
     state.renew_envelope(name, &mut facts, escrow_public)?;
     let volumes = wire_volumes(config, &facts)?;
     let status = Arc::new(Mutex::new(GroupStatus {
         group: name.to_owned(),
-        volumes: config.volumes.iter().zip(&volumes).map(|(volume, wire)| VolumeStatus {
-            name: volume.name.clone(),
-            slot: volume.slot,
-            device: volume.device.clone(),
-            size_bytes: wire.size_bytes,
-        }).collect(),
+        volumes: config
+            .volumes
+            .iter()
+            .zip(&volumes)
+            .map(|(volume, wire)| VolumeStatus {
+                name: volume.name.clone(),
+                slot: volume.slot,
+                device: volume.device.clone(),
+                size_bytes: wire.size_bytes,
+            })
+            .collect(),
         ..GroupStatus::default()
     }));
     let (inputs, receiver) = channel();
@@ -197,7 +207,10 @@ fn start_group(
 fn wire_volumes(config: &GroupConfig, facts: &GroupState) -> Result<Vec<Volume>> {
     let wire = config.volumes.iter().map(|volume| {
         let size_bytes = facts.protected_size_bytes(volume.slot).with_context(|| {
-            format!("volume {} has no recorded size: was it written into source.toml by hand? use `cdp-source protect`", volume.name)
+            format!(
+                "volume {} has no recorded size: was it written into source.toml by hand? use `cdp-source protect`",
+                volume.name
+            )
         })?;
         Ok(Volume { slot: volume.slot, size_bytes, name: volume.name.clone() })
     });

@@ -53,7 +53,11 @@ impl Uplink {
                 .name("group-events".into())
                 .spawn(move || {
                     // Ends with the sender's end of the group, or with the group.
-                    let _ = events.into_iter().try_for_each(|event| inputs.send(Input::Link(event)));
+                    for event in events {
+                        if inputs.send(Input::Link(event)).is_err() {
+                            return;
+                        }
+                    }
                 })
                 .expect("the system has a thread to give");
             Box::new(handle)

@@ -64,8 +64,9 @@ fn look_at(state: &StateFolder, named: Vec<(String, PathBuf)>, choice: TrackerCh
     let mut candidates = Vec::new();
     for (name, device) in named {
         let probe = probe::probe(storage, &device)?;
-        let tracker = doctor::tracker_for(choice, &probe, obstacle.as_ref())
-            .map_err(|reason| UserError::new(format!("{}: {reason}", device.display())).hint("--tracker scan works here"))?;
+        let tracker = doctor::tracker_for(choice, &probe, obstacle.as_ref()).map_err(|reason| {
+            UserError::new(format!("{}: {reason}", device.display())).hint("--tracker scan works here")
+        })?;
         let warnings = warnings(storage, state, &probe, choice, tracker, obstacle.as_ref());
         candidates.push(Candidate { name, device, probe, tracker, warnings });
     }
@@ -135,7 +136,12 @@ fn refuse_duplicates(
     Ok(accepted)
 }
 
-fn write(state: &StateFolder, config: &Config, args: &ProtectArgs, candidates: &[Candidate]) -> Result<Vec<VolumeSlot>> {
+fn write(
+    state: &StateFolder,
+    config: &Config,
+    args: &ProtectArgs,
+    candidates: &[Candidate],
+) -> Result<Vec<VolumeSlot>> {
     let escrow_public = super::run::identity(state)?.escrow_public;
     let mut group = match state.group(&args.group)? {
         Some(group) => group,
@@ -177,7 +183,12 @@ fn report(args: &ProtectArgs, candidates: &[Candidate], slots: &[VolumeSlot], is
     }
     for candidate in candidates {
         let (name, found) = (&candidate.name, candidate.probe.describe());
-        print(&format!("{}/{name}: {}: {found}; tracker {}", args.group, candidate.device.display(), candidate.tracker))?;
+        print(&format!(
+            "{}/{name}: {}: {found}; tracker {}",
+            args.group,
+            candidate.device.display(),
+            candidate.tracker
+        ))?;
         for warning in &candidate.warnings {
             eprintln!("warning: {name}: {warning}");
         }

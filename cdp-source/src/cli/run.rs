@@ -23,9 +23,9 @@ pub(super) fn identity(state: &StateFolder) -> Result<JoinedTarget> {
 
 fn load(state: &StateFolder) -> Result<Identity> {
     match Identity::load(&**state.storage(), state.root()) {
-        Err(error @ IdentityError::NotJoined(_)) => {
-            Err(UserError::new(error.to_string()).hint("get a bundle with `cdp-target enroll OFFICE`, then: cdp-source join BUNDLE").into())
-        }
+        Err(error @ IdentityError::NotJoined(_)) => Err(UserError::new(error.to_string())
+            .hint("get a bundle with `cdp-target enroll OFFICE`, then: cdp-source join BUNDLE")
+            .into()),
         other => other.context("load the identity of this office"),
     }
 }
@@ -122,7 +122,9 @@ async fn reach(identity: Identity) -> Result<Reached, ConnectError> {
 fn clock_finding(ahead_ms: Option<i64>) -> Finding {
     const APART_MS: u64 = 5 * 60 * 1000;
     match ahead_ms {
-        None => Finding::warn("clock", "the target did not tell its time", "see that both sides are of the same version"),
+        None => {
+            Finding::warn("clock", "the target did not tell its time", "see that both sides are of the same version")
+        }
         Some(ms) if ms.unsigned_abs() <= APART_MS => Finding::ok("clock", format!("{ms} ms ahead of the target's")),
         Some(ms) => Finding::warn(
             "clock",

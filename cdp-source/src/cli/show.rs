@@ -84,7 +84,8 @@ fn status_text(status: &AgentStatus) -> String {
 }
 
 fn group_lines(group: &GroupStatus) -> Vec<String> {
-    let number = |epoch: Option<cdp_protocol::units::Epoch>| epoch.map_or_else(|| "-".into(), |epoch| epoch.to_string());
+    let number =
+        |epoch: Option<cdp_protocol::units::Epoch>| epoch.map_or_else(|| "-".into(), |epoch| epoch.to_string());
     let reason = group.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
     let mut lines = vec![
         format!("group {}: {}{reason}", group.group, group.state.name()),
@@ -147,7 +148,11 @@ pub(super) fn point(state: &StateFolder, args: &PointArgs) -> Result<ExitCode> {
     }
     let request = Request::Point { group: args.group.clone(), label: args.label.clone(), wait: args.wait };
     let Reply::Point(point) = ask(state, &request)? else { bail!("the agent did not answer with a point") };
-    if args.json { print_json(&point_json(&point))? } else { print(&point_text(&point))? }
+    if args.json {
+        print_json(&point_json(&point))?;
+    } else {
+        print(&point_text(&point))?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -163,7 +168,9 @@ fn point_text(point: &PointReply) -> String {
 
 /// A label must not be readable as another way to name a point.
 fn check_label(label: &str) -> Result<()> {
-    let refuse = |why: &str| Err(UserError::new(format!("label {label:?} {why}")).hint("give a word, such as before-upgrade").into());
+    let refuse = |why: &str| {
+        Err(UserError::new(format!("label {label:?} {why}")).hint("give a word, such as before-upgrade").into())
+    };
     let all_digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     if label.is_empty() || label.len() > NAME_BYTES_MAX {
         return refuse("has to have 1 to 64 bytes");
@@ -180,7 +187,10 @@ fn check_label(label: &str) -> Result<()> {
     if label.strip_suffix(['s', 'm', 'h', 'd', 'w', 'y']).is_some_and(all_digits) {
         return refuse("could be read as an age");
     }
-    if label.parse::<jiff::Timestamp>().is_ok() || label.parse::<jiff::civil::DateTime>().is_ok() || label.parse::<jiff::civil::Date>().is_ok() {
+    if label.parse::<jiff::Timestamp>().is_ok()
+        || label.parse::<jiff::civil::DateTime>().is_ok()
+        || label.parse::<jiff::civil::Date>().is_ok()
+    {
         return refuse("could be read as a time");
     }
     Ok(())
@@ -198,7 +208,9 @@ pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode>
         let mut lines = vec![format!("{:>10}  {:24}  {:11}  {:>12}  label", "epoch", "time", "class", "bytes")];
         lines.extend(points.iter().map(|p| {
             let (time, label) = (rfc3339(p.cut_time), p.label.as_deref().unwrap_or(""));
-            format!("{:>10}  {time:24}  {:11}  {:>12}  {label}", p.epoch.0, class_name(p), p.bytes).trim_end().to_owned()
+            format!("{:>10}  {time:24}  {:11}  {:>12}  {label}", p.epoch.0, class_name(p), p.bytes)
+                .trim_end()
+                .to_owned()
         }));
         print(&lines.join("\n"))?;
     }
