@@ -6,8 +6,8 @@ mod loop_device;
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
 use cdp_seams::random::{SimRandom, SystemRandom, array};
 use cdp_seams::storage::SystemStorage;
-use cdp_source::tracker::ebpf::{EbpfOptions, EbpfTracker, remove};
-use cdp_source::tracker::{Tracker, TrackerError, pins};
+use cdp_source::tracker::ebpf::{BPFFS, EbpfOptions, EbpfTracker, remove, supported};
+use cdp_source::tracker::{Tracker, TrackerError};
 use loop_device::{LoopDevice, RawDisk};
 use roaring::RoaringBitmap;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ struct Group {
 impl Group {
     /// `None` where this machine cannot track; the reason is printed.
     fn new() -> Option<Self> {
-        if let Err(error) = pins::supported() {
+        if let Err(error) = supported() {
             eprintln!("skipped: {error}");
             return None;
         }
@@ -65,13 +65,13 @@ impl Group {
     }
 
     fn pinned(&self) -> PathBuf {
-        Path::new(pins::BPFFS).join("cdp").join(self.id.to_string())
+        Path::new(BPFFS).join("cdp").join(self.id.to_string())
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let removed = remove(Path::new(pins::BPFFS), &self.folder.path().join("state"), &SystemStorage, self.id);
+        let removed = remove(Path::new(BPFFS), &self.folder.path().join("state"), &SystemStorage, self.id);
         if !std::thread::panicking() {
             removed.expect("removed");
             assert!(!self.pinned().exists());
@@ -351,7 +351,7 @@ fn a_group_has_one_tracker_and_its_pins_stay_while_it_runs() {
     let refused = EbpfTracker::open(&group.options(&[&node])).err().expect("refused").to_string();
     assert!(refused.contains("another process tracks this group"), "{refused}");
     let state = group.folder.path().join("state");
-    remove(Path::new(pins::BPFFS), &state, &SystemStorage, group.id).expect_err("refused");
+    remove(Path::new(BPFFS), &state, &SystemStorage, group.id).expect_err("refused");
     drop(tracker);
     group.open(&[&node]);
 }

@@ -13,7 +13,7 @@
 use super::bitmap::{drain, filter_has, peek};
 use super::device::{Device, read_text};
 use super::identity::{Identity, LAYOUT, VolumeIdentity};
-use super::instance::{EventCounts, Instance, MEMO_BYTES_MAX, disks_of, program_hash};
+use super::instance::{Instance, MEMO_BYTES_MAX, disks_of, program_hash};
 use super::pins;
 use super::trust::{Suspects, Trust};
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
@@ -27,6 +27,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use super::instance::EventCounts;
+pub use super::pins::{BPFFS, supported};
 
 /// How long a flip waits for runs that were counted into the old parity.
 const STRAGGLERS_MS: u64 = 250;
@@ -58,7 +61,7 @@ impl EbpfOptions {
         state_folder: PathBuf,
         storage: Arc<dyn Storage>,
     ) -> Self {
-        let bpffs = PathBuf::from(pins::BPFFS);
+        let bpffs = PathBuf::from(BPFFS);
         let boot_id_path = PathBuf::from("/proc/sys/kernel/random/boot_id");
         Self { group, volumes, bpffs, state_folder, storage, boot_id_path }
     }
@@ -122,8 +125,9 @@ impl EbpfTracker {
         kept.and_then(|()| replace(&*options.storage, &options.record(), &record))
             .map_err(failed("keep the identity of the tracking"))?;
         pins::remove_others(&folder, &instance.folder).map_err(failed("remove an old tracking"))?;
-        let trust = Trust::new(&instance, &disks_of(&devices)).map_err(failed("read the counts"))?;
-        let mut tracker = Self::assemble(instance, devices, trust, lock).map_err(failed("read the counts"))?;
+        let clock = SystemClock::new();
+        let trust = Trust::new(&instance, &disks_of(&devices), clock.monotonic()).map_err(failed("read the counts"))?;
+        let mut tracker = Self::assemble(instance, devices, trust, lock, clock).map_err(failed("read the counts"))?;
         tracker.started_over = started_over;
         tracker.recover(recovered)?;
         Ok(tracker)
@@ -134,6 +138,7 @@ impl EbpfTracker {
         devices: Vec<Device>,
         trust: Trust,
         lock: Box<dyn StorageFile>,
+        clock: SystemClock,
     ) -> io::Result<Self> {
         let tracked = |(volume, device): (&VolumeIdentity, &Device)| TrackedVolume {
             slot: volume.slot,
@@ -143,7 +148,7 @@ impl EbpfTracker {
         let volumes: Vec<TrackedVolume> = instance.identity.volumes.iter().zip(&devices).map(tracked).collect();
         let none = vec![RoaringBitmap::new(); volumes.len()];
         Ok(Self {
-            suspects: Suspects::new(volumes.len()),
+            suspects: Suspects::new(volumes.len(), clock.monotonic()),
             pending: none.clone(),
             recovered: none,
             volumes,
@@ -154,7 +159,7 @@ impl EbpfTracker {
             issue_misses_at_flip: counts.issue_misses,
             marks_lost: counts.lost,
             completions_lost: 0,
-            clock: SystemClock::new(),
+            clock,
             _lock: lock,
         })
     }
@@ -237,7 +242,7 @@ impl EbpfTracker {
         if verdict.lost {
             self.completions_lost += 1;
         }
-        if let Some(joining) = self.suspects.flipped(&self.pending, verdict) {
+        if let Some(joining) = self.suspects.flipped(&self.pending, verdict, self.clock.monotonic()) {
             tracing::info!("completions were missed: what was written since the last quiet moment is captured again");
             self.carry(&joining);
         }
@@ -285,7 +290,7 @@ impl Tracker for EbpfTracker {
         self.instance.set_active(new);
         self.pass(old)?;
         self.drain(old);
-        let verdict = self.trust.judge(&self.instance, &before).map_err(failed)?;
+        let verdict = self.trust.judge(&self.instance, &before, self.clock.monotonic()).map_err(failed)?;
         let counts = self.counts_of("read the counts after the flip")?;
         self.distrust(verdict, counts);
         let none = vec![RoaringBitmap::new(); self.volumes.len()];

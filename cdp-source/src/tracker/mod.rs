@@ -9,7 +9,7 @@ pub mod device;
 pub mod ebpf;
 pub mod identity;
 mod instance;
-pub mod pins;
+mod pins;
 pub mod scan;
 mod trust;
 

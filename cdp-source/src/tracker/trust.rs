@@ -1,9 +1,15 @@
 //! Whether the completion program saw every completion, measured against the kernel's own counts.
 //!
-//! Completion runs do go missing now and then, without a miss being counted. A lost completion can only hurt a write
-//! that was in flight across a flip: its issue mark is in what was drained since the last flip at which nothing was in
-//! flight. So that is kept, and joins the cut at which the kernel is found to have counted more than the program.
-//! A false alarm costs re-reading those blocks, nothing else.
+//! Completion runs do go missing now and then, in bursts and without a miss being counted. A lost completion can only
+//! hurt a write that was in flight across a flip: its issue mark is in what was drained since the last flip at which
+//! nothing was in flight. So that is kept, for a minute at least (no write is in flight for longer), and joins the cut
+//! at which the kernel is found to have counted more than the program. A false alarm costs re-reading those blocks,
+//! nothing else.
+//!
+//! The kernel's counts are read before a flip and the program's after it, so that what completes in between cannot look
+//! lost; it can hide a loss, until a flip at which less completes in between. A bio may be issued and given back
+//! without ever becoming a request (`REQ_NOWAIT` on a full queue), so that what is outstanding does not fall back to
+//! where it was: after a while in which nothing moves, it counts as none.
 //!
 //! Place of what is to come: counts that differ without end put a volume in doubt (`judge` is where to see it).
 
@@ -11,6 +17,12 @@ use super::device::{DeviceNumber, DiskCounts};
 use super::instance::{EventCounts, Instance, Tally};
 use roaring::RoaringBitmap;
 use std::io;
+use std::time::Duration;
+
+/// How long suspects are kept at least, where no flip is quiet.
+const SUSPECT_FOR: Duration = Duration::from_secs(60);
+/// How long nothing may have moved for what is outstanding to count as none.
+const STILL_FOR: Duration = Duration::from_millis(50);
 
 /// The counts before a flip.
 pub(super) struct Before {
@@ -37,18 +49,29 @@ struct DiskTrust {
     disk: DeviceNumber,
     /// Most sectors the kernel was ever seen to have completed beyond what the program counted.
     ahead: i64,
-    /// Fewest sectors that were ever seen to be issued and not completed.
+    /// Sectors issued and not completed, while nothing is on its way.
     outstanding: i64,
+    /// The counts of issued and completed sectors that were last seen to move, and when they were first seen.
+    still: (u64, u64, Duration),
 }
 
 impl DiskTrust {
-    fn judge(&mut self, kernel: &DiskCounts, issued: u64, counted: &Tally) -> Verdict {
+    fn new(disk: DeviceNumber, now: Duration) -> Self {
+        Self { disk, ahead: i64::MIN, outstanding: i64::MAX, still: (0, 0, now) }
+    }
+
+    fn judge(&mut self, kernel: &DiskCounts, issued: u64, counted: &Tally, now: Duration) -> Verdict {
         let completed = kernel.written.wrapping_add(kernel.discarded);
         let ahead = completed.wrapping_sub(counted.written.wrapping_add(counted.discarded)) as i64;
         let outstanding = issued.wrapping_sub(completed) as i64;
         let lost = ahead > self.ahead;
         self.ahead = self.ahead.max(ahead);
         self.outstanding = self.outstanding.min(outstanding);
+        if (self.still.0, self.still.1) != (issued, completed) || kernel.in_flight != 0 {
+            self.still = (issued, completed, now);
+        } else if now.saturating_sub(self.still.2) >= STILL_FOR {
+            self.outstanding = outstanding;
+        }
         let idle = kernel.in_flight == 0 && outstanding == self.outstanding;
         Verdict { lost, quiet: idle && issued == counted.issued }
     }
@@ -56,11 +79,11 @@ impl DiskTrust {
 
 impl Trust {
     /// Begins to measure: differences that are there now do not count.
-    pub(super) fn new(instance: &Instance, disks: &[DeviceNumber]) -> io::Result<Self> {
-        let disk = |disk: &DeviceNumber| DiskTrust { disk: *disk, ahead: i64::MIN, outstanding: i64::MAX };
+    pub(super) fn new(instance: &Instance, disks: &[DeviceNumber], now: Duration) -> io::Result<Self> {
+        let disk = |disk: &DeviceNumber| DiskTrust::new(*disk, now);
         let mut trust = Self { disks: disks.iter().map(disk).collect(), events: instance.counts()? };
         let before = trust.before(instance)?;
-        trust.judge(instance, &before)?;
+        trust.judge(instance, &before, now)?;
         Ok(trust)
     }
 
@@ -72,10 +95,10 @@ impl Trust {
     }
 
     /// Compares the counts before a flip with those after its barrier.
-    pub(super) fn judge(&mut self, instance: &Instance, before: &Before) -> io::Result<Verdict> {
+    pub(super) fn judge(&mut self, instance: &Instance, before: &Before, now: Duration) -> io::Result<Verdict> {
         let mut verdict = Verdict { lost: false, quiet: true };
         for (index, disk) in self.disks.iter_mut().enumerate() {
-            let of_disk = disk.judge(&before.kernel[index], before.issued[index], &instance.tally(index));
+            let of_disk = disk.judge(&before.kernel[index], before.issued[index], &instance.tally(index), now);
             verdict.lost |= of_disk.lost;
             verdict.quiet &= of_disk.quiet;
         }
@@ -87,23 +110,38 @@ impl Trust {
     }
 }
 
-/// What was drained since the last flip at which nothing was in flight, by volume.
-pub(super) struct Suspects(Vec<RoaringBitmap>);
+/// What was drained since the last flip at which nothing was in flight, or in the last minute or two; by volume.
+pub(super) struct Suspects {
+    recent: Vec<RoaringBitmap>,
+    older: Vec<RoaringBitmap>,
+    turned: Duration,
+}
 
 impl Suspects {
-    pub(super) fn new(volumes: usize) -> Self {
-        Self(vec![RoaringBitmap::new(); volumes])
+    pub(super) fn new(volumes: usize, now: Duration) -> Self {
+        let none = vec![RoaringBitmap::new(); volumes];
+        Self { recent: none.clone(), older: none, turned: now }
     }
 
     /// Takes in what a flip drained. Gives what has to join its cut, where a completion was lost.
-    pub(super) fn flipped(&mut self, drained: &[RoaringBitmap], verdict: Verdict) -> Option<Vec<RoaringBitmap>> {
-        let joining = verdict.lost.then(|| self.0.clone());
-        for (suspects, drained) in self.0.iter_mut().zip(drained) {
-            if verdict.quiet {
-                suspects.clear();
-            } else {
-                *suspects |= drained;
-            }
+    pub(super) fn flipped(
+        &mut self,
+        drained: &[RoaringBitmap],
+        verdict: Verdict,
+        now: Duration,
+    ) -> Option<Vec<RoaringBitmap>> {
+        let joining = verdict.lost.then(|| self.recent.iter().zip(&self.older).map(|(a, b)| a | b).collect());
+        if verdict.quiet {
+            *self = Self::new(drained.len(), now);
+            return joining;
+        }
+        if now.saturating_sub(self.turned) >= SUSPECT_FOR {
+            let none = vec![RoaringBitmap::new(); drained.len()];
+            self.older = std::mem::replace(&mut self.recent, none);
+            self.turned = now;
+        }
+        for (recent, drained) in self.recent.iter_mut().zip(drained) {
+            *recent |= drained;
         }
         joining
     }
@@ -115,9 +153,11 @@ mod tests {
 
     const IDLE: DiskCounts = DiskCounts { written: 100, discarded: 20, in_flight: 0 };
 
+    const AT: Duration = Duration::from_secs(1);
+
     fn trust() -> DiskTrust {
-        let mut trust = DiskTrust { disk: DeviceNumber { major: 7, minor: 0 }, ahead: i64::MIN, outstanding: i64::MAX };
-        trust.judge(&IDLE, 50, &Tally { written: 0, discarded: 0, issued: 50 });
+        let mut trust = DiskTrust::new(DeviceNumber { major: 7, minor: 0 }, AT);
+        trust.judge(&IDLE, 50, &tally(0, 50), AT);
         trust
     }
 
@@ -125,39 +165,59 @@ mod tests {
         Tally { written, discarded: 0, issued }
     }
 
+    fn verdict(lost: bool, quiet: bool) -> Verdict {
+        Verdict { lost, quiet }
+    }
+
     #[test]
     fn a_completion_the_program_did_not_see_is_noticed_once() {
         let mut trust = trust();
         let kernel = DiskCounts { written: 108, ..IDLE };
-        assert_eq!(trust.judge(&kernel, 58, &tally(8, 58)), Verdict { lost: false, quiet: true });
+        assert_eq!(trust.judge(&kernel, 58, &tally(8, 58), AT), verdict(false, true));
         let kernel = DiskCounts { written: 116, ..IDLE };
-        assert_eq!(trust.judge(&kernel, 66, &tally(8, 66)), Verdict { lost: true, quiet: true });
-        assert_eq!(trust.judge(&kernel, 66, &tally(8, 66)), Verdict { lost: false, quiet: true });
+        assert_eq!(trust.judge(&kernel, 66, &tally(8, 66), AT), verdict(true, true));
+        assert_eq!(trust.judge(&kernel, 66, &tally(8, 66), AT), verdict(false, true));
     }
 
     #[test]
     fn the_program_may_have_seen_more_by_the_time_it_is_asked() {
-        assert!(!trust().judge(&IDLE, 58, &tally(8, 58)).lost);
+        assert!(!trust().judge(&IDLE, 58, &tally(8, 58), AT).lost);
     }
 
     #[test]
     fn it_is_not_quiet_while_a_write_is_anywhere_on_its_way() {
-        assert!(!trust().judge(&DiskCounts { in_flight: 1, ..IDLE }, 50, &tally(0, 50)).quiet);
-        assert!(!trust().judge(&IDLE, 58, &tally(0, 58)).quiet, "issued, and not yet with the driver");
-        assert!(!trust().judge(&IDLE, 50, &tally(0, 58)).quiet, "issued during the flip");
+        assert!(!trust().judge(&DiskCounts { in_flight: 1, ..IDLE }, 50, &tally(0, 50), AT).quiet);
+        assert!(!trust().judge(&IDLE, 58, &tally(0, 58), AT).quiet, "issued, and not yet with the driver");
+        assert!(!trust().judge(&IDLE, 50, &tally(0, 58), AT).quiet, "issued during the flip");
+    }
+
+    #[test]
+    fn a_bio_that_never_became_a_request_is_not_waited_for_for_ever() {
+        let mut trust = trust();
+        assert!(!trust.judge(&IDLE, 58, &tally(0, 58), AT).quiet);
+        assert!(!trust.judge(&IDLE, 58, &tally(0, 58), AT + STILL_FOR / 2).quiet);
+        assert!(trust.judge(&IDLE, 58, &tally(0, 58), AT + STILL_FOR).quiet);
     }
 
     #[test]
     fn suspects_are_kept_until_a_quiet_flip_and_join_where_a_completion_was_lost() {
-        let blocks = |block: u32| vec![RoaringBitmap::from_iter([block])];
-        let mut suspects = Suspects::new(1);
-        assert_eq!(suspects.flipped(&blocks(1), Verdict { lost: false, quiet: false }), None);
-        assert_eq!(suspects.flipped(&blocks(2), Verdict { lost: true, quiet: false }), Some(blocks(1)));
-        let both = Some(vec![RoaringBitmap::from_iter([1, 2])]);
-        assert_eq!(suspects.flipped(&blocks(3), Verdict { lost: true, quiet: true }), both);
-        assert_eq!(
-            suspects.flipped(&blocks(4), Verdict { lost: true, quiet: false }),
-            Some(vec![RoaringBitmap::new()])
-        );
+        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
+        let mut suspects = Suspects::new(1, AT);
+        assert_eq!(suspects.flipped(&blocks(&[1]), verdict(false, false), AT), None);
+        assert_eq!(suspects.flipped(&blocks(&[2]), verdict(true, false), AT), Some(blocks(&[1])));
+        assert_eq!(suspects.flipped(&blocks(&[3]), verdict(true, true), AT), Some(blocks(&[1, 2])));
+        assert_eq!(suspects.flipped(&blocks(&[4]), verdict(true, false), AT), Some(blocks(&[])));
+    }
+
+    #[test]
+    fn suspects_are_kept_for_a_minute_at_least_and_two_at_most() {
+        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
+        let mut suspects = Suspects::new(1, AT);
+        let at = |seconds: u64| AT + Duration::from_secs(seconds);
+        suspects.flipped(&blocks(&[1]), verdict(false, false), at(0));
+        suspects.flipped(&blocks(&[2]), verdict(false, false), at(60));
+        assert_eq!(suspects.flipped(&blocks(&[3]), verdict(true, false), at(119)), Some(blocks(&[1, 2])));
+        suspects.flipped(&blocks(&[4]), verdict(false, false), at(120));
+        assert_eq!(suspects.flipped(&blocks(&[]), verdict(true, false), at(121)), Some(blocks(&[2, 3, 4])));
     }
 }
