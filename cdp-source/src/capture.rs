@@ -61,6 +61,17 @@ impl Capture {
         Self { cut_time: Timestamp(0), meters: Meters::default(), volumes }
     }
 
+    /// The blocks of each volume that the device could not read. Nothing marks them when the device recovers: who wants
+    /// them in a later point carries them.
+    #[must_use]
+    pub fn unreadable(&self) -> Vec<RoaringBitmap> {
+        let of = |volume: &CapturedVolume| {
+            let unreadable = volume.holdings.iter().filter(|(_, holding)| **holding == Holding::Unreadable);
+            unreadable.map(|(block, _)| *block).collect()
+        };
+        self.volumes.iter().map(of).collect()
+    }
+
     /// Counts what is held into the meters.
     pub(crate) fn count(&mut self) {
         let (mut content, mut holes, mut unreadable) = (0, 0, 0);

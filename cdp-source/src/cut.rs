@@ -50,7 +50,7 @@ pub enum Cut {
         /// Up to when, by the source's clock.
         as_of: Timestamp,
     },
-    /// More blocks than may be held: send some as a part first.
+    /// More blocks than may be held: send parts (`read_part`) until `carry` fits.
     TooLarge,
     /// No instant could be vouched for within the bound. Try again.
     NotValidated,
@@ -86,6 +86,10 @@ pub fn cut(
     let mut round = Round { tracker, sizes, cut_time: Timestamp(0) };
     carry.resize_with(round.sizes.len(), RoaringBitmap::new);
     round.clip(carry);
+    if len(carry) > limits.blocks_max {
+        // Without a flip, which may cost a pass over the volumes: parts go on from the same marks.
+        return Ok(Cut::TooLarge);
+    }
     let started = clock.monotonic();
     let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
     union(carry, &marked);
@@ -323,6 +327,10 @@ mod tests {
         assert_eq!(part.volumes[0].blocks().iter().collect::<Vec<_>>(), lowest);
         assert_eq!((part.volumes[1].blocks().len(), part.cut_time), (0, Timestamp(0)));
         assert_eq!(len(&driver.carry), carried, "a part removes nothing");
+        driver.tracker.failure = Some(TrackerError::Stragglers("flipped".into()));
+        let outcome = attempt(&mut driver, &CutLimits { blocks_max: 3, ..LIMITS });
+        assert!(matches!(outcome, Ok(Cut::TooLarge)), "what is carried alone is too large: no flip");
+        driver.tracker.failure = None;
         nothing_is_lost(driver);
     }
 
@@ -358,11 +366,12 @@ mod tests {
         driver.world.scratch(0, Block(9));
         driver.carry = vec![(0..20).collect(), RoaringBitmap::new()];
         let Ok(Cut::Captured(capture)) = attempt(&mut driver, &LIMITS) else { panic!("not captured") };
-        let unreadable: Vec<Block> = capture.volumes[0]
-            .iter()
-            .filter_map(|(block, content)| (content == BlockContent::Unreadable).then_some(block))
-            .collect();
-        assert_eq!((unreadable.as_slice(), capture.meters.unreadable_blocks), ([Block(9)].as_slice(), 1));
+        assert_eq!(capture.volumes[0].block(Block(9)), BlockContent::Unreadable);
+        assert_eq!(capture.unreadable(), [RoaringBitmap::from([9]), RoaringBitmap::new()]);
+        assert_eq!(
+            (capture.meters.unreadable_blocks, capture.meters.dirty_blocks),
+            (1, capture.volumes.iter().map(|volume| volume.blocks().len()).sum())
+        );
     }
 
     #[test]

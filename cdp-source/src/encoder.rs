@@ -318,6 +318,33 @@ mod tests {
     }
 
     #[test]
+    fn groups_share_the_threads_and_not_the_frames() {
+        let pool = Encoder::new(2);
+        std::thread::scope(|scope| {
+            for number in 1..=4u8 {
+                let pool = &pool;
+                scope.spawn(move || {
+                    let mut capture = Capture::new(1);
+                    for block in 0..300 {
+                        capture.volumes[0].put(Block(block), &[number; BLOCK_BYTES]);
+                    }
+                    let key = DataKey::new([number; 32]);
+                    let attempt = AttemptId([number; 16]);
+                    let sealer = Sealer::new(GROUP, Epoch(number.into()), Generation(1), attempt, &key);
+                    let begin = Begin { key: KeyId([1; 8]), volumes: vec![] };
+                    let encoded = pool.encode(&capture, &SLOTS[..1], &begin, Arc::new(sealer));
+                    assert_eq!((encoded.epoch, encoded.list.count), (Epoch(number.into()), 11));
+                    for bytes in &encoded.frames[1..] {
+                        let frame = frame::decode(&GROUP, bytes).expect("a frame");
+                        let content = open_content(&frame, &key.attempt_key(&attempt)).expect("its own key");
+                        assert!(content.iter().all(|byte| *byte == number));
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
     fn an_empty_capture_is_a_begin_alone() {
         let (encoded, image) = round_trip(&Capture::new(2), 1);
         assert_eq!((encoded.list.count, image.len()), (1, 0));

@@ -281,6 +281,21 @@ mod tests {
     }
 
     #[test]
+    fn memory_kept_from_frame_to_frame_leaves_no_trace_in_the_next() {
+        let noise: Vec<u8> =
+            (0..CONTENT_BLOCKS_MAX as u32 * 128).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect();
+        let text = b"the same line again\n".repeat(7000)[..32 * BLOCK_BYTES].to_vec();
+        let mut packer = Packer::default();
+        let contents = [&noise[..], &text, &text[..BLOCK_BYTES], &noise[..BLOCK_BYTES], &text[..3 * BLOCK_BYTES]];
+        for (sequence, content) in (1..).zip(contents.into_iter().cycle().take(15)) {
+            let extents = vec![Extent { start: Block(5), count: (content.len() / BLOCK_BYTES) as u32 }];
+            let bytes = sealer().content_with(&mut packer, VolumeSlot(1), Sequence(sequence), extents.clone(), content);
+            assert_eq!(bytes, sealer().content(VolumeSlot(1), Sequence(sequence), extents, content));
+            assert_eq!(open(&bytes).as_deref(), Ok(content));
+        }
+    }
+
+    #[test]
     fn a_changed_header_breaks_the_seal_even_with_right_checksums() {
         let extents = vec![Extent { start: Block(5), count: 1 }];
         let bytes = sealer().content(VolumeSlot(1), Sequence(1), extents, &[7; BLOCK_BYTES]);

@@ -9,6 +9,7 @@ use cdp_seams::random::SimRandom;
 use rustix::io::Errno;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
 
 /// Bytes that differ everywhere.
 fn image(size_bytes: usize) -> Vec<u8> {
@@ -111,6 +112,43 @@ fn the_uring_reader_conforms() {
         Err(reason @ (OpenError::Direct(_) | OpenError::Uring(_))) => eprintln!("skipped: {reason}"),
         Err(error) => panic!("{error}"),
     }
+}
+
+/// A loop device over a file, for as long as it lives.
+struct LoopDevice {
+    node: std::path::PathBuf,
+}
+
+impl LoopDevice {
+    /// `None` where there are no loop devices for us.
+    fn over(file: &tempfile::NamedTempFile) -> Option<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output().ok()?;
+        let node = String::from_utf8(output.stdout).ok()?.trim().into();
+        output.status.success().then_some(Self { node })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.node).status();
+    }
+}
+
+#[test]
+fn both_readers_conform_on_a_device_whose_partition_starts_at_sector_63() {
+    let image = image(200 * 4096 + 63 * 512 + 1024);
+    let file = file(&image);
+    let Some(device) = LoopDevice::over(&file) else { return eprintln!("skipped: no loop device to be had") };
+    let targets =
+        [(0, image.len()), (63 * 512, 200 * 4096 + 1024), (63 * 512, 90 * 4096 + 512)].map(|(offset, size)| {
+            ReadTarget { node: device.node.clone(), offset_bytes: offset as u64, size_bytes: size as u64 }
+        });
+    let windows: Vec<&[u8]> =
+        targets.iter().map(|target| &image[target.offset_bytes as usize..][..target.size_bytes as usize]).collect();
+    conforms(&mut UringReader::open(&targets).expect("opened"), &windows);
+    let mut reader = PreadReader::open(&targets).expect("opened");
+    assert!(reader.is_direct(), "a device is always read directly");
+    conforms(&mut reader, &windows);
 }
 
 #[test]

@@ -206,3 +206,39 @@ fn is_passing(code: Option<i32>) -> bool {
     let passing = [Errno::INTR, Errno::AGAIN, Errno::BUSY];
     passing.iter().any(|errno| code == Some(errno.raw_os_error()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_protocol::units::{Block, Extent};
+    use std::io::Write;
+
+    #[test]
+    fn what_is_in_flight_is_waited_for_before_its_buffer_is_used_again_or_given_back() {
+        let folder = std::env::current_exe().expect("a test has a path");
+        let mut file = tempfile::NamedTempFile::new_in(folder.parent().expect("in a folder")).expect("a file");
+        file.write_all(&vec![7; BUFFER_BYTES]).expect("written");
+        let target = ReadTarget { node: file.path().to_owned(), offset_bytes: 0, size_bytes: BUFFER_BYTES as u64 };
+        let mut reader = match UringReader::open(&[target]) {
+            Ok(reader) => reader,
+            Err(reason @ (OpenError::Direct(_) | OpenError::Uring(_))) => return eprintln!("skipped: {reason}"),
+            Err(error) => panic!("{error}"),
+        };
+        let span = reader.volumes[0].window.span(Extent { start: Block(0), count: READ_BLOCKS_MAX }).expect("within");
+        let start_all = |reader: &mut UringReader| {
+            for slot in 0..usize::from(IN_FLIGHT_MAX) {
+                let operation = Operation { request: slot, volume: 0, span, done: 0, retries: 0 };
+                reader.start(slot, operation).expect("queued");
+            }
+        };
+        start_all(&mut reader);
+        assert!(reader.in_flight());
+        reader.drain().expect("all in");
+        assert!(!reader.in_flight());
+        assert!(reader.slots.iter().all(|slot| slot.buffer.iter().all(|byte| *byte == 7)));
+        start_all(&mut reader);
+        reader.ring.submit().expect("submitted");
+        assert!(reader.in_flight());
+        drop(reader);
+    }
+}

@@ -2,7 +2,8 @@
 //!
 //! For image files, for kernels without BTF, for whoever has no rights for more. A flip reads every block and compares it with
 //! its digest, 16 bytes of BLAKE3 under a key of this process; `settle` reads every block once more and holds only if
-//! nothing has changed since. So a quiet volume costs two reads of itself a cut, and one that is never quiet gets no point.
+//! nothing has changed since. So an idle volume costs one read of itself a cut, one that changes now and then two, and one
+//! that is never quiet gets no point. Opening takes the first digests, a read as well.
 //! Memory: 16 bytes a block, 4 MiB a GiB.
 //!
 //! Invariant: a digest is replaced only together with a mark in `found`, and `found` is given away only by a flip that
@@ -68,10 +69,11 @@ struct NodeFact {
 }
 
 impl ScanTracker {
-    /// Watches `targets`, read by `reader` in that order. `folder` is the group's state folder, which exists.
+    /// Watches `targets`, read by `reader` in that order. `folder` is the group's state folder, which exists. Every block is
+    /// recovered; what changes from here on comes with the flips, also while the recovered ones are sent in parts.
     ///
     /// # Errors
-    /// Where a node cannot be looked at.
+    /// Where a node cannot be looked at or read.
     pub fn open(
         targets: &[(VolumeSlot, ReadTarget)],
         reader: Box<dyn BlockReader>,
@@ -91,8 +93,14 @@ impl ScanTracker {
             digests.push(vec![Digest::default(); blocks as usize]);
             everything.push(all(blocks));
         }
-        let scan = Scan { reader, key: array(random), digests, found: everything.clone() };
-        Ok(Self { volumes, nodes, scan, recovered: everything, storage, memo: folder.join(MEMO_FILE) })
+        let nothing = vec![RoaringBitmap::new(); volumes.len()];
+        let scan = Scan { reader, key: array(random), digests, found: nothing.clone() };
+        let memo = folder.join(MEMO_FILE);
+        let mut tracker = Self { volumes, nodes, scan, recovered: everything, storage, memo };
+        tracker.pass()?;
+        // These are all recovered anyway.
+        tracker.scan.found = nothing;
+        Ok(tracker)
     }
 
     /// Whether every node is what it was.
@@ -302,12 +310,11 @@ mod tests {
     }
 
     #[test]
-    fn the_first_flip_gives_everything_and_the_next_what_changed() {
+    fn everything_is_recovered_and_a_flip_gives_what_changed_since() {
         let bench = Bench::new();
         let mut tracker = bench.tracker();
         assert_eq!(tracker.take_recovered()[0].len(), u64::from(BLOCKS));
         assert!(tracker.take_recovered()[0].is_empty());
-        assert_eq!(tracker.flip().expect("flips")[0].len(), u64::from(BLOCKS));
         assert!(blocks(&tracker.flip().expect("flips")).is_empty());
         bench.write(7, 1);
         bench.write(BLOCKS - 1, 1);
@@ -348,7 +355,8 @@ mod tests {
         impl BlockReader for Failing {
             fn read(&mut self, requests: &[ReadRequest], done: &mut reader::ReadDone<'_>) -> io::Result<()> {
                 self.1 += 1;
-                let fails = self.1 == 2;
+                // Passes: at open, at the first flip, at the one that fails.
+                let fails = self.1 == 3;
                 self.0.read(requests, &mut |index, result| {
                     let broken = fails && requests[index].extent.start.0 > 0;
                     done(index, if broken { Err(io::ErrorKind::OutOfMemory.into()) } else { result });
@@ -390,8 +398,9 @@ mod tests {
         assert!(replaced.contains("another file"), "{replaced}");
     }
 
-    /// The scan tracker over a simulated volume; notes what a power cut right after a flip could have left.
-    struct Probe(ScanTracker, Arc<World>, Instant);
+    /// The scan tracker over a simulated volume; notes what a power cut right before and right after a flip could have
+    /// left. (A flip takes as long as its pass: unchanged means up to its beginning, captured is a state of its end.)
+    struct Probe(ScanTracker, Arc<World>, [Instant; 2]);
 
     impl Tracker for Probe {
         fn volumes(&self) -> &[TrackedVolume] {
@@ -401,8 +410,9 @@ mod tests {
             self.0.take_recovered()
         }
         fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+            let before = self.1.instant();
             let flipped = self.0.flip();
-            self.2 = self.1.instant();
+            self.2 = [before, self.1.instant()];
             flipped
         }
         fn is_conflicted(&self, volume: usize, block: Block) -> bool {
@@ -440,26 +450,30 @@ mod tests {
             reader.step_permille = 60;
             let folder = bench.folder.path();
             let scan = ScanTracker::open(&targets, Box::new(reader), Arc::new(SystemStorage), folder, &SystemRandom);
-            let mut tracker = Probe(scan.expect("opened"), Arc::clone(&world), world.instant());
+            let mut tracker = Probe(scan.expect("opened"), Arc::clone(&world), [world.instant(), world.instant()]);
             driver.reader.step_permille = 60;
             driver.carry = tracker.take_recovered();
-            for _ in 0..20 {
-                world.run(200);
-                let limits = CutLimits { bound: Duration::from_millis(2), blocks_max: 1000 };
+            for round in 0..40 {
+                // The first copy goes in parts, a few blocks each; at last the writers stop.
+                world.set_quiet(round >= 30);
+                world.run(if round >= 30 { 2000 } else { 200 });
+                let limits = CutLimits { bound: Duration::from_millis(2), blocks_max: 35 };
                 match cut(&mut tracker, &mut driver.reader, world.clock.as_ref(), &mut driver.carry, &limits) {
                     Ok(Cut::Captured(capture)) => {
                         driver.apply(&capture);
-                        tracker.2.explain(&driver.image).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+                        tracker.2[1].explain(&driver.image).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
                         captured += 1;
                     }
-                    Ok(Cut::Unchanged { .. }) => tracker.2.explain(&driver.image).expect("unchanged"),
+                    Ok(Cut::Unchanged { .. }) => tracker.2[0].explain(&driver.image).expect("unchanged"),
                     Ok(Cut::NotValidated) => refused += 1,
+                    Ok(Cut::TooLarge) => driver.part(limits.blocks_max).expect("a part"),
                     other => panic!("{other:?}"),
                 }
             }
+            assert_eq!(driver.image, world.media(), "seed {seed}");
         }
-        println!("captured {captured} refused {refused}");
-        assert!(captured > 100 && refused > 100, "captured {captured} refused {refused}");
+        println!("captured {captured}, refused {refused}");
+        assert!(captured > 100 && refused > 20, "captured {captured} refused {refused}");
     }
 
     #[test]
