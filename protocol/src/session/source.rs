@@ -220,6 +220,10 @@ impl SourceSession {
         if self.memo.generation == Some(opened.generation) {
             self.catch_up(opened, &mut events).inspect_err(|_| self.memo.generation = None)?;
         } else {
+            // What became a point before the new generation is one, heard of or not.
+            if let Some((head, _)) = opened.head {
+                let _ = self.acked_through(Queued::head, &head, &mut events);
+            }
             if self.stand.is_some() || !self.queue.is_empty() {
                 events.push(SourceEvent::Voided);
             }

@@ -172,6 +172,18 @@ fn a_higher_generation_voids_what_was_submitted() {
 }
 
 #[test]
+fn a_point_whose_ack_was_lost_is_one_under_a_new_generation_too() {
+    let (mut session, mut chain) = started();
+    session.submit(outgoing(1, 1, 1, true));
+    session.submit(outgoing(2, 2, 1, true));
+    pump(&mut session, &mut chain, 4);
+    chain.grant(Generation(2));
+    let events = session.line_up(&opened(&chain, Verdict::Continue)).expect("opens");
+    let expected = [SourceEvent::Acked(chain.head().expect("a point").0), SourceEvent::Voided];
+    assert_eq!(events[..2], expected);
+}
+
+#[test]
 fn what_was_not_sent_cannot_be_acked() {
     let (mut session, mut chain) = started();
     session.submit(outgoing(1, 1, 1, true));
