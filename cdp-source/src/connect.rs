@@ -332,3 +332,40 @@ impl QuicConnector {
         Ok(Box::new(line))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_seams::clock::SystemClock;
+    use cdp_seams::storage::SystemStorage;
+    use rcgen::KeyPair;
+
+    fn dial(targets: Vec<String>) -> Dial {
+        let key = KeyPair::generate().expect("a key");
+        let authority = rcgen::CertificateParams::default().self_signed(&key).expect("a certificate");
+        let tls = tls::client(authority.der(), None, message::ALPN, Arc::new(SystemClock::new())).expect("usable");
+        Dial { tls, server_name: "localhost".to_owned(), targets }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_named_and_hints_at_the_udp_port() {
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let address = silent.local_addr().expect("bound").to_string();
+        let error = dial(vec![address.clone()]).admitted().await.err().expect("nobody answers");
+        assert!(matches!(&error, ConnectError::Unreachable { target } if *target == address), "{error}");
+        assert!(error.hint().is_some_and(|hint| hint.starts_with("UDP port blocked?")));
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_none_and_no_address_at_all_are_errors() {
+        let error = dial(vec!["no-port".to_owned()]).admitted().await.err().expect("no address");
+        assert!(matches!(error, ConnectError::Lookup { .. }), "{error}");
+        assert!(matches!(dial(Vec::new()).admitted().await.err(), Some(ConnectError::NoAddress)));
+    }
+
+    #[test]
+    fn an_office_that_did_not_join_is_told_so() {
+        let state = tempfile::tempdir().expect("a folder");
+        assert!(matches!(Identity::load(&SystemStorage, state.path()), Err(IdentityError::NotJoined(_))));
+    }
+}

@@ -2,10 +2,13 @@
 //!
 //! TLS 1.2 has no row: QUIC carries TLS 1.3 only (RFC 9001, 4.2), and rustls cannot be made to offer less over it.
 
+#![expect(clippy::disallowed_methods, reason = "a test that reads the target's own files")]
+
 mod support;
 
 use cdp_protocol::{join, message};
 use cdp_seams::clock::Clock;
+use cdp_seams::line::BoxFuture;
 use cdp_seams::quic;
 use cdp_seams::random::{Random, SimRandom};
 use cdp_seams::tls::{self, Credentials};
@@ -13,7 +16,8 @@ use cdp_source::connect::{Identity, QuicConnector};
 use cdp_target::listener::{ListenerLimits, Refusal};
 use quinn::{Connection, ConnectionError};
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, SanType};
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -94,6 +98,47 @@ async fn nobody_but_a_known_office_gets_a_stream() {
         is_refused(&mut target, what, own, protocol).await;
         target.counts(cause, before + 1).await;
         target.serves(&honest).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_stream_is_granted_before_the_registry_has_answered() {
+    let target = Target::start(ListenerLimits::default());
+    let honest = target.office("honest").await;
+    let authority = target.authority.clone();
+    let (locked, is_locked) = tokio::sync::oneshot::channel();
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let holder = tokio::task::spawn_blocking(move || {
+        let _guard = authority.lock().expect("not poisoned");
+        locked.send(()).expect("the test waits");
+        released.recv().expect("the test releases");
+    });
+    let dial_locked = dial_with(&target, honest.credentials());
+    within(is_locked).await.expect("locked");
+    let first = within(dial_locked()).await;
+    // By the time the second handshake is through, a credit given at the end of the first has long arrived.
+    let second = within(dial_locked()).await;
+    for connection in [&first, &second] {
+        assert!(connection.close_reason().is_none());
+    }
+    let granted = first.stats().frame_rx;
+    assert_eq!((granted.max_streams_bidi, granted.max_streams_uni, granted.max_data), (0, 0, 0));
+    release.send(()).expect("released");
+    holder.await.expect("released");
+    within(first.open_bi()).await.expect("admitted once the registry has answered");
+}
+
+/// Dials again and again as one office, without asking the authority for anything.
+fn dial_with(target: &Target, own: Credentials) -> impl Fn() -> BoxFuture<'static, Connection> + use<> {
+    let clock: Arc<dyn Clock> = target.clock.clone();
+    let address = target.address;
+    let pem = std::fs::read(target.folder.path().join("authority/ca.pem")).expect("the authority");
+    let authority = CertificateDer::from_pem_slice(&pem).expect("a certificate");
+    move || {
+        let tls = tls::client(&authority, Some(own.clone()), message::ALPN, clock.clone()).expect("usable");
+        let endpoint = quic::client_endpoint(address, tls).expect("a port");
+        let connecting = endpoint.connect(address, "localhost").expect("begun");
+        Box::pin(async move { connecting.await.expect("a handshake") })
     }
 }
 

@@ -62,6 +62,12 @@ pub(crate) fn authority(folder: &Path, clock: Arc<dyn Clock>) -> Authority {
 
 impl Target {
     pub(crate) fn start(limits: ListenerLimits) -> Self {
+        let (sender, served) = mpsc::unbounded_channel();
+        Self { served, ..Self::start_serving(limits, Arc::new(Sink(sender))) }
+    }
+
+    /// A target whose lines `serve` gets; `served` tells nothing.
+    pub(crate) fn start_serving(limits: ListenerLimits, serve: Arc<dyn Serve>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let clock = Arc::new(SimClock::new(now_ms()));
         let authority = authority(&folder.path().join("authority"), clock.clone());
@@ -69,9 +75,9 @@ impl Target {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let listener = Listener::bind(any, authority.clone(), clock.clone(), limits).expect("a port");
         let listener = Arc::new(listener);
-        let (sender, served) = mpsc::unbounded_channel();
+        let (_, served) = mpsc::unbounded_channel();
         let running = listener.clone();
-        tokio::spawn(async move { running.run(Arc::new(Sink(sender))).await });
+        tokio::spawn(async move { running.run(serve).await });
         let address = listener.local_address().expect("bound");
         Self { folder, authority, clock, listener, address, served }
     }
