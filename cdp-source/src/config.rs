@@ -1,1 +1,341 @@
-//! `source.toml`.
+//! `source.toml`: what the operator says.
+//!
+//! Owns reading it strictly (an unknown key is an error that names the closest known one) and changing it in place, so
+//! that an operator's comments stay. A slot, once written, belongs to that volume for ever; which slot is next is kept
+//! in the group's own folder (`state`), because a removed volume leaves no trace here.
+
+use cdp_protocol::limits::{VOLUMES_MAX, is_name};
+use cdp_protocol::units::VolumeSlot;
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
+
+/// Bytes the file may have.
+pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+const ROOT_KEYS: &[&str] = &["metrics_listen", "groups"];
+const GROUP_KEYS: &[&str] = &["interval_ms", "cut_bound_ms", "capture_bytes_max", "volumes"];
+const VOLUME_KEYS: &[&str] = &["name", "slot", "device", "tracker"];
+const MIB: u64 = 1 << 20;
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Config {
+    /// Where metrics are served in Prometheus' text format; not at all by default.
+    pub metrics_listen: Option<SocketAddr>,
+    /// The groups by name.
+    #[serde(default)]
+    pub groups: BTreeMap<String, GroupConfig>,
+}
+
+/// One group.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct GroupConfig {
+    /// Milliseconds from cut to cut.
+    #[serde(default = "default_interval_ms")]
+    pub interval_ms: u64,
+    /// Milliseconds a cut may try to validate; a quarter of the interval by default.
+    pub cut_bound_ms: Option<u64>,
+    /// Bytes of blocks that one cut may hold in memory; what is more goes in parts.
+    #[serde(default = "default_capture_bytes_max")]
+    pub capture_bytes_max: u64,
+    /// Its volumes.
+    #[serde(default)]
+    pub volumes: Vec<VolumeConfig>,
+}
+
+/// One volume.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct VolumeConfig {
+    /// Its name within the group.
+    pub name: String,
+    /// Its place in the group; never reused.
+    pub slot: VolumeSlot,
+    /// The block device or image file.
+    pub device: PathBuf,
+    /// What watches it.
+    #[serde(default)]
+    pub tracker: TrackerChoice,
+}
+
+/// What watches a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum TrackerChoice {
+    /// eBPF for a block device where the kernel can, `scan` otherwise.
+    #[default]
+    Auto,
+    /// eBPF or nothing.
+    Ebpf,
+    /// Comparing digests of the whole volume.
+    Scan,
+}
+
+impl TrackerChoice {
+    /// As it is written in the file.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
+            Self::Scan => "scan",
+        }
+    }
+}
+
+/// Why the file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Not TOML, or a value of the wrong kind. The message has line and column.
+    #[error("read source.toml: {}", .0.to_string().trim_end())]
+    Toml(#[from] toml::de::Error),
+    /// The file cannot be changed in place.
+    #[error("change source.toml: {}", .0.to_string().trim_end())]
+    Edit(#[from] toml_edit::TomlError),
+    /// A key that means nothing.
+    #[error("read source.toml: unknown key `{key}` in {place}")]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// Where it stands.
+        place: String,
+        /// The known key that is closest.
+        closest: &'static str,
+    },
+    /// A value out of its range, or two that contradict each other.
+    #[error("read source.toml: {0}")]
+    Value(String),
+}
+
+impl ConfigError {
+    /// The next step, where there is one.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::UnknownKey { closest, .. } => Some(format!("did you mean `{closest}`?")),
+            _ => None,
+        }
+    }
+}
+
+const fn default_interval_ms() -> u64 {
+    1000
+}
+
+const fn default_capture_bytes_max() -> u64 {
+    32 * MIB
+}
+
+impl GroupConfig {
+    /// Milliseconds a cut may try to validate.
+    #[must_use]
+    pub fn cut_bound_ms(&self) -> u64 {
+        self.cut_bound_ms.unwrap_or((self.interval_ms / 4).max(1))
+    }
+
+    /// A group without volumes.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            interval_ms: default_interval_ms(),
+            cut_bound_ms: None,
+            capture_bytes_max: default_capture_bytes_max(),
+            volumes: Vec::new(),
+        }
+    }
+
+    fn check(&self, group: &str) -> Result<(), ConfigError> {
+        let refuse = |what: String| Err(ConfigError::Value(format!("groups.{group}: {what}")));
+        if !is_name(group) {
+            return refuse("a name is 1 to 64 of a-z A-Z 0-9 . _ - and starts with a letter, digit or _".into());
+        }
+        if !(20..=86_400_000).contains(&self.interval_ms) {
+            return refuse(format!("interval_ms = {} is not within 20 to 86400000", self.interval_ms));
+        }
+        if !(1..=60_000).contains(&self.cut_bound_ms()) {
+            return refuse(format!("cut_bound_ms = {} is not within 1 to 60000", self.cut_bound_ms()));
+        }
+        if !(MIB..=4096 * MIB).contains(&self.capture_bytes_max) {
+            return refuse(format!(
+                "capture_bytes_max = {} is not within 1048576 to 4294967296",
+                self.capture_bytes_max
+            ));
+        }
+        if self.volumes.len() > VOLUMES_MAX {
+            return refuse(format!("{} volumes, at most {VOLUMES_MAX} are allowed", self.volumes.len()));
+        }
+        let (mut names, mut slots) = (BTreeSet::new(), BTreeSet::new());
+        for volume in &self.volumes {
+            if !is_name(&volume.name) {
+                return refuse(format!("volume name {:?} is not valid", volume.name));
+            }
+            if !names.insert(&volume.name) {
+                return refuse(format!("two volumes are named {:?}", volume.name));
+            }
+            if !slots.insert(volume.slot) {
+                return refuse(format!("two volumes have slot {}", volume.slot));
+            }
+            if !volume.device.is_absolute() {
+                return refuse(format!(
+                    "device {} of volume {:?} is no absolute path",
+                    volume.device.display(),
+                    volume.name
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Parses and checks the file's text.
+    ///
+    /// # Errors
+    /// Where it is not TOML, or has an unknown key, a value of the wrong kind or out of range.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let raw: toml::Table = toml::from_str(text)?;
+        check_all_keys(&raw)?;
+        let mut config: Self = toml::from_str(text)?;
+        for (name, group) in &mut config.groups {
+            group.volumes.sort_by_key(|volume| volume.slot);
+            group.check(name)?;
+        }
+        Ok(config)
+    }
+}
+
+fn check_all_keys(root: &toml::Table) -> Result<(), ConfigError> {
+    check_keys(root, ROOT_KEYS, "the file")?;
+    for (group, content) in root.get("groups").and_then(toml::Value::as_table).into_iter().flatten() {
+        let Some(table) = content.as_table() else { continue };
+        check_keys(table, GROUP_KEYS, &format!("[groups.{group}]"))?;
+        for volume in table.get("volumes").and_then(toml::Value::as_array).into_iter().flatten() {
+            if let Some(table) = volume.as_table() {
+                check_keys(table, VOLUME_KEYS, &format!("[[groups.{group}.volumes]]"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_keys(table: &toml::Table, known: &[&'static str], place: &str) -> Result<(), ConfigError> {
+    let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
+    let closest = known.iter().copied().min_by_key(|name| strsim::damerau_levenshtein(name, key));
+    Err(ConfigError::UnknownKey {
+        key: key.clone(),
+        place: place.to_owned(),
+        closest: closest.expect("every table has known keys"),
+    })
+}
+
+/// The file's text with `volume` added to `group`; everything else stays as it was.
+///
+/// # Errors
+/// Where the text is no TOML.
+pub fn with_volume(text: &str, group: &str, volume: &VolumeConfig) -> Result<String, ConfigError> {
+    let mut document: DocumentMut = text.parse()?;
+    let mut table = Table::new();
+    table.insert("name", value(volume.name.as_str()));
+    table.insert("slot", value(i64::from(volume.slot.0)));
+    table.insert("device", value(volume.device.to_string_lossy().into_owned()));
+    table.insert("tracker", value(volume.tracker.name()));
+    let groups = document.entry("groups").or_insert_with(implicit_table);
+    let groups = groups.as_table_mut().ok_or_else(|| inline_table("groups"))?;
+    let entry = groups.entry(group).or_insert_with(new_group);
+    let entry = entry.as_table_mut().ok_or_else(|| inline_table("a group"))?;
+    let volumes = entry.entry("volumes").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
+    volumes.as_array_of_tables_mut().ok_or_else(|| inline_table("volumes"))?.push(table);
+    Ok(document.to_string())
+}
+
+/// The file's text without the volume `name` of `group`.
+///
+/// # Errors
+/// Where the text is no TOML.
+pub fn without_volume(text: &str, group: &str, name: &str) -> Result<String, ConfigError> {
+    let mut document: DocumentMut = text.parse()?;
+    let volumes = document
+        .get_mut("groups")
+        .and_then(|groups| groups.get_mut(group))
+        .and_then(|group| group.get_mut("volumes"))
+        .ok_or_else(|| ConfigError::Value(format!("groups.{group} has no volumes")))?;
+    let volumes = volumes.as_array_of_tables_mut().ok_or_else(|| inline_table("volumes"))?;
+    volumes.retain(|volume| volume.get("name").and_then(Item::as_str) != Some(name));
+    Ok(document.to_string())
+}
+
+fn implicit_table() -> Item {
+    let mut table = Table::new();
+    table.set_implicit(true);
+    Item::Table(table)
+}
+
+fn new_group() -> Item {
+    let mut table = Table::new();
+    table.insert("interval_ms", value(default_interval_ms() as i64));
+    Item::Table(table)
+}
+
+fn inline_table(what: &str) -> ConfigError {
+    ConfigError::Value(format!("{what} is written inline; write it as a [table] so that it can be changed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(name: &str, slot: u16) -> VolumeConfig {
+        VolumeConfig {
+            name: name.into(),
+            slot: VolumeSlot(slot),
+            device: format!("/dev/{name}").into(),
+            tracker: TrackerChoice::Auto,
+        }
+    }
+
+    #[test]
+    fn volumes_come_and_go_and_comments_stay() {
+        let text = "# ours\nmetrics_listen = \"127.0.0.1:9108\" # scraped\n";
+        let text = with_volume(text, "main", &volume("data", 0)).expect("added");
+        let text = with_volume(&text, "main", &volume("log", 1)).expect("added");
+        let text = without_volume(&text, "main", "data").expect("removed");
+        assert!(text.contains("# ours") && text.contains("# scraped"), "{text}");
+        let config = Config::parse(&text).expect("valid");
+        assert_eq!(config.groups["main"].volumes, [volume("log", 1)]);
+        assert_eq!(config.groups["main"].interval_ms, 1000);
+        assert_eq!(config.groups["main"].cut_bound_ms(), 250);
+    }
+
+    #[test]
+    fn the_closest_known_key_is_named_at_every_level() {
+        for (text, closest) in [
+            ("metrics_listn = 1", "metrics_listen"),
+            ("[groups.main]\nintervall_ms = 1", "interval_ms"),
+            ("[[groups.main.volumes]]\ndevise = 'x'", "device"),
+        ] {
+            let error = Config::parse(text).expect_err("unknown key");
+            assert_eq!(error.hint(), Some(format!("did you mean `{closest}`?")), "{text}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_and_contradictions_are_refused() {
+        let two = |a: &str, b: &str| format!("[[groups.main.volumes]]\n{a}\n[[groups.main.volumes]]\n{b}\n");
+        for (text, part) in [
+            ("[groups.main]\ninterval_ms = 0".to_owned(), "interval_ms = 0"),
+            ("[groups.main]\ninterval_ms = -5".to_owned(), "read source.toml"),
+            ("[groups.main]\ncut_bound_ms = 0".to_owned(), "cut_bound_ms = 0"),
+            ("[groups.main]\ncapture_bytes_max = 7".to_owned(), "capture_bytes_max = 7"),
+            ("[groups.'.x']".to_owned(), "a name is"),
+            (two("name='a'\nslot=0\ndevice='/a'", "name='a'\nslot=1\ndevice='/b'"), "two volumes are named"),
+            (two("name='a'\nslot=0\ndevice='/a'", "name='b'\nslot=0\ndevice='/b'"), "have slot 0"),
+            ("[[groups.main.volumes]]\nname='a'\nslot=0\ndevice='a'".to_owned(), "no absolute path"),
+            ("groups = [".to_owned(), "read source.toml"),
+        ] {
+            let error = Config::parse(&text).expect_err(&text);
+            assert!(error.to_string().contains(part), "{text}: {error}");
+        }
+    }
+}

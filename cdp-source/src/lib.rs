@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod encoder;
 pub mod join;
 pub mod metrics;
+pub mod probe;
 pub mod reader;
 pub mod sender;
 #[cfg(any(test, feature = "sim"))]

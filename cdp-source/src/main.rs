@@ -1,3 +1,5 @@
 //! `cdp-source`: the branch office's program.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    cdp_source::cli::main()
+}

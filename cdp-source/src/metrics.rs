@@ -1,1 +1,70 @@
-//! Names of the metrics.
+//! Names of the metrics, and the exporter that serves them where `metrics_listen` asks for it.
+//!
+//! Base units, `_total` on counters, one label: the group.
+
+use crate::agent::status::{GroupPhase, GroupStatus};
+use anyhow::{Context, Result};
+use metrics::{counter, gauge};
+use std::net::SocketAddr;
+
+/// Seconds between now and the state that the target holds.
+pub const LAG_SECONDS: &str = "cdp_source_lag_seconds";
+/// Number of the newest epoch captured.
+pub const CAPTURED_EPOCH: &str = "cdp_source_captured_epoch";
+/// Number of the newest epoch acked.
+pub const ACKED_EPOCH: &str = "cdp_source_acked_epoch";
+/// Bytes known to be dirty and not captured.
+pub const DIRTY_BYTES: &str = "cdp_source_dirty_bytes";
+/// Bytes of frames captured and not acked.
+pub const UNACKED_BYTES: &str = "cdp_source_unacked_bytes";
+/// Bytes of frames acked since the agent's start.
+pub const ACKED_BYTES_TOTAL: &str = "cdp_source_acked_bytes_total";
+/// Duration of the last cut.
+pub const CUT_SECONDS: &str = "cdp_source_cut_seconds";
+/// Rounds of the last cut.
+pub const CUT_ROUNDS: &str = "cdp_source_cut_rounds";
+/// Cuts in a row that did not validate.
+pub const FAILED_CUTS: &str = "cdp_source_failed_cuts";
+/// 1 where points are made and acked as they should be.
+pub const CONTINUOUS: &str = "cdp_source_continuous";
+/// Writes that the tracker counted.
+pub const WRITES_TOTAL: &str = "cdp_source_tracked_writes_total";
+/// Runs of the tracker that the kernel passed over.
+pub const TRACKER_MISSES_TOTAL: &str = "cdp_source_tracker_misses_total";
+
+/// Serves the metrics at `listen`. Needs a tokio runtime around it.
+///
+/// # Errors
+/// Where the address cannot be listened on.
+pub fn serve(listen: SocketAddr) -> Result<()> {
+    metrics_exporter_prometheus::PrometheusBuilder::new()
+        .with_http_listener(listen)
+        .install()
+        .with_context(|| format!("serve metrics: metrics_listen={listen}"))
+}
+
+/// Records how a group stands.
+pub fn record(status: &GroupStatus) {
+    let group = || status.group.clone();
+    let set = |name: &'static str, value: f64| gauge!(name, "group" => group()).set(value);
+    if let Some(ms) = status.lag_ms {
+        set(LAG_SECONDS, ms as f64 / 1000.0);
+    }
+    if let Some(epoch) = status.captured_epoch {
+        set(CAPTURED_EPOCH, epoch.0 as f64);
+    }
+    if let Some(epoch) = status.acked_epoch {
+        set(ACKED_EPOCH, epoch.0 as f64);
+    }
+    if let Some(cut) = status.last_cut {
+        set(CUT_SECONDS, cut.cut_us as f64 / 1e6);
+        set(CUT_ROUNDS, f64::from(cut.rounds));
+    }
+    set(DIRTY_BYTES, status.dirty_bytes as f64);
+    set(UNACKED_BYTES, status.unacked_bytes as f64);
+    set(FAILED_CUTS, status.failed_cuts as f64);
+    set(CONTINUOUS, f64::from(u8::from(status.state == GroupPhase::Continuous)));
+    counter!(ACKED_BYTES_TOTAL, "group" => group()).absolute(status.acked_bytes);
+    counter!(WRITES_TOTAL, "group" => group()).absolute(status.tracker.issued);
+    counter!(TRACKER_MISSES_TOTAL, "group" => group()).absolute(status.tracker.misses);
+}

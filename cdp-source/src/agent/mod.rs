@@ -1,1 +1,251 @@
-//! The agent: one capture thread a group, one runtime for the line.
+//! The agent: watches the groups, cuts, and sends.
+//!
+//! One thread a group (`group`), one encoding pool and one line for all of them. A change of the configuration ends the
+//! groups and starts them again, which costs what an agent's restart costs: nothing but what was under way, since the
+//! tracking goes on in the kernel. The agent's lock is held by the caller, before anything here runs.
+
+mod devices;
+mod encoding;
+pub mod group;
+pub mod ledger;
+mod requests;
+pub mod status;
+mod uplink;
+pub mod visit;
+
+use crate::config::{Config, GroupConfig};
+use crate::connect::Identity;
+use crate::control;
+use crate::cut::CutLimits;
+use crate::encoder::Encoder;
+use crate::metrics;
+use crate::state::{GroupState, StateFolder};
+use crate::tracker::ebpf;
+use anyhow::{Context, Result};
+use cdp_protocol::record::{Begin, Volume};
+use cdp_protocol::session::source::GroupFacts;
+use cdp_protocol::units::BLOCK_BYTES;
+use cdp_seams::clock::{Clock, SystemClock};
+use cdp_seams::random::SystemRandom;
+use group::{GroupSetup, Input};
+use requests::Shared;
+use status::{GroupStatus, VolumeStatus};
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use uplink::Uplink;
+
+/// How often metrics are brought up to date.
+const METRICS_EVERY: Duration = Duration::from_secs(1);
+/// How often it is checked that every group's thread still runs.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// A group's thread, and the ways to it.
+struct RunningGroup {
+    inputs: Sender<Input>,
+    thread: JoinHandle<()>,
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// Where the configuration cannot be read, the socket not be made, or a group's thread dies.
+pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
+    let shared = Arc::new(Shared::new(identity.target.targets.join(", ")));
+    let (reload, mut reloads) = mpsc::channel(1);
+    // The socket comes before the configuration is read: whoever changes it later finds somebody to tell.
+    let listener = control::listen(&state)?;
+    let handler = requests::handler(Arc::clone(&shared), reload);
+    let server = tokio::spawn(control::serve(listener, handler));
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let config = load(&state).await?;
+    if let Some(listen) = config.metrics_listen {
+        metrics::serve(listen)?;
+    }
+    let recorder = tokio::spawn(record_metrics(Arc::clone(&shared)));
+    let mut groups = start(&state, &identity, config, &shared).await?;
+    // Without systemd there is nobody to notify.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(groups = groups.1.len(), "running");
+    let ended = loop {
+        tokio::select! {
+            _ = terminate.recv() => break Ok(()),
+            _ = interrupt.recv() => break Ok(()),
+            Some(done) = reloads.recv() => {
+                let done: requests::ReloadDone = done;
+                match load(&state).await {
+                    Err(error) => _ = done.send(Err(format!("{error:#}"))),
+                    Ok(config) => {
+                        shared.clear();
+                        stop(groups).await;
+                        groups = start(&state, &identity, config, &shared).await?;
+                        _ = done.send(Ok(()));
+                    }
+                }
+            }
+            () = tokio::time::sleep(WATCH_EVERY) => {
+                if groups.1.iter().any(|group| group.thread.is_finished()) {
+                    break Err(anyhow::anyhow!("a group's thread has died"));
+                }
+            }
+        }
+    };
+    tracing::info!("stopping; tracking goes on");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    server.abort();
+    recorder.abort();
+    shared.clear();
+    stop(groups).await;
+    // The socket is of no use to anybody any more; a crash leaves it, and the next agent takes its place.
+    let _ = state.storage().remove(&state.socket());
+    ended
+}
+
+async fn load(state: &StateFolder) -> Result<Config> {
+    let state = state.clone();
+    let loaded = tokio::task::spawn_blocking(move || state.config()).await;
+    Ok(loaded.context("read the configuration")??)
+}
+
+async fn record_metrics(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(METRICS_EVERY).await;
+        shared.statuses().iter().for_each(metrics::record);
+    }
+}
+
+/// Starts a thread for every group that has volumes, and the line for all of them.
+async fn start(
+    state: &StateFolder,
+    identity: &Identity,
+    config: Config,
+    shared: &Arc<Shared>,
+) -> Result<(Uplink, Vec<RunningGroup>)> {
+    let uplink = Uplink::start(identity.clone())?;
+    shared.set_uplink(uplink.clone());
+    let encoder = Arc::new(Encoder::new(std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4)));
+    let mut groups = Vec::new();
+    for (name, group) in config.groups {
+        let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());
+        let (uplink, encoder, shared) = (uplink.clone(), Arc::clone(&encoder), Arc::clone(shared));
+        let started = tokio::task::spawn_blocking(move || {
+            if group.volumes.is_empty() {
+                forget_tracking(&state, &name);
+                return Ok(None);
+            }
+            start_group(&state, &name, &group, &escrow, &uplink, encoder, &shared).map(Some)
+        });
+        groups.extend(started.await.context("start a group")??);
+    }
+    Ok((uplink, groups))
+}
+
+fn start_group(
+    state: &StateFolder,
+    name: &str,
+    config: &GroupConfig,
+    escrow_public: &[u8],
+    uplink: &Uplink,
+    encoder: Arc<Encoder>,
+    shared: &Shared,
+) -> Result<RunningGroup> {
+    let mut facts = state.group(name)?.with_context(|| {
+        format!(
+            "group {name} has no state: were its volumes written into source.toml by hand? use `cdp-source protect`"
+        )
+    })?;
+    state.renew_envelope(name, &mut facts, escrow_public)?;
+    let volumes = wire_volumes(config, &facts)?;
+    let status = Arc::new(Mutex::new(GroupStatus {
+        group: name.to_owned(),
+        volumes: config
+            .volumes
+            .iter()
+            .zip(&volumes)
+            .map(|(volume, wire)| VolumeStatus {
+                name: volume.name.clone(),
+                slot: volume.slot,
+                device: volume.device.clone(),
+                size_bytes: wire.size_bytes,
+            })
+            .collect(),
+        ..GroupStatus::default()
+    }));
+    let (inputs, receiver) = channel();
+    shared.add(name, facts.group, inputs.clone(), Arc::clone(&status));
+    let (begin, envelope) = (Begin { key: facts.key, volumes: volumes.clone() }, facts.envelope.clone());
+    let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), envelope, volumes };
+    let setup = GroupSetup {
+        begin,
+        connect: uplink.connect(group_facts.clone(), inputs.clone()),
+        facts: group_facts,
+        data_key: state.data_key(name)?,
+        interval: Duration::from_millis(config.interval_ms),
+        limits: CutLimits {
+            bound: Duration::from_millis(config.cut_bound_ms()),
+            blocks_max: config.capture_bytes_max / BLOCK_BYTES as u64,
+        },
+        opener: devices::opener(state.clone(), name.to_owned(), facts, config.volumes.clone()),
+        encoder,
+        clock: Arc::new(SystemClock::new()) as Arc<dyn Clock>,
+        random: Arc::new(SystemRandom),
+        status,
+    };
+    let sender = inputs.clone();
+    let thread = std::thread::Builder::new()
+        .name(format!("group-{name}"))
+        .spawn(move || group::run(setup, &receiver, sender))
+        .context("start a group's thread")?;
+    Ok(RunningGroup { inputs, thread })
+}
+
+/// The volumes as the target is told of them: of the size they were protected with.
+fn wire_volumes(config: &GroupConfig, facts: &GroupState) -> Result<Vec<Volume>> {
+    let wire = config.volumes.iter().map(|volume| {
+        let size_bytes = facts.protected_size_bytes(volume.slot).with_context(|| {
+            format!(
+                "volume {} has no recorded size: was it written into source.toml by hand? use `cdp-source protect`",
+                volume.name
+            )
+        })?;
+        Ok(Volume { slot: volume.slot, size_bytes, name: volume.name.clone() })
+    });
+    wire.collect()
+}
+
+/// A group without volumes is not tracked any more.
+fn forget_tracking(state: &StateFolder, name: &str) {
+    let Ok(Some(facts)) = state.group(name) else { return };
+    let folder = state.tracking(name);
+    if let Err(error) = ebpf::remove(Path::new("/sys/fs/bpf"), &folder, &**state.storage(), facts.group) {
+        tracing::warn!(group = name, error = format!("{:#}", anyhow::Error::new(error)), "the tracking stays");
+    }
+}
+
+/// Ends the groups, then the line.
+async fn stop((uplink, groups): (Uplink, Vec<RunningGroup>)) {
+    for group in &groups {
+        // A thread that has died needs no telling.
+        let _ = group.inputs.send(Input::Stop);
+    }
+    let joined = tokio::task::spawn_blocking(move || {
+        for group in groups {
+            if group.thread.join().is_err() {
+                tracing::error!("a group's thread ended with a panic");
+            }
+        }
+    });
+    if joined.await.is_err() {
+        tracing::error!("waiting for the groups failed");
+    }
+    drop(uplink);
+}
+
+/// A status that a panicking thread left is still the newest there is.
+fn read(status: &Mutex<GroupStatus>) -> GroupStatus {
+    status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}

@@ -1,0 +1,102 @@
+//! Opens a group's volumes: chooses the tracker, and makes sure that they still are what was protected.
+//!
+//! One tracker watches all volumes of a group, since they are cut at one instant: eBPF where every one of them can have
+//! it, `scan` otherwise. A volume of another size than it was protected with is refused: which of the two is wanted is
+//! for a person to say.
+
+use super::group::{Devices, Opener};
+use crate::config::{TrackerChoice, VolumeConfig};
+use crate::doctor;
+use crate::probe::{self, Probe};
+use crate::reader::{self, ReadTarget};
+use crate::state::{GroupState, StateFolder};
+use crate::tracker::device::Device;
+use crate::tracker::ebpf::{EbpfOptions, EbpfTracker};
+use crate::tracker::scan::ScanTracker;
+use anyhow::{Context, Result, bail};
+use cdp_protocol::units::VolumeSlot;
+use cdp_seams::random::SystemRandom;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What opens a group's volumes, as often as it has to.
+pub(super) fn opener(state: StateFolder, group: String, facts: GroupState, volumes: Vec<VolumeConfig>) -> Opener {
+    Box::new(move || open(&state, &group, &facts, &volumes).map_err(|error| format!("{error:#}")))
+}
+
+fn open(state: &StateFolder, group: &str, facts: &GroupState, volumes: &[VolumeConfig]) -> Result<Devices> {
+    let probes = volumes.iter().map(|volume| look(state, facts, volume)).collect::<Result<Vec<_>>>()?;
+    let folder = state.tracking(group);
+    state.make(&folder)?;
+    let paths: Vec<(VolumeSlot, PathBuf)> =
+        volumes.iter().zip(&probes).map(|(volume, probe)| (volume.slot, probe.device.clone())).collect();
+    let wants = |choice| volumes.iter().any(|volume| volume.tracker == choice);
+    match ebpf_obstacle(state, &probes, wants(TrackerChoice::Scan)) {
+        Some(obstacle) if wants(TrackerChoice::Ebpf) => bail!("tracker = \"ebpf\" cannot serve this group: {obstacle}"),
+        Some(obstacle) => {
+            tracing::info!(group, reason = obstacle, "tracking by scanning");
+            scan(state, &folder, &paths, &probes)
+        }
+        None => {
+            let options = EbpfOptions::new(facts.group, paths, folder, Arc::clone(state.storage()));
+            let tracker = EbpfTracker::open(&options)?;
+            let targets: Vec<ReadTarget> = tracker.devices().iter().map(target_of).collect();
+            Ok(Devices { reader: reader::open(&targets)?, tracker: Box::new(tracker) })
+        }
+    }
+}
+
+fn look(state: &StateFolder, facts: &GroupState, volume: &VolumeConfig) -> Result<Probe> {
+    let name = &volume.name;
+    let probe = probe::probe(&**state.storage(), &volume.device).with_context(|| format!("volume {name}"))?;
+    match facts.protected_size_bytes(volume.slot) {
+        Some(before) if before != probe.size_bytes => bail!(
+            "volume {name}: {} had {before} bytes when it was protected and has {}; unprotect it and protect it again to go on with the new size",
+            volume.device.display(),
+            probe.size_bytes
+        ),
+        _ => Ok(probe),
+    }
+}
+
+/// Why eBPF cannot serve these volumes.
+fn ebpf_obstacle(state: &StateFolder, probes: &[Probe], wants_scan: bool) -> Option<String> {
+    if wants_scan {
+        return Some("the configuration asks for it".into());
+    }
+    if let Some(file) = probes.iter().find(|probe| !probe.is_block()) {
+        return Some(format!("{} is an image file", file.device.display()));
+    }
+    if let Some(finding) = doctor::ebpf_obstacle(&**state.storage()) {
+        return Some(format!("{}: {}", finding.subject, finding.found));
+    }
+    let trackable = |probe: &Probe| Device::inspect(&probe.device).and_then(|device| device.trackable());
+    let refused = probes.iter().find_map(|probe| trackable(probe).err());
+    refused.map(|error| format!("{:#}", anyhow::Error::new(error)))
+}
+
+fn scan(
+    state: &StateFolder,
+    folder: &std::path::Path,
+    paths: &[(VolumeSlot, PathBuf)],
+    probes: &[Probe],
+) -> Result<Devices> {
+    let targets = probes.iter().map(scan_target).collect::<Result<Vec<ReadTarget>>>()?;
+    let named: Vec<(VolumeSlot, ReadTarget)> =
+        paths.iter().map(|(slot, _)| *slot).zip(targets.iter().cloned()).collect();
+    let own = reader::open(&targets)?;
+    let tracker = ScanTracker::open(&named, own, Arc::clone(state.storage()), folder, &SystemRandom)?;
+    Ok(Devices { tracker: Box::new(tracker), reader: reader::open(&targets)? })
+}
+
+fn scan_target(probe: &Probe) -> Result<ReadTarget> {
+    if probe.is_block() {
+        return Ok(target_of(&Device::inspect(&probe.device)?));
+    }
+    Ok(ReadTarget { node: probe.device.clone(), offset_bytes: 0, size_bytes: probe.size_bytes })
+}
+
+fn target_of(device: &Device) -> ReadTarget {
+    let target = device.read_target();
+    ReadTarget { node: target.node, offset_bytes: target.offset_bytes, size_bytes: target.size_bytes }
+}

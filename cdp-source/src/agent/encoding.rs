@@ -1,0 +1,75 @@
+//! A group's encoding thread: captures in, attempts ready to leave out, in the same order.
+//!
+//! It lets the group read the next part while the last one is encoded. At most one capture waits, so a group holds at most
+//! three captures at a time: being read, waiting, being encoded.
+
+use crate::capture::Capture;
+use crate::encoder::{EncodedAttempt, Encoder};
+use cdp_protocol::codec::Sealer;
+use cdp_protocol::record::Begin;
+use cdp_protocol::session::source::{End, Outgoing};
+use cdp_protocol::units::VolumeSlot;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+/// A capture to be encoded.
+pub(crate) struct Job {
+    pub(crate) capture: Capture,
+    pub(crate) sealer: Arc<Sealer>,
+    pub(crate) end: End,
+}
+
+/// The thread. It ends when it is dropped, after what it is at.
+pub(crate) struct Encoding {
+    jobs: Option<SyncSender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Encoding {
+    /// Starts the thread for a group; `done` is called for each attempt, on that thread.
+    pub(crate) fn start(
+        encoder: Arc<Encoder>,
+        slots: Vec<VolumeSlot>,
+        begin: Begin,
+        done: impl Fn(Outgoing) + Send + 'static,
+    ) -> Self {
+        let (jobs, queue) = sync_channel(1);
+        let builder = std::thread::Builder::new().name("encode-group".into());
+        let thread = builder
+            .spawn(move || serve(&queue, &encoder, &slots, &begin, done))
+            .expect("the system has a thread to give");
+        Self { jobs: Some(jobs), thread: Some(thread) }
+    }
+
+    /// Hands over a capture; waits where one is waiting already.
+    ///
+    /// # Panics
+    /// Where the thread has died of a panic.
+    pub(crate) fn submit(&self, job: Job) {
+        let jobs = self.jobs.as_ref().expect("there until it is dropped");
+        assert!(jobs.send(job).is_ok(), "the encoding thread lives as long as its group");
+    }
+}
+
+impl Drop for Encoding {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(queue: &Receiver<Job>, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin, done: impl Fn(Outgoing)) {
+    for Job { capture, sealer, mut end } in queue {
+        let made = encoder.encode(&capture, slots, begin, Arc::clone(&sealer));
+        drop(capture);
+        let EncodedAttempt { epoch, attempt, frames, list, meters, bytes } = made;
+        if let End::Commit(draft) = &mut end {
+            draft.meters = meters;
+        }
+        done(Outgoing { epoch, attempt, frames, list, bytes, end, sealer });
+    }
+}

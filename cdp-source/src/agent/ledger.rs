@@ -1,0 +1,250 @@
+//! What is still to be captured and what is captured but not acked: the account of one group's blocks.
+//!
+//! Invariant: a block that the tracker gave is in `carry` or in a captured attempt until the target has acked it. Their
+//! union is what the tracker has to keep as `unacked`. Knows no tracker and no line.
+
+use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Epoch, Timestamp};
+use roaring::RoaringBitmap;
+use std::collections::VecDeque;
+
+/// A set of blocks of each volume.
+pub type Blocks = Vec<RoaringBitmap>;
+
+/// The account.
+#[derive(Debug)]
+pub struct Ledger {
+    /// Blocks of each volume.
+    volume_blocks: Vec<u64>,
+    /// Blocks that the next captures have to hold.
+    pub carry: Blocks,
+    captured: VecDeque<Captured>,
+}
+
+/// An attempt that was captured and is not acked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Captured {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Whether it is only a part.
+    pub is_part: bool,
+    /// Its cut's instant.
+    pub cut_time: Timestamp,
+    /// What it holds.
+    pub blocks: Blocks,
+    /// Bytes it takes in memory: of content first, of frames once it is encoded.
+    pub bytes: u64,
+}
+
+impl Ledger {
+    /// An account of volumes with so many blocks each, with nothing in it.
+    #[must_use]
+    pub fn new(volume_blocks: Vec<u64>) -> Self {
+        let carry = vec![RoaringBitmap::new(); volume_blocks.len()];
+        Self { volume_blocks, carry, captured: VecDeque::new() }
+    }
+
+    /// Blocks in `carry`.
+    #[must_use]
+    pub fn carried(&self) -> u64 {
+        self.carry.iter().map(RoaringBitmap::len).sum()
+    }
+
+    /// Blocks of all volumes.
+    #[must_use]
+    pub fn volume_blocks(&self) -> u64 {
+        self.volume_blocks.iter().sum()
+    }
+
+    /// Adds to `carry`.
+    pub fn carry_more(&mut self, blocks: &[RoaringBitmap]) {
+        for (carry, more) in self.carry.iter_mut().zip(blocks) {
+            *carry |= more;
+        }
+    }
+
+    /// Everything has to be captured again; nothing captured so far counts.
+    pub fn carry_everything(&mut self) {
+        self.captured.clear();
+        for (carry, blocks) in self.carry.iter_mut().zip(&self.volume_blocks) {
+            if let Some(last) = blocks.checked_sub(1) {
+                carry.insert_range(0..=last as u32);
+            }
+        }
+    }
+
+    /// Keeps an attempt until it is acked. Its blocks are in `carry` no more.
+    pub fn capture(&mut self, captured: Captured) {
+        for (carry, blocks) in self.carry.iter_mut().zip(&captured.blocks) {
+            *carry -= blocks;
+        }
+        self.captured.push_back(captured);
+    }
+
+    /// How many bytes the attempt's frames turned out to have.
+    pub fn encoded(&mut self, attempt: AttemptId, bytes: u64) {
+        if let Some(captured) = self.captured.iter_mut().find(|captured| captured.attempt == attempt) {
+            captured.bytes = bytes;
+        }
+    }
+
+    /// A point is acked, and with it all before it. Gives back what it was, `None` where it was not captured here.
+    pub fn acked(&mut self, epoch: Epoch) -> Option<Captured> {
+        let mut point = None;
+        while self.captured.front().is_some_and(|captured| captured.epoch <= epoch) {
+            point = self.captured.pop_front().filter(|captured| captured.epoch == epoch);
+        }
+        point
+    }
+
+    /// A part is acked. It is durable at the target until its epoch's commit, or until a new generation, at which everything
+    /// is carried again.
+    pub fn part_acked(&mut self, attempt: AttemptId) -> Option<Captured> {
+        let index = self.captured.iter().position(|captured| captured.attempt == attempt)?;
+        self.captured.remove(index)
+    }
+
+    /// Nothing captured will be acked: all of it is to be captured again.
+    pub fn void(&mut self) {
+        for captured in std::mem::take(&mut self.captured) {
+            self.carry_more(&captured.blocks);
+        }
+    }
+
+    /// What the tracker has to keep as `unacked`.
+    #[must_use]
+    pub fn unacked(&self) -> Blocks {
+        let mut union = self.carry.clone();
+        for captured in &self.captured {
+            for (union, blocks) in union.iter_mut().zip(&captured.blocks) {
+                *union |= blocks;
+            }
+        }
+        union
+    }
+
+    /// Bytes captured and not acked.
+    #[must_use]
+    pub fn unacked_bytes(&self) -> u64 {
+        self.captured.iter().map(|captured| captured.bytes).sum()
+    }
+
+    /// Epochs captured whole and not acked.
+    #[must_use]
+    pub fn unacked_epochs(&self) -> u64 {
+        self.captured.iter().filter(|captured| !captured.is_part).count() as u64
+    }
+
+    /// Attempts captured and not acked.
+    #[must_use]
+    pub fn attempts(&self) -> usize {
+        self.captured.len()
+    }
+
+    /// Whether all that was captured is acked.
+    #[must_use]
+    pub fn is_acked(&self) -> bool {
+        self.captured.is_empty()
+    }
+}
+
+/// Bytes of content in a set of blocks.
+#[must_use]
+pub fn to_bytes(blocks: u64) -> u64 {
+    blocks * BLOCK_BYTES as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::{Strategy, any, prop_oneof, proptest};
+    use std::collections::BTreeSet;
+
+    fn captured(number: u8, epoch: u64, is_part: bool, blocks: RoaringBitmap) -> Captured {
+        let attempt = AttemptId([number; 16]);
+        Captured { epoch: Epoch(epoch), attempt, is_part, cut_time: Timestamp(0), blocks: vec![blocks], bytes: 1 }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Mark(u32),
+        Cut,
+        Part(u32),
+        Ack,
+        PartAck,
+        Void,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            (0..40u32).prop_map(Op::Mark),
+            any::<bool>().prop_map(|_| Op::Cut),
+            (1..10u32).prop_map(Op::Part),
+            any::<bool>().prop_map(|_| Op::Ack),
+            any::<bool>().prop_map(|_| Op::PartAck),
+            any::<bool>().prop_map(|_| Op::Void),
+        ]
+    }
+
+    proptest! {
+        /// The oracle: a block marked is unacked until an attempt that was captured after the mark is acked.
+        #[test]
+        fn a_marked_block_stays_unacked_until_an_attempt_that_holds_it_is_acked(ops in proptest::collection::vec(op(), 1..60)) {
+            let mut ledger = Ledger::new(vec![40]);
+            let (mut carry, mut under_way) = (BTreeSet::new(), Vec::<(u64, u8, bool, BTreeSet<u32>)>::new());
+            let (mut epoch, mut number) = (1, 0u8);
+            for op in ops {
+                match op {
+                    Op::Mark(block) => {
+                        carry.insert(block);
+                        ledger.carry_more(&[RoaringBitmap::from_iter([block])]);
+                    }
+                    Op::Cut | Op::Part(_) => {
+                        let count = if let Op::Part(count) = op { count as usize } else { usize::MAX };
+                        let taken: BTreeSet<u32> = carry.iter().copied().take(count).collect();
+                        carry.retain(|block| !taken.contains(block));
+                        let is_part = matches!(op, Op::Part(_));
+                        number += 1;
+                        ledger.capture(captured(number, epoch, is_part, taken.iter().copied().collect()));
+                        under_way.push((epoch, number, is_part, taken));
+                        epoch += u64::from(!is_part);
+                    }
+                    Op::Ack => {
+                        if let Some(at) = under_way.iter().position(|(_, _, is_part, _)| !is_part) {
+                            let acked = under_way[at].0;
+                            under_way.drain(..=at);
+                            assert_eq!(ledger.acked(Epoch(acked)).map(|point| point.epoch), Some(Epoch(acked)));
+                        }
+                    }
+                    Op::PartAck => {
+                        if under_way.first().is_some_and(|(_, _, is_part, _)| *is_part) {
+                            let (_, number, _, _) = under_way.remove(0);
+                            assert!(ledger.part_acked(AttemptId([number; 16])).is_some());
+                        }
+                    }
+                    Op::Void => {
+                        under_way.drain(..).for_each(|(_, _, _, blocks)| carry.extend(blocks));
+                        ledger.void();
+                    }
+                }
+                let mut union = carry.clone();
+                for (_, _, _, blocks) in &under_way {
+                    union.extend(blocks);
+                }
+                assert_eq!(ledger.unacked()[0].iter().collect::<BTreeSet<_>>(), union);
+                assert_eq!(ledger.carry[0].iter().collect::<BTreeSet<_>>(), carry);
+                assert_eq!(ledger.is_acked(), under_way.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn everything_is_every_block_of_every_volume() {
+        let mut ledger = Ledger::new(vec![3, 0, 1 << 32]);
+        ledger.capture(captured(1, 1, true, RoaringBitmap::from_iter([1])));
+        ledger.carry_everything();
+        assert_eq!(ledger.carry.iter().map(RoaringBitmap::len).collect::<Vec<_>>(), [3, 0, 1 << 32]);
+        assert!(ledger.is_acked());
+    }
+}

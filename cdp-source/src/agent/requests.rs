@@ -1,0 +1,144 @@
+//! What the control socket is answered.
+
+use super::group::{Input, PointRequest};
+use super::status::{AgentStatus, GroupStatus};
+use super::uplink::Uplink;
+use crate::control::{Handler, Reply, Request};
+use cdp_protocol::units::GroupId;
+use std::collections::BTreeMap;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, oneshot};
+
+/// Told once the agent has taken up the changed configuration, or why not.
+pub(super) type ReloadDone = oneshot::Sender<Result<(), String>>;
+
+/// What requests see of the agent.
+pub(super) struct Shared {
+    target: String,
+    uplink: Mutex<Option<Uplink>>,
+    groups: Mutex<BTreeMap<String, Known>>,
+}
+
+struct Known {
+    id: GroupId,
+    inputs: Sender<Input>,
+    status: Arc<Mutex<GroupStatus>>,
+}
+
+impl Shared {
+    pub(super) fn new(target: String) -> Self {
+        Self { target, uplink: Mutex::default(), groups: Mutex::default() }
+    }
+
+    /// Makes a group known, in the place of an earlier one of its name.
+    pub(super) fn add(&self, name: &str, id: GroupId, inputs: Sender<Input>, status: Arc<Mutex<GroupStatus>>) {
+        self.lock().insert(name.to_owned(), Known { id, inputs, status });
+    }
+
+    /// The line, in the place of an earlier one.
+    pub(super) fn set_uplink(&self, uplink: Uplink) {
+        *self.uplink.lock().unwrap_or_else(PoisonError::into_inner) = Some(uplink);
+    }
+
+    fn uplink(&self) -> Option<Uplink> {
+        self.uplink.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Forgets line and groups: they are about to be started again, or to end.
+    pub(super) fn clear(&self) {
+        *self.uplink.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.lock().clear();
+    }
+
+    pub(super) fn statuses(&self) -> Vec<GroupStatus> {
+        self.lock().values().map(|known| super::read(&known.status)).collect()
+    }
+
+    fn find<T>(&self, group: &str, pick: impl Fn(&Known) -> T) -> Result<T, Reply> {
+        let groups = self.lock();
+        groups.get(group).map(pick).ok_or_else(|| {
+            let names: Vec<&str> = groups.keys().map(String::as_str).collect();
+            let hint = match names.as_slice() {
+                [] => "cdp-source protect NAME=DEVICE".to_owned(),
+                names => format!("there is {}", names.join(", ")),
+            };
+            Reply::Failed { message: format!("no group named {group:?} is protected"), hint: Some(hint) }
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Known>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Answers requests.
+pub(super) fn handler(shared: Arc<Shared>, reload: mpsc::Sender<ReloadDone>) -> Handler {
+    Arc::new(move |request| {
+        let (shared, reload) = (Arc::clone(&shared), reload.clone());
+        Box::pin(async move {
+            match request {
+                Request::Status => Reply::Status(status(&shared)),
+                Request::Reload => reloaded(&reload).await,
+                Request::Point { group, label, wait } => point(&shared, &group, label, wait).await,
+                Request::Points { group } => points(&shared, &group).await,
+            }
+        })
+    })
+}
+
+fn failed(message: impl Into<String>) -> Reply {
+    Reply::Failed { message: message.into(), hint: None }
+}
+
+async fn reloaded(reload: &mpsc::Sender<ReloadDone>) -> Reply {
+    let (done, answer) = oneshot::channel();
+    if reload.send(done).await.is_err() {
+        return failed("the agent is stopping");
+    }
+    match answer.await {
+        Ok(Ok(())) => Reply::Reloaded,
+        Ok(Err(message)) => failed(message),
+        Err(_) => failed("the agent is stopping"),
+    }
+}
+
+async fn point(shared: &Shared, group: &str, label: Option<String>, wait: bool) -> Reply {
+    let inputs = match shared.find(group, |known| known.inputs.clone()) {
+        Ok(inputs) => inputs,
+        Err(reply) => return reply,
+    };
+    let (reply, answer) = oneshot::channel();
+    if inputs.send(Input::Point(PointRequest { label, wait, reply })).is_err() {
+        return failed("the group is stopping");
+    }
+    answer.await.unwrap_or_else(|_| failed("the group is stopping; ask again"))
+}
+
+async fn points(shared: &Shared, group: &str) -> Reply {
+    let id = match shared.find(group, |known| known.id) {
+        Ok(id) => id,
+        Err(reply) => return reply,
+    };
+    let Some(uplink) = shared.uplink() else { return failed("the agent is stopping") };
+    match uplink.points(id).await {
+        Ok(points) => Reply::Points { points },
+        Err(error) => Reply::Failed {
+            message: format!("list the points of group {group}: {error:#}"),
+            hint: Some("cdp-source status says how the line stands".into()),
+        },
+    }
+}
+
+fn status(shared: &Shared) -> AgentStatus {
+    let line = shared.uplink().map(|uplink| uplink.snapshot()).unwrap_or_default();
+    AgentStatus {
+        pid: std::process::id(),
+        target: shared.target.clone(),
+        connected_since: line.connected_since,
+        last_error: line.last_error,
+        round_trip_us: line.round_trip.map(|round_trip| round_trip.as_micros() as u64),
+        sent_bytes: line.sent_bytes,
+        groups: shared.statuses(),
+    }
+}

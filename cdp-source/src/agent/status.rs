@@ -1,0 +1,159 @@
+//! What the agent tells of itself: to `status`, and to the metrics.
+
+use crate::tracker::TrackerReport;
+use cdp_protocol::units::{Epoch, Timestamp, VolumeSlot};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The agent as a whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// Its process.
+    pub pid: u32,
+    /// Where the target is reached.
+    pub target: String,
+    /// Since when there is a line; `None` while there is none.
+    pub connected_since: Option<Timestamp>,
+    /// Why the last line ended, or was not made.
+    pub last_error: Option<String>,
+    /// The line's round trip in microseconds.
+    pub round_trip_us: Option<u64>,
+    /// Bytes of frames put on the line since it was first tried.
+    pub sent_bytes: u64,
+    /// The groups, by name.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// In what state a group is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupPhase {
+    /// No connection yet, or no longer.
+    #[default]
+    Disconnected,
+    /// The first copy is under way.
+    Seeding,
+    /// Points are made and acked as they should be.
+    Continuous,
+    /// The line or the target does not keep up.
+    Backlog,
+    /// No points are made: a person has to act, or a cut has not validated for long.
+    Stalled,
+    /// Everything is compared or sent again, because tracking or history was interrupted.
+    Rescan,
+}
+
+impl GroupPhase {
+    /// As it is printed.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Disconnected => "disconnected",
+            Self::Seeding => "seeding",
+            Self::Continuous => "continuous",
+            Self::Backlog => "backlog",
+            Self::Stalled => "stalled",
+            Self::Rescan => "rescan",
+        }
+    }
+}
+
+/// One group.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Its name.
+    pub group: String,
+    /// Its state.
+    pub state: GroupPhase,
+    /// Why it is in that state, where that needs saying.
+    pub reason: Option<String>,
+    /// Its volumes.
+    pub volumes: Vec<VolumeStatus>,
+    /// Newest epoch captured.
+    pub captured_epoch: Option<Epoch>,
+    /// Newest epoch whose commit was sent.
+    pub sent_epoch: Option<Epoch>,
+    /// Newest epoch acked.
+    pub acked_epoch: Option<Epoch>,
+    /// Cut time of the newest epoch acked by this agent.
+    pub acked_time: Option<Timestamp>,
+    /// The volumes were validated to be unchanged since the newest acked epoch, at this time.
+    pub unchanged_as_of: Option<Timestamp>,
+    /// How long ago the state was that the target holds, in milliseconds.
+    pub lag_ms: Option<u64>,
+    /// When everything now dirty will have been sent at the present speed, in seconds.
+    pub estimate_s: Option<u64>,
+    /// Bytes known to be dirty and not captured yet.
+    pub dirty_bytes: u64,
+    /// Epochs captured and not acked.
+    pub unacked_epochs: u64,
+    /// Bytes of frames captured and not acked.
+    pub unacked_bytes: u64,
+    /// Bytes acked since the agent's start.
+    pub acked_bytes: u64,
+    /// The last cut that validated.
+    pub last_cut: Option<CutStatus>,
+    /// Cuts that did not validate since the last one that did.
+    pub failed_cuts: u64,
+    /// What the tracker says of itself.
+    pub tracker: TrackerStatus,
+}
+
+/// A volume of a group.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: String,
+    /// Its place in the group.
+    pub slot: VolumeSlot,
+    /// The device.
+    pub device: PathBuf,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// A cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutStatus {
+    /// When.
+    pub time: Timestamp,
+    /// Rounds it needed.
+    pub rounds: u32,
+    /// Its duration in microseconds.
+    pub cut_us: u64,
+    /// Blocks it captured.
+    pub blocks: u64,
+}
+
+/// What a tracker says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrackerStatus {
+    /// `ebpf` or `scan`.
+    pub kind: String,
+    /// Why everything was dirty when it was opened.
+    pub started_over: Option<String>,
+    /// Writes issued.
+    pub issued: u64,
+    /// Writes completed.
+    pub completed: u64,
+    /// Runs the kernel passed over.
+    pub misses: u64,
+}
+
+impl From<TrackerReport> for TrackerStatus {
+    fn from(report: TrackerReport) -> Self {
+        Self {
+            kind: report.kind.to_owned(),
+            started_over: report.started_over,
+            issued: report.issued,
+            completed: report.completed,
+            misses: report.misses,
+        }
+    }
+}
+
+/// A time as it is printed: RFC 3339, UTC, to the millisecond.
+#[must_use]
+pub fn rfc3339(time: Timestamp) -> String {
+    jiff::Timestamp::from_millisecond(time.0).map_or_else(|_| "beyond the calendar".into(), |time| format!("{time:.3}"))
+}

@@ -1,0 +1,271 @@
+//! Commands that show: `status`, `point`, `points`, `doctor`.
+
+use super::failure::UserError;
+use super::{PointArgs, PointsArgs};
+use crate::agent::status::{AgentStatus, GroupStatus, rfc3339};
+use crate::control::{self, ControlError, PointReply, Reply, Request};
+use crate::doctor::{self, Finding, Grade};
+use crate::state::StateFolder;
+use anyhow::{Result, bail};
+use cdp_protocol::limits::NAME_BYTES_MAX;
+use cdp_protocol::message::PointSummary;
+use serde_json::{Value, json};
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// Prints to stdout; a reader that went away is no error.
+pub(super) fn print(text: &str) -> Result<()> {
+    match writeln!(io::stdout(), "{}", text.trim_end()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+pub(super) fn print_json(value: &Value) -> Result<()> {
+    print(&serde_json::to_string_pretty(value)?)
+}
+
+/// Asks the agent; a refusal is the user's to handle.
+fn ask(state: &StateFolder, request: &Request) -> Result<Reply> {
+    match control::ask(state, request)? {
+        Reply::Failed { message, hint } => {
+            let error = UserError::new(message);
+            Err(if let Some(hint) = hint { error.hint(hint) } else { error }.into())
+        }
+        reply => Ok(reply),
+    }
+}
+
+pub(super) fn status(state: &StateFolder, is_json: bool) -> Result<ExitCode> {
+    match control::ask(state, &Request::Status) {
+        Ok(Reply::Status(status)) if is_json => {
+            let mut value = serde_json::to_value(&status)?;
+            value["running"] = json!(true);
+            print_json(&with_times(value))?;
+        }
+        Ok(Reply::Status(status)) => print(&status_text(&status))?,
+        Ok(other) => bail!("the agent answered status with {other:?}"),
+        Err(ControlError::NotRunning(_)) => return stopped(state, is_json),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Without an agent: says so, and shows what is configured.
+fn stopped(state: &StateFolder, is_json: bool) -> Result<ExitCode> {
+    let config = state.config()?;
+    let volumes = config.groups.iter().flat_map(|(group, config)| config.volumes.iter().map(move |v| (group, v)));
+    if is_json {
+        let volumes: Vec<Value> = volumes
+            .map(|(group, v)| json!({ "group": group, "name": v.name, "slot": v.slot, "device": v.device }))
+            .collect();
+        print_json(&json!({ "running": false, "groups": [], "configured": volumes }))?;
+    } else {
+        let mut lines = vec!["no agent is running".to_owned()];
+        lines.extend(volumes.map(|(group, v)| format!("configured: {group}/{} on {}", v.name, v.device.display())));
+        print(&lines.join("\n"))?;
+        eprintln!("hint: start it: cdp-source run");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn status_text(status: &AgentStatus) -> String {
+    let line = match (status.connected_since, &status.last_error) {
+        (Some(since), _) => format!("connected since {}", rfc3339(since)),
+        (None, Some(error)) => format!("not connected: {error}"),
+        (None, None) => "connecting".to_owned(),
+    };
+    let mut lines = vec![format!("agent: process {}, target {}, {line}", status.pid, status.target)];
+    lines.extend(status.groups.iter().flat_map(group_lines));
+    if status.groups.is_empty() {
+        lines.push("no volume is protected".into());
+    }
+    lines.join("\n")
+}
+
+fn group_lines(group: &GroupStatus) -> Vec<String> {
+    let number =
+        |epoch: Option<cdp_protocol::units::Epoch>| epoch.map_or_else(|| "-".into(), |epoch| epoch.to_string());
+    let reason = group.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+    let mut lines = vec![
+        format!("group {}: {}{reason}", group.group, group.state.name()),
+        format!(
+            "  epochs: captured {}, sent {}, acked {}{}",
+            number(group.captured_epoch),
+            number(group.sent_epoch),
+            number(group.acked_epoch),
+            group.acked_time.map_or_else(String::new, |time| format!(" of {}", rfc3339(time))),
+        ),
+        format!(
+            "  lag: {}{}; dirty: {} bytes; unacked: {} epochs, {} bytes",
+            group.lag_ms.map_or_else(|| "unknown".into(), |ms| format!("{:.1} s", ms as f64 / 1000.0)),
+            group.estimate_s.map_or_else(String::new, |s| format!(", caught up in about {s} s")),
+            group.dirty_bytes,
+            group.unacked_epochs,
+            group.unacked_bytes,
+        ),
+    ];
+    if let Some(cut) = group.last_cut {
+        lines.push(format!(
+            "  last cut: {}, {} blocks, {} rounds, {:.1} ms; failed since: {}",
+            rfc3339(cut.time),
+            cut.blocks,
+            cut.rounds,
+            cut.cut_us as f64 / 1000.0,
+            group.failed_cuts
+        ));
+    }
+    for volume in &group.volumes {
+        let (name, device) = (&volume.name, volume.device.display());
+        lines.push(format!("  volume {name}: {device}, {} bytes, tracker {}", volume.size_bytes, group.tracker.kind));
+    }
+    lines
+}
+
+/// Times in a status become RFC 3339.
+fn with_times(mut value: Value) -> Value {
+    fn replace(value: &mut Value) {
+        if let Some(ms) = value.as_i64() {
+            *value = json!(rfc3339(cdp_protocol::units::Timestamp(ms)));
+        }
+    }
+    replace(&mut value["connected_since"]);
+    for group in value["groups"].as_array_mut().into_iter().flatten() {
+        replace(&mut group["acked_time"]);
+        replace(&mut group["unchanged_as_of"]);
+        if let Some(cut) = group["last_cut"].as_object_mut()
+            && let Some(time) = cut.get_mut("time")
+        {
+            replace(time);
+        }
+    }
+    value
+}
+
+pub(super) fn point(state: &StateFolder, args: &PointArgs) -> Result<ExitCode> {
+    if let Some(label) = &args.label {
+        check_label(label)?;
+    }
+    let request = Request::Point { group: args.group.clone(), label: args.label.clone(), wait: args.wait };
+    let Reply::Point(point) = ask(state, &request)? else { bail!("the agent did not answer with a point") };
+    if args.json {
+        print_json(&point_json(&point))?;
+    } else {
+        print(&point_text(&point))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn point_json(point: &PointReply) -> Value {
+    json!({ "epoch": point.epoch, "time": rfc3339(point.time), "label": point.label, "acked": point.acked })
+}
+
+fn point_text(point: &PointReply) -> String {
+    let label = point.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
+    let state = if point.acked { "committed at the target" } else { "captured, on its way" };
+    format!("point {}{label} of {}: {state}", point.epoch, rfc3339(point.time))
+}
+
+/// A label must not be readable as another way to name a point.
+fn check_label(label: &str) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(UserError::new(format!("label {label:?} {why}")).hint("give a word, such as before-upgrade").into())
+    };
+    let all_digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if label.is_empty() || label.len() > NAME_BYTES_MAX {
+        return refuse("has to have 1 to 64 bytes");
+    }
+    if label.chars().any(|c| c.is_control() || c == '/') || label.trim() != label || label.starts_with('-') {
+        return refuse("has a character that a label may not have there");
+    }
+    if all_digits(label) {
+        return refuse("could be read as an epoch number");
+    }
+    if label == "latest" {
+        return refuse("already means the newest point");
+    }
+    if label.strip_suffix(['s', 'm', 'h', 'd', 'w', 'y']).is_some_and(all_digits) {
+        return refuse("could be read as an age");
+    }
+    if label.parse::<jiff::Timestamp>().is_ok()
+        || label.parse::<jiff::civil::DateTime>().is_ok()
+        || label.parse::<jiff::civil::Date>().is_ok()
+    {
+        return refuse("could be read as a time");
+    }
+    Ok(())
+}
+
+pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode> {
+    let Reply::Points { points } = ask(state, &Request::Points { group: args.group.clone() })? else {
+        bail!("the agent did not answer with points")
+    };
+    if args.json {
+        print_json(&json!({ "group": args.group, "points": points.iter().map(summary_json).collect::<Vec<_>>() }))?;
+    } else if points.is_empty() {
+        print("the target holds no points of this group yet")?;
+    } else {
+        let mut lines = vec![format!("{:>10}  {:24}  {:11}  {:>12}  label", "epoch", "time", "class", "bytes")];
+        lines.extend(points.iter().map(|p| {
+            let (time, label) = (rfc3339(p.cut_time), p.label.as_deref().unwrap_or(""));
+            format!("{:>10}  {time:24}  {:11}  {:>12}  {label}", p.epoch.0, class_name(p), p.bytes)
+                .trim_end()
+                .to_owned()
+        }));
+        print(&lines.join("\n"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn class_name(point: &PointSummary) -> String {
+    serde_json::to_value(point.class).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn summary_json(point: &PointSummary) -> Value {
+    json!({
+        "epoch": point.epoch,
+        "time": rfc3339(point.cut_time),
+        "class": point.class,
+        "label": point.label,
+        "bytes": point.bytes,
+        "cut_ms": point.cut_us as f64 / 1000.0,
+        "cut_rounds": point.cut_rounds,
+    })
+}
+
+pub(super) fn doctor(state: &StateFolder, is_json: bool) -> Result<ExitCode> {
+    let mut findings = doctor::examine(state);
+    findings.extend(super::run::line_findings(state));
+    let worst = findings.iter().map(|finding| finding.grade).max().unwrap_or(Grade::Ok);
+    if is_json {
+        print_json(&json!({ "worst": worst, "findings": findings }))?;
+    } else {
+        print(&findings.iter().map(finding_text).collect::<Vec<_>>().join("\n"))?;
+    }
+    Ok(ExitCode::from(u8::from(worst == Grade::Fail)))
+}
+
+fn finding_text(finding: &Finding) -> String {
+    let grade = match finding.grade {
+        Grade::Ok => "ok  ",
+        Grade::Warn => "warn",
+        Grade::Fail => "fail",
+    };
+    let advice = finding.advice.as_ref().map_or_else(String::new, |advice| format!("\n      → {advice}"));
+    format!("{grade}  {}: {}{advice}", finding.subject, finding.found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_that_names_a_point_in_another_way_is_refused() {
+        for label in ["", "7", "latest", "10m", "3d", "2026-11-22", "2026-11-22T10:00:00Z", "-x", "a/b", " a", "a\n"] {
+            assert!(check_label(label).is_err(), "{label:?}");
+        }
+        for label in ["before-upgrade", "v2", "m10", "Latest build", "10 minutes"] {
+            assert!(check_label(label).is_ok(), "{label:?}");
+        }
+    }
+}
