@@ -22,7 +22,7 @@ fn made() -> (SimStorage, Source) {
     let mut journal =
         GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), LIMITS).expect("made");
     let mut source = Source::new(77);
-    for _ in 0..8 {
+    for _ in 0..10 {
         source.step(&mut journal).expect("no fault is set");
     }
     source.sync(&mut journal).expect("no fault is set");
