@@ -103,6 +103,9 @@ impl Made {
             lost |= !damaged.is_empty();
         }
         assert!(epochs.len() <= self.points.len(), "{place}: a point nobody made");
+        // All of it was proven durable, so the chain stands where it stood, and the source can go on.
+        let head = journal.chain().head().map(|(head, _)| head);
+        assert_eq!(head, self.points.last().map(|point| point.head), "{place}");
         // Whatever was found, the journal stands: opened again it says the same, and a reader beside it too.
         drop(journal);
         let (again, second) =
@@ -112,7 +115,29 @@ impl Made {
         assert_eq!(same, points, "{place}");
         let beside = GroupView::open(Arc::new(disk), Path::new(FOLDER)).expect("a view");
         assert_eq!(beside.points().count(), points.len(), "{place}");
+        if bit.is_multiple_of(5) {
+            self.go_on(again, &place);
+        }
         lost
+    }
+}
+
+impl Made {
+    /// The source goes on with the damaged journal: new points are taken, and hold what was sent wherever they can be read.
+    fn go_on(&self, mut journal: GroupJournal, place: &str) {
+        let mut source = Source::new(99);
+        source.points.clone_from(&self.points);
+        source.generation = journal.chain().generation();
+        source.grant(&mut journal).expect("granted");
+        for _ in 0..3 {
+            source.make(false, 3);
+            let frames = source.attempt.as_ref().map_or(0, |attempt| attempt.frames.len());
+            source.send(&mut journal, 0, frames).unwrap_or_else(|error| panic!("{place}: {error}"));
+            source.sync(&mut journal).expect("no fault is set");
+        }
+        let newest = source.points.last().expect("a point");
+        let cells = image_cells(&journal.view(), newest.head.epoch).unwrap_or_else(|error| panic!("{place}: {error}"));
+        damaged_blocks(&cells, &newest.cells);
     }
 }
 
