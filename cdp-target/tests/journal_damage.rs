@@ -103,6 +103,9 @@ impl Made {
             lost |= !damaged.is_empty();
         }
         assert!(epochs.len() <= self.points.len(), "{place}: a point nobody made");
+        // All of it was proven durable, so the chain stands where it stood, and the source can go on.
+        let head = journal.chain().head().map(|(head, _)| head);
+        assert_eq!(head, self.points.last().map(|point| point.head), "{place}");
         // Whatever was found, the journal stands: opened again it says the same, and a reader beside it too.
         drop(journal);
         let (again, second) =
@@ -112,7 +115,29 @@ impl Made {
         assert_eq!(same, points, "{place}");
         let beside = GroupView::open(Arc::new(disk), Path::new(FOLDER)).expect("a view");
         assert_eq!(beside.points().count(), points.len(), "{place}");
+        if bit.is_multiple_of(5) {
+            self.go_on(again, &place);
+        }
         lost
+    }
+}
+
+impl Made {
+    /// The source goes on with the damaged journal: new points are taken, and hold what was sent wherever they can be read.
+    fn go_on(&self, mut journal: GroupJournal, place: &str) {
+        let mut source = Source::new(99);
+        source.points.clone_from(&self.points);
+        source.generation = journal.chain().generation();
+        source.grant(&mut journal).expect("granted");
+        for _ in 0..3 {
+            source.make(false, 3);
+            let frames = source.attempt.as_ref().map_or(0, |attempt| attempt.frames.len());
+            source.send(&mut journal, 0, frames).unwrap_or_else(|error| panic!("{place}: {error}"));
+            source.sync(&mut journal).expect("no fault is set");
+        }
+        let newest = source.points.last().expect("a point");
+        let cells = image_cells(&journal.view(), newest.head.epoch).unwrap_or_else(|error| panic!("{place}: {error}"));
+        damaged_blocks(&cells, &newest.cells);
     }
 }
 
@@ -145,4 +170,56 @@ fn a_journal_of_500_epochs_synced_in_one_go() {
     for _ in 0..60 {
         made.flip(&segment.0, random.below(segment.1.len() as u64 * 8), 10);
     }
+}
+
+#[test]
+fn without_a_sealed_segment_the_other_points_are_served_and_the_missing_ones_named() {
+    let made = Made::new(5, 6_000, 12, true);
+    for shorten in [false, true] {
+        let disk = made.disk();
+        let path = Path::new(FOLDER).join("journal/0000000000000002.seg");
+        if shorten {
+            let file = disk.open_write(&path).expect("opened");
+            file.set_len(3000).expect("cut");
+        } else {
+            disk.remove(&path).expect("removed");
+        }
+        let (journal, report) =
+            GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), made.limits).expect("opened");
+        assert_eq!(report.damages.len(), 1, "{:?}", report.damages);
+        let view = journal.view();
+        let points: Vec<_> = view.points().filter_map(Result::ok).collect();
+        let (mut whole, mut hit) = (0, 0);
+        for point in &made.points {
+            let epoch = point.head.epoch;
+            let listed = points.iter().find(|listed| listed.epoch == epoch);
+            let damaged = match image_cells(&view, epoch) {
+                Ok(cells) => !damaged_blocks(&cells, &point.cells).is_empty(),
+                Err(_) => true,
+            };
+            let named = listed.is_none_or(|listed| listed.damaged.is_some());
+            assert!(named || !damaged, "point {epoch} is hit and not named");
+            whole += u32::from(!damaged);
+            hit += u32::from(damaged);
+        }
+        assert!(whole > 0 && hit > 0, "{whole} whole, {hit} hit");
+        let verified = verify(&view, None, None, &mut |_| {}).expect("verified");
+        assert!(verified.damages.iter().any(|damage| damage.segment == 2 && !damage.points.is_empty()));
+    }
+}
+
+#[test]
+fn a_wrong_key_opens_nothing_and_verify_says_so() {
+    let made = Made::new(5, 6_000, 6, true);
+    let journal = GroupJournal::open(Arc::new(made.disk()), Path::new(FOLDER), made.limits).expect("opened").0;
+    let view = journal.view();
+    let wrong = cdp_protocol::seal::DataKey::new([9; 32]);
+    assert!(verify(&view, None, None, &mut |_| {}).expect("verified").is_clean());
+    assert!(verify(&view, Some(&key()), None, &mut |_| {}).expect("verified").is_clean());
+    let report = verify(&view, Some(&wrong), None, &mut |_| {}).expect("verified");
+    assert!(report.damages.len() as u64 > report.points);
+    let newest = made.points.last().expect("a point").head.epoch;
+    assert!(
+        verify(&view, Some(&wrong), Some(newest), &mut |_| {}).expect("verified").damages.len() <= report.damages.len()
+    );
 }

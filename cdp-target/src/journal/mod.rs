@@ -4,7 +4,8 @@
 //! * `segment`, `index`: the bytes of a segment: header, frames, index, footer.
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
-//! * `view`: the readers; `sealed`: their indexes of sealed segments; `reach`: which points a damage hits.
+//! * `view`: the readers; `sealed`: their indexes of sealed segments; `resolve`: which frame holds a
+//!   block at a point; `reach`: which points a damage hits.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
@@ -13,6 +14,7 @@ pub mod index;
 pub mod manifest;
 mod reach;
 pub mod recovery;
+pub(crate) mod resolve;
 mod scan;
 mod sealed;
 pub mod segment;

@@ -4,7 +4,7 @@
 //! from the files alone and shows only what a synced record or a seal proves. Memory is bounded: indexes of sealed
 //! segments are loaded when needed (`sealed`), that of the open one is shared with the writer.
 
-use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, RunEnd, Summary};
+use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
 use super::manifest::{Mark, SealedSegment};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
@@ -13,7 +13,7 @@ use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
 use crate::restore::point::PointImage;
 use cdp_protocol::record::{Meters, Volume};
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::{Class, Epoch, Extent, FrameHash, Generation, Timestamp, VolumeSlot};
+use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -67,26 +67,6 @@ pub struct Point {
     pub damaged: Option<String>,
 }
 
-/// Where the content of some blocks is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
-    /// The blocks.
-    pub(crate) extent: Extent,
-    /// Where.
-    pub(crate) place: PiecePlace,
-}
-
-/// See [`Piece`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum PiecePlace {
-    /// In a frame; the first block's place within its content.
-    Frame { segment: u64, entry: Entry, run: Run, content_block: u32 },
-    /// Behind damage.
-    Damaged(String),
-    /// Nowhere: never sent.
-    NotCovered,
-}
-
 /// Points whose reading needs what a damage took.
 pub(crate) type Reach = (Epoch, Option<Epoch>);
 
@@ -98,27 +78,27 @@ pub(crate) struct WalkedSegment {
     pub(crate) bytes: u64,
 }
 
-enum SegmentIndex<'a> {
+pub(super) enum SegmentIndex<'a> {
     Open(RwLockReadGuard<'a, OpenIndex>, u64),
     Sealed(Arc<Summary>, SealedSegment),
 }
 
 impl SegmentIndex<'_> {
-    fn runs(&self) -> &[Run] {
+    pub(super) fn runs(&self) -> &[Run] {
         match self {
             Self::Open(index, _) => &index.runs,
             Self::Sealed(summary, _) => &summary.runs,
         }
     }
 
-    fn lost(&self) -> &[Lost] {
+    pub(super) fn lost(&self) -> &[Lost] {
         match self {
             Self::Open(index, _) => &index.lost,
             Self::Sealed(summary, _) => &summary.lost,
         }
     }
 
-    fn commits(&self) -> &[CommitEntry] {
+    pub(super) fn commits(&self) -> &[CommitEntry] {
         match self {
             Self::Open(index, limit) => {
                 let shown = index.commits.partition_point(|commit| commit.offset < *limit);
@@ -325,113 +305,6 @@ impl GroupView {
         super::reach::reach(self, damage)
     }
 
-    /// Where the content of `extent` of a volume is at the point of `commit`: pieces in block order that cover it.
-    pub(crate) fn resolve(
-        &self,
-        commit: &CommitEntry,
-        slot: VolumeSlot,
-        extent: Extent,
-    ) -> Result<Vec<Piece>, JournalError> {
-        let mut canvas = Canvas::new(extent);
-        let newest = self.segment_of(commit.head.epoch).unwrap_or(self.facts.manifest.open);
-        let sealed = self.facts.manifest.sealed.iter().map(|segment| segment.number);
-        let older = sealed.chain([self.facts.manifest.open]).rev().skip_while(|number| *number > newest);
-        for number in older {
-            if canvas.is_full() {
-                break;
-            }
-            if let Err(error) = self.paint(&mut canvas, number, number == newest, commit, slot, extent) {
-                match error {
-                    JournalError::Io { .. } | JournalError::Damaged(_) => {
-                        canvas.paint(extent, |_| PiecePlace::Damaged(format!("segment {number}: {error}")));
-                    }
-                    other => return Err(other),
-                }
-            }
-        }
-        Ok(canvas.finish())
-    }
-
-    fn paint(
-        &self,
-        canvas: &mut Canvas,
-        number: u64,
-        is_newest: bool,
-        commit: &CommitEntry,
-        slot: VolumeSlot,
-        extent: Extent,
-    ) -> Result<(), JournalError> {
-        let index = self.index(number)?;
-        let mut entries = Vec::new();
-        match &index {
-            SegmentIndex::Open(open, limit) => {
-                open.candidates(slot, extent, &mut entries);
-                entries.retain(|entry| entry.frame_offset < *limit);
-            }
-            SegmentIndex::Sealed(summary, sealed) if summary.touches(slot, extent) => {
-                self.shelf().tables(sealed)?.candidates(slot, extent, &mut entries);
-            }
-            SegmentIndex::Sealed(..) => {}
-        }
-        let lost = index.lost().iter().filter(|lost| !is_newest || lost.offset < commit.offset);
-        let mut layers: Vec<(u64, Option<Entry>, Option<u32>)> = entries
-            .into_iter()
-            .map(|entry| (entry.frame_offset, Some(entry), Some(entry.run)))
-            .chain(lost.map(|lost| (lost.offset, None, lost.run)))
-            .collect();
-        layers.sort_unstable_by_key(|(offset, ..)| std::cmp::Reverse(*offset));
-        // The end of a run may be told by a later segment: the lock of the open one is not held while that is looked up.
-        let runs = index.runs().to_vec();
-        drop(index);
-        for (offset, entry, run) in layers {
-            let run = run.map(|at| runs.get(at as usize).copied().map(|run| (at, run)));
-            match (entry, run) {
-                (_, Some(None)) => {
-                    return Err(JournalError::Damaged(format!("an entry of segment {number} has no run")));
-                }
-                (_, Some(Some((at, run)))) if !self.includes(number, at, &run, &runs, commit.head.epoch)? => {}
-                (Some(entry), Some(Some((_, run)))) => canvas.paint(entry.extent, |start| {
-                    let content_block = entry.content_block + (start - entry.extent.start.0);
-                    PiecePlace::Frame { segment: number, entry, run, content_block }
-                }),
-                _ => canvas.paint(extent, |_| {
-                    PiecePlace::Damaged(format!("segment {number} is damaged at offset {offset}: any block may be hit"))
-                }),
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the frames of a run are part of point `at`.
-    fn includes(&self, segment: u64, index: u32, run: &Run, runs: &[Run], at: Epoch) -> Result<bool, JournalError> {
-        if run.epoch > at {
-            return Ok(false);
-        }
-        match run.end {
-            RunEnd::Commit => Ok(true),
-            RunEnd::Abandoned => Ok(false),
-            RunEnd::Part => Ok(self.commit(run.epoch)?.is_some_and(|commit| commit.generation == run.generation)),
-            RunEnd::Open if index as usize + 1 < runs.len() => Ok(false),
-            RunEnd::Open => self.includes_later(segment, run, at),
-        }
-    }
-
-    /// The same for a run that had no end when its segment was sealed: the next segment with any frames tells.
-    fn includes_later(&self, segment: u64, run: &Run, at: Epoch) -> Result<bool, JournalError> {
-        let sealed = self.facts.manifest.sealed.iter().map(|segment| segment.number);
-        for number in sealed.chain([self.facts.manifest.open]).filter(|number| *number > segment) {
-            let runs = self.index(number)?.runs().to_vec();
-            let Some(first) = runs.first() else { continue };
-            if !first.continued || first.attempt != run.attempt {
-                return Ok(false);
-            }
-            if first.end != RunEnd::Open || runs.len() > 1 {
-                return self.includes(number, 0, first, &runs, at);
-            }
-        }
-        Ok(false)
-    }
-
     /// Points that need what each damage took.
     fn reaches(&self) -> Vec<(Reach, &Damage)> {
         let damages = self.facts.manifest.damages.iter();
@@ -452,7 +325,7 @@ impl GroupView {
         let mut included = Vec::new();
         for entry in entries {
             if let Some(run) = runs.get(entry.run as usize)
-                && self.includes(segment, entry.run, run, &runs, Epoch(u64::MAX))?
+                && self.includes(segment, run, entry.run as usize + 1 == runs.len(), Epoch(u64::MAX))?
             {
                 included.push((run.epoch, entry));
             }
@@ -467,7 +340,7 @@ impl GroupView {
         sealed.chain([self.facts.manifest.open]).filter(move |number| *number >= first)
     }
 
-    fn index(&self, number: u64) -> Result<SegmentIndex<'_>, JournalError> {
+    pub(super) fn index(&self, number: u64) -> Result<SegmentIndex<'_>, JournalError> {
         let sealed = &self.facts.manifest.sealed;
         if let Ok(at) = sealed.binary_search_by_key(&number, |segment| segment.number) {
             return Ok(SegmentIndex::Sealed(self.shelf().summary(&sealed[at])?, sealed[at]));
@@ -482,7 +355,7 @@ impl GroupView {
     }
 
     /// The segment that has the commit of `epoch`, if any has.
-    fn segment_of(&self, epoch: Epoch) -> Option<u64> {
+    pub(super) fn segment_of(&self, epoch: Epoch) -> Option<u64> {
         let sealed = self.facts.manifest.sealed.iter();
         let ranges = sealed.filter_map(|segment| Some((segment.points?, segment.number)));
         let mut newer = ranges.skip_while(|(points, _)| points.last < epoch);
@@ -522,50 +395,4 @@ impl GroupView {
             damaged: damaged.or_else(|| record.is_none().then(lost)),
         }
     }
-}
-
-/// Blocks that are given a place from the newest frame to the oldest: what has one keeps it.
-struct Canvas {
-    free: Vec<(u64, u64)>,
-    pieces: Vec<Piece>,
-}
-
-impl Canvas {
-    fn new(extent: Extent) -> Self {
-        Self { free: vec![(u64::from(extent.start.0), extent.end())], pieces: Vec::new() }
-    }
-
-    const fn is_full(&self) -> bool {
-        self.free.is_empty()
-    }
-
-    fn paint(&mut self, extent: Extent, place: impl Fn(u32) -> PiecePlace) {
-        let (start, end) = (u64::from(extent.start.0), extent.end());
-        let first = self.free.partition_point(|(_, free_end)| *free_end <= start);
-        let last = self.free.partition_point(|(free_start, _)| *free_start < end);
-        if first >= last {
-            return;
-        }
-        let mut left = Vec::new();
-        for &(free_start, free_end) in &self.free[first..last] {
-            let (from, to) = (free_start.max(start), free_end.min(end));
-            let painted = to_extent(from, to);
-            self.pieces.push(Piece { extent: painted, place: place(painted.start.0) });
-            left.extend([(free_start, from), (to, free_end)].into_iter().filter(|(from, to)| from < to));
-        }
-        self.free.splice(first..last, left);
-    }
-
-    fn finish(mut self) -> Vec<Piece> {
-        for (from, to) in std::mem::take(&mut self.free) {
-            self.pieces.push(Piece { extent: to_extent(from, to), place: PiecePlace::NotCovered });
-        }
-        self.pieces.sort_unstable_by_key(|piece| piece.extent);
-        self.pieces
-    }
-}
-
-fn to_extent(from: u64, to: u64) -> Extent {
-    let start = cdp_protocol::units::Block(from as u32);
-    Extent::new(start, (to - from) as u32).expect("a part of an extent, not empty")
 }

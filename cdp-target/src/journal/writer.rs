@@ -257,13 +257,15 @@ impl GroupJournal {
         let offset = self.open.end();
         let mut index = self.open.index.write().unwrap_or_else(PoisonError::into_inner);
         index.follow(frame, step.clone(), offset, received, &self.place.volumes);
+        let extents = index.len();
         drop(index);
         self.open.pending.extend_from_slice(frame.bytes);
         self.open.dirty = true;
         if self.open.pending.len() >= PENDING_BYTES_MAX {
             self.write_pending()?;
         }
-        if self.open.end() - self.open.synced >= self.limits.segment_bytes_max {
+        // So that neither a segment nor its index grows without bound where an attempt has no end.
+        if self.open.end() - self.open.synced >= self.limits.segment_bytes_max || extents >= EXTENTS_MAX {
             self.sync()?;
         }
         Ok(step)
