@@ -300,13 +300,15 @@ struct Written {
 #[test]
 fn every_write_that_completes_among_many_flips_is_in_the_right_one() {
     const FLIPS: usize = 400;
+    const WRITES: usize = 2000;
     let Some(mut group) = Group::new() else { return };
     let node = group.add_device(VOLUME_BYTES);
     let mut tracker = group.open_clean(&[&node]);
-    let (begun, ended, stop) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
+    let (begun, ended, completed) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    let stop = AtomicBool::new(false);
     let mut sets = vec![RoaringBitmap::new()];
     let written = std::thread::scope(|scope| {
-        let (begun, ended, stop) = (&begun, &ended, &stop);
+        let (begun, ended, completed, stop) = (&begun, &ended, &completed, &stop);
         let node = &node;
         let write = move |seed: u64| {
             let (disk, random, mut written) = (RawDisk::open(node), SimRandom::new(seed), Vec::new());
@@ -315,11 +317,12 @@ fn every_write_that_completes_among_many_flips_is_in_the_right_one() {
                 let after = ended.load(Ordering::SeqCst);
                 disk.write(u64::from(block) * 4096, 4096, seed as u8);
                 written.push(Written { block, after, until: begun.load(Ordering::SeqCst) + 1 });
+                completed.fetch_add(1, Ordering::SeqCst);
             }
             written
         };
         let writers: Vec<_> = (0..4).map(|seed| scope.spawn(move || write(seed))).collect();
-        for _ in 0..FLIPS {
+        while sets.len() <= FLIPS || completed.load(Ordering::SeqCst) < WRITES {
             begun.fetch_add(1, Ordering::SeqCst);
             let set = tracker.flip();
             // Stopped before anything that may panic, or the scope would wait for ever.
@@ -333,13 +336,17 @@ fn every_write_that_completes_among_many_flips_is_in_the_right_one() {
         writers.into_iter().flat_map(|writer| writer.join().expect("ended")).collect::<Vec<_>>()
     });
     sets.push(tracker.flip().expect("flipped").remove(0));
-    assert!(written.len() > FLIPS, "{} writes", written.len());
     for write in &written {
         let found = sets[write.after + 1..=write.until].iter().any(|set| set.contains(write.block));
         assert!(found, "block {} after flip {} until {}", write.block, write.after, write.until);
     }
     let (report, counts) = (tracker.report(), tracker.counts().expect("counts"));
-    eprintln!("{} writes, {FLIPS} flips, {} lost completions, {counts:?}", written.len(), tracker.completions_lost());
+    eprintln!(
+        "{} writes, {} flips, {} lost completions, {counts:?}",
+        written.len(),
+        sets.len(),
+        tracker.completions_lost()
+    );
     assert_eq!((report.issued, counts.lost), (counts.issued, 0));
 }
 

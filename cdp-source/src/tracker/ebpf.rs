@@ -21,7 +21,7 @@ use cdp_protocol::limits::VOLUMES_MAX;
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{SystemRandom, array};
-use cdp_seams::storage::{Storage, StorageFile, read_all, replace};
+use cdp_seams::storage::{Storage, read_all, replace};
 use roaring::RoaringBitmap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -86,7 +86,7 @@ pub struct EbpfTracker {
     marks_lost: u64,
     completions_lost: u64,
     clock: SystemClock,
-    _lock: Box<dyn StorageFile>,
+    _lock: pins::Lock,
 }
 
 /// What was found of an earlier tracking, and what it is worth.
@@ -137,7 +137,7 @@ impl EbpfTracker {
         instance: Instance,
         devices: Vec<Device>,
         trust: Trust,
-        lock: Box<dyn StorageFile>,
+        lock: pins::Lock,
         clock: SystemClock,
     ) -> io::Result<Self> {
         let tracked = |(volume, device): (&VolumeIdentity, &Device)| TrackedVolume {

@@ -8,10 +8,11 @@ use super::TrackerError;
 use super::device::read_text;
 use super::instance;
 use cdp_protocol::units::GroupId;
-use cdp_seams::storage::{Storage, StorageFile, SystemStorage};
-use rustix::fs::Mode;
+use cdp_seams::storage::{Storage, SystemStorage};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// Where bpffs is usually mounted.
@@ -86,8 +87,20 @@ pub(super) fn is_tracker_name(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Makes a group's folder and takes its lock: held until the file is dropped, also by a kill.
-pub(super) fn lock(folder: &Path) -> Result<Box<dyn StorageFile>, TrackerError> {
+/// The lock on a group's folder: held until this is dropped or the process ends, also by a kill.
+pub(super) struct Lock(OwnedFd);
+
+impl Drop for Lock {
+    /// Unlocks instead of only closing: a child that is between its fork and its exec has the file open too.
+    fn drop(&mut self) {
+        if let Err(error) = rustix::fs::flock(&self.0, FlockOperation::Unlock) {
+            tracing::warn!(%error, "the lock of a group's tracking could not be released");
+        }
+    }
+}
+
+/// Makes a group's folder and takes its lock.
+pub(super) fn lock(folder: &Path) -> Result<Lock, TrackerError> {
     let failed = |source| TrackerError::Io { step: format!("lock {}", folder.display()), source };
     for folder in [folder.parent().unwrap_or(folder), folder] {
         match rustix::fs::mkdir(folder, Mode::RWXU) {
@@ -95,12 +108,16 @@ pub(super) fn lock(folder: &Path) -> Result<Box<dyn StorageFile>, TrackerError> 
             Err(error) => return Err(failed(error.into())),
         }
     }
-    let lock = SystemStorage.open(folder).map_err(failed)?;
-    if !lock.try_lock().map_err(failed)? {
-        let reason = "another process tracks this group".to_owned();
-        return Err(TrackerError::Unsupported { step: format!("lock {}", folder.display()), reason });
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(folder, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
+    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Lock(fd)),
+        Err(Errno::WOULDBLOCK) => {
+            let reason = "another process tracks this group".to_owned();
+            Err(TrackerError::Unsupported { step: format!("lock {}", folder.display()), reason })
+        }
+        Err(error) => Err(failed(error.into())),
     }
-    Ok(lock)
 }
 
 /// Removes every tracking of a group but the one in `kept`.
