@@ -146,3 +146,55 @@ fn a_journal_of_500_epochs_synced_in_one_go() {
         made.flip(&segment.0, random.below(segment.1.len() as u64 * 8), 10);
     }
 }
+
+#[test]
+fn without_a_sealed_segment_the_other_points_are_served_and_the_missing_ones_named() {
+    let made = Made::new(5, 6_000, 12, true);
+    for shorten in [false, true] {
+        let disk = made.disk();
+        let path = Path::new(FOLDER).join("journal/0000000000000002.seg");
+        if shorten {
+            let file = disk.open_write(&path).expect("opened");
+            file.set_len(3000).expect("cut");
+        } else {
+            disk.remove(&path).expect("removed");
+        }
+        let (journal, report) =
+            GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), made.limits).expect("opened");
+        assert_eq!(report.damages.len(), 1, "{:?}", report.damages);
+        let view = journal.view();
+        let points: Vec<_> = view.points().filter_map(Result::ok).collect();
+        let (mut whole, mut hit) = (0, 0);
+        for point in &made.points {
+            let epoch = point.head.epoch;
+            let listed = points.iter().find(|listed| listed.epoch == epoch);
+            let damaged = match image_cells(&view, epoch) {
+                Ok(cells) => !damaged_blocks(&cells, &point.cells).is_empty(),
+                Err(_) => true,
+            };
+            let named = listed.is_none_or(|listed| listed.damaged.is_some());
+            assert!(named || !damaged, "point {epoch} is hit and not named");
+            whole += u32::from(!damaged);
+            hit += u32::from(damaged);
+        }
+        assert!(whole > 0 && hit > 0, "{whole} whole, {hit} hit");
+        let verified = verify(&view, None, None, &mut |_| {}).expect("verified");
+        assert!(verified.damages.iter().any(|damage| damage.segment == 2 && !damage.points.is_empty()));
+    }
+}
+
+#[test]
+fn a_wrong_key_opens_nothing_and_verify_says_so() {
+    let made = Made::new(5, 6_000, 6, true);
+    let journal = GroupJournal::open(Arc::new(made.disk()), Path::new(FOLDER), made.limits).expect("opened").0;
+    let view = journal.view();
+    let wrong = cdp_protocol::seal::DataKey::new([9; 32]);
+    assert!(verify(&view, None, None, &mut |_| {}).expect("verified").is_clean());
+    assert!(verify(&view, Some(&key()), None, &mut |_| {}).expect("verified").is_clean());
+    let report = verify(&view, Some(&wrong), None, &mut |_| {}).expect("verified");
+    assert!(report.damages.len() as u64 > report.points);
+    let newest = made.points.last().expect("a point").head.epoch;
+    assert!(
+        verify(&view, Some(&wrong), Some(newest), &mut |_| {}).expect("verified").damages.len() <= report.damages.len()
+    );
+}

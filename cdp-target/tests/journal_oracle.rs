@@ -4,6 +4,7 @@ mod journal_support;
 
 use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot};
 use cdp_seams::storage::sim::SimStorage;
+use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
 use cdp_target::restore::point::{Content, ReadError};
 use cdp_target::verify::verify;
@@ -15,7 +16,7 @@ use journal_support::{BLOCKS, Cell, Source, check, identity, key};
 const FOLDER: &str = "/store/branch/main";
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Overlapping extents, holes, unreadable blocks, parts, abandoned attempts, generations, segments of any size.
     #[test]
@@ -113,4 +114,25 @@ fn points_are_found_by_number_time_and_label_and_marks_last() {
     let mut journal = journal;
     source.make(false, 2);
     assert!(source.send(&mut journal, 0, 1).is_err(), "frozen");
+}
+
+#[test]
+fn a_real_file_system_keeps_a_history_and_a_reader_beside_the_writer_sees_what_was_synced() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path().join("branch/main");
+    let storage: Arc<dyn Storage> = Arc::new(SystemStorage);
+    let limits = JournalLimits { segment_bytes_max: 8000 };
+    let mut journal = GroupJournal::create(Arc::clone(&storage), &folder, identity(), limits).expect("made");
+    assert!(GroupJournal::create(Arc::clone(&storage), &folder, identity(), limits).is_err(), "there is one already");
+    let mut source = Source::new(3);
+    for _ in 0..15 {
+        source.step(&mut journal).expect("a working disk");
+        let beside = Arc::new(GroupView::open(Arc::clone(&storage), &folder).expect("a view"));
+        check(&beside, &source.points[..source.acked_points], |at| at + 1 == source.acked_points);
+    }
+    source.sync(&mut journal).expect("a working disk");
+    drop(journal);
+    let (journal, report) = GroupJournal::open(storage, &folder, limits).expect("opened");
+    assert_eq!((report.torn_bytes, report.damages.len()), (0, 0));
+    check(&journal.view(), &source.points, |_| true);
 }

@@ -15,6 +15,7 @@ use cdp_protocol::record::{Meters, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::{Class, Epoch, Extent, FrameHash, Generation, Timestamp, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -89,6 +90,13 @@ pub(crate) enum PiecePlace {
 
 /// Points whose reading needs what a damage took.
 pub(crate) type Reach = (Epoch, Option<Epoch>);
+
+/// An extent or a damage of a segment, in the order they were written; with its run, where that is known, and whether that is the last one.
+struct Layer {
+    offset: u64,
+    entry: Option<Entry>,
+    run: Option<(u32, Run, bool)>,
+}
 
 /// What a walk over a segment found.
 pub(crate) struct WalkedSegment {
@@ -361,6 +369,40 @@ impl GroupView {
         slot: VolumeSlot,
         extent: Extent,
     ) -> Result<(), JournalError> {
+        let layers = self.layers(number, is_newest, commit, slot, extent)?;
+        let mut included: HashMap<u32, bool> = HashMap::new();
+        for Layer { offset, entry, run } in layers {
+            if let Some((at, run, is_last)) = &run {
+                let known = included.get(at).copied();
+                let includes = known.map_or_else(|| self.includes(number, run, *is_last, commit.head.epoch), Ok)?;
+                included.insert(*at, includes);
+                if !includes {
+                    continue;
+                }
+            }
+            match (entry, run) {
+                (Some(entry), Some((_, run, _))) => canvas.paint(entry.extent, |start| {
+                    let content_block = entry.content_block + (start - entry.extent.start.0);
+                    PiecePlace::Frame { segment: number, entry, run, content_block }
+                }),
+                _ => canvas.paint(extent, |_| {
+                    PiecePlace::Damaged(format!("segment {number} is damaged at offset {offset}: any block may be hit"))
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// What of a segment may hold blocks of `extent`, the last written first.
+    fn layers(
+        &self,
+        number: u64,
+        is_newest: bool,
+        commit: &CommitEntry,
+        slot: VolumeSlot,
+        extent: Extent,
+    ) -> Result<Vec<Layer>, JournalError> {
+        // The end of a run may be told by a later segment: the lock of the open one must not be held while that is looked up.
         let index = self.index(number)?;
         let mut entries = Vec::new();
         match &index {
@@ -373,37 +415,25 @@ impl GroupView {
             }
             SegmentIndex::Sealed(..) => {}
         }
-        let lost = index.lost().iter().filter(|lost| !is_newest || lost.offset < commit.offset);
-        let mut layers: Vec<(u64, Option<Entry>, Option<u32>)> = entries
-            .into_iter()
-            .map(|entry| (entry.frame_offset, Some(entry), Some(entry.run)))
-            .chain(lost.map(|lost| (lost.offset, None, lost.run)))
-            .collect();
-        layers.sort_unstable_by_key(|(offset, ..)| std::cmp::Reverse(*offset));
-        // The end of a run may be told by a later segment: the lock of the open one is not held while that is looked up.
-        let runs = index.runs().to_vec();
-        drop(index);
-        for (offset, entry, run) in layers {
-            let run = run.map(|at| runs.get(at as usize).copied().map(|run| (at, run)));
-            match (entry, run) {
-                (_, Some(None)) => {
-                    return Err(JournalError::Damaged(format!("an entry of segment {number} has no run")));
-                }
-                (_, Some(Some((at, run)))) if !self.includes(number, at, &run, &runs, commit.head.epoch)? => {}
-                (Some(entry), Some(Some((_, run)))) => canvas.paint(entry.extent, |start| {
-                    let content_block = entry.content_block + (start - entry.extent.start.0);
-                    PiecePlace::Frame { segment: number, entry, run, content_block }
-                }),
-                _ => canvas.paint(extent, |_| {
-                    PiecePlace::Damaged(format!("segment {number} is damaged at offset {offset}: any block may be hit"))
-                }),
-            }
+        let runs = index.runs();
+        let run_of = |at: u32| {
+            let run = runs.get(at as usize).copied();
+            let run = run.ok_or_else(|| JournalError::Damaged(format!("an entry of segment {number} has no run")))?;
+            Ok::<_, JournalError>((at, run, at as usize + 1 == runs.len()))
+        };
+        let mut layers = Vec::with_capacity(entries.len());
+        for entry in entries {
+            layers.push(Layer { offset: entry.frame_offset, entry: Some(entry), run: Some(run_of(entry.run)?) });
         }
-        Ok(())
+        for lost in index.lost().iter().filter(|lost| !is_newest || lost.offset < commit.offset) {
+            layers.push(Layer { offset: lost.offset, entry: None, run: lost.run.map(run_of).transpose()? });
+        }
+        layers.sort_unstable_by_key(|layer| std::cmp::Reverse(layer.offset));
+        Ok(layers)
     }
 
     /// Whether the frames of a run are part of point `at`.
-    fn includes(&self, segment: u64, index: u32, run: &Run, runs: &[Run], at: Epoch) -> Result<bool, JournalError> {
+    fn includes(&self, segment: u64, run: &Run, is_last: bool, at: Epoch) -> Result<bool, JournalError> {
         if run.epoch > at {
             return Ok(false);
         }
@@ -411,7 +441,7 @@ impl GroupView {
             RunEnd::Commit => Ok(true),
             RunEnd::Abandoned => Ok(false),
             RunEnd::Part => Ok(self.commit(run.epoch)?.is_some_and(|commit| commit.generation == run.generation)),
-            RunEnd::Open if index as usize + 1 < runs.len() => Ok(false),
+            RunEnd::Open if !is_last => Ok(false),
             RunEnd::Open => self.includes_later(segment, run, at),
         }
     }
@@ -420,13 +450,16 @@ impl GroupView {
     fn includes_later(&self, segment: u64, run: &Run, at: Epoch) -> Result<bool, JournalError> {
         let sealed = self.facts.manifest.sealed.iter().map(|segment| segment.number);
         for number in sealed.chain([self.facts.manifest.open]).filter(|number| *number > segment) {
-            let runs = self.index(number)?.runs().to_vec();
-            let Some(first) = runs.first() else { continue };
+            let (first, is_last) = {
+                let index = self.index(number)?;
+                (index.runs().first().copied(), index.runs().len() == 1)
+            };
+            let Some(first) = first else { continue };
             if !first.continued || first.attempt != run.attempt {
                 return Ok(false);
             }
-            if first.end != RunEnd::Open || runs.len() > 1 {
-                return self.includes(number, 0, first, &runs, at);
+            if first.end != RunEnd::Open || !is_last {
+                return self.includes(number, &first, is_last, at);
             }
         }
         Ok(false)
@@ -452,7 +485,7 @@ impl GroupView {
         let mut included = Vec::new();
         for entry in entries {
             if let Some(run) = runs.get(entry.run as usize)
-                && self.includes(segment, entry.run, run, &runs, Epoch(u64::MAX))?
+                && self.includes(segment, run, entry.run as usize + 1 == runs.len(), Epoch(u64::MAX))?
             {
                 included.push((run.epoch, entry));
             }
