@@ -116,7 +116,7 @@ fn a_device_that_changes_under_protection_stops_its_group_and_no_other() -> Resu
     let stopped = |site: &Site| -> Result<serde_json::Value> {
         wait_for("the group to say that it stopped", PATIENCE, || {
             let status = group_status(site, "main")?;
-            Ok((status["state"] == "stalled" && status["problem"].is_string()).then_some(status))
+            Ok((status["state"] == "stalled" && status["reason"].is_string()).then_some(status))
         })
     };
 
@@ -124,7 +124,7 @@ fn a_device_that_changes_under_protection_stops_its_group_and_no_other() -> Resu
     std::fs::File::options().write(true).open(device.file())?.set_len(32 * MIB)?;
     tool("losetup", &["--set-capacity", &device.node().display().to_string()])?;
     fill(device.node(), 1, 1 << 20)?;
-    eprintln!("grown: {}", stopped(&site)?["problem"]);
+    eprintln!("grown: {}", stopped(&site)?["reason"]);
     // Shrinks back to what it was: the group goes on by itself.
     std::fs::File::options().write(true).open(device.file())?.set_len(16 * MIB)?;
     tool("losetup", &["--set-capacity", &device.node().display().to_string()])?;
@@ -137,7 +137,7 @@ fn a_device_that_changes_under_protection_stops_its_group_and_no_other() -> Resu
     std::fs::write(&other, content(7, 16 << 20))?;
     tool("losetup", &["--detach", &device.node().display().to_string()])?;
     fill(steady.node(), 2, 1 << 20)?;
-    eprintln!("vanished: {}", stopped(&site)?["problem"]);
+    eprintln!("vanished: {}", stopped(&site)?["reason"]);
     wait_for("the other group to go on", PATIENCE, || Ok((steady_points(&site)? > before).then_some(())))?;
     tool("losetup", &["--direct-io=on", &device.node().display().to_string(), &other.display().to_string()])?;
     wait_for("the group to go on", PATIENCE, || {
@@ -154,7 +154,7 @@ fn a_device_that_changes_under_protection_stops_its_group_and_no_other() -> Resu
 fn group_status(site: &Site, name: &str) -> Result<serde_json::Value> {
     let document: serde_json::Value = serde_json::from_str(&site.source(&["status", "--json"])?)?;
     let groups = document["groups"].as_array().context("groups")?;
-    groups.iter().find(|group| group["name"] == name).cloned().with_context(|| format!("group {name} in {document}"))
+    groups.iter().find(|group| group["group"] == name).cloned().with_context(|| format!("group {name} in {document}"))
 }
 
 fn steady_points(site: &Site) -> Result<usize> {
@@ -234,9 +234,9 @@ fn a_full_disk_at_the_target_pushes_back_and_loses_nothing() -> Result<()> {
     fill(device.node(), 2, 48 << 20)?;
     let status = wait_for("the push back", PATIENCE, || {
         let status = site.source_status()?;
-        Ok(status["problem"].as_str().is_some_and(|problem| problem.contains("full")).then_some(status))
+        Ok(status["reason"].as_str().is_some_and(|problem| problem.contains("full")).then_some(status))
     })?;
-    eprintln!("pushed back: {}", status["problem"]);
+    eprintln!("pushed back: {}", status["reason"]);
     ensure!(site.source_daemon().is_running()? && site.target_daemon().is_running()?, "both keep running");
     ensure!(site.points()?.iter().any(|point| point.epoch == kept), "point {kept} is still there");
     std::fs::remove_file(&ballast)?;

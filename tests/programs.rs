@@ -81,7 +81,7 @@ fn both_ends_may_die_and_come_back() -> Result<()> {
         }
         cdp_tests::process::wait_for("the agent to be connected", PATIENCE, || {
             let status = site.source_status().ok();
-            Ok(status.filter(|status| status["connected"] == true))
+            Ok(status.filter(|status| status["state"] == "continuous"))
         })?;
         let after = site.point_now()?;
         ensure!(after > before, "{after} after {before}");

@@ -19,7 +19,8 @@ const ROUNDS: usize = 5;
 pub(crate) fn run(folder: &Path) -> Result<()> {
     let device = LoopDevice::new(&folder.join("cut.img"), VOLUME_BYTES)?;
     let mut tracker = attach(&device, folder)?;
-    let mut reader = reader::open(&tracker.read_targets()).context("open the volume")?;
+    let target = tracker.devices()[0].read_target();
+    let mut reader = reader::open(&[target]).context("open the volume")?;
     let clock = SystemClock::new();
     let limits = CutLimits::new(Duration::from_secs(60), 1 << 20);
     // The first flip of a new tracking gives every block; they are not what is measured.
@@ -29,7 +30,7 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
         let mut times = Vec::new();
         for round in 0..ROUNDS as u64 {
             scatter(&device, dirty, round)?;
-            let mut carry = vec![<_>::default()];
+            let mut carry = vec![<_>::default(); 1];
             match cut(&mut tracker, reader.as_mut(), &clock, &mut carry, &limits)? {
                 Cut::Captured(capture) => times.push(capture.meters.cut_us as f64 / 1e3),
                 _ => bail!("no capture of {dirty} blocks"),

@@ -57,7 +57,8 @@ fn first_copy(device: &LoopDevice, folder: &Path) -> Result<Duration> {
 fn bare_stream() -> Result<Duration> {
     let issued = rcgen::generate_simple_self_signed(vec!["localhost".into()])?;
     let certificate = issued.cert.der().clone();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(issued.signing_key.serialize_der()).map_err(anyhow::Error::msg)?;
+    let key =
+        rustls::pki_types::PrivateKeyDer::try_from(issued.signing_key.serialize_der()).map_err(anyhow::Error::msg)?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let tls = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -73,11 +74,11 @@ fn bare_stream() -> Result<Duration> {
     let client_config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
 
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let (address_to, address_from) = std::sync::mpsc::channel();
+    let (tell, told) = std::sync::mpsc::channel();
     let receiver = std::thread::spawn(move || -> Result<usize> {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(async move {
             let endpoint = quinn::Endpoint::server(server_config, any)?;
-            address_to.send(endpoint.local_addr()?)?;
+            tell.send(endpoint.local_addr()?)?;
             let connection = endpoint.accept().await.context("a connection")?.await?;
             let mut stream = connection.accept_uni().await?;
             let mut received = 0;
@@ -87,9 +88,9 @@ fn bare_stream() -> Result<Duration> {
             Ok(received)
         })
     });
-    let address = address_from.recv()?;
+    let address = told.recv()?;
     let sending = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let start = sending.block_on(async {
+    let began = sending.block_on(async {
         let mut endpoint = quinn::Endpoint::client(any)?;
         endpoint.set_default_client_config(client_config);
         let connection = endpoint.connect(address, "localhost")?.await?;
@@ -103,7 +104,7 @@ fn bare_stream() -> Result<Duration> {
         stream.stopped().await?;
         anyhow::Ok(start)
     })?;
-    let taken = start.elapsed();
+    let taken = began.elapsed();
     let received = receiver.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
     ensure!(received == BYTES, "{received} bytes arrived");
     Ok(taken)

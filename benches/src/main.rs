@@ -21,7 +21,8 @@ fn main() -> Result<()> {
         }
     }
     let runs = |name: &str| wanted.is_empty() || wanted.iter().any(|entry| entry == name);
-    let folder = tempfile::tempdir_in(std::env::var_os("CDP_BENCH_FOLDER").map_or_else(std::env::temp_dir, PathBuf::from))?;
+    let folder =
+        tempfile::tempdir_in(std::env::var_os("CDP_BENCH_FOLDER").map_or_else(std::env::temp_dir, PathBuf::from))?;
     println!("{}", machine::describe()?);
     if runs("tracker") {
         tracker::run(folder.path())?;

@@ -4,8 +4,7 @@ use crate::median;
 use anyhow::{Context, Result, ensure};
 use cdp_protocol::units::{GroupId, VolumeSlot};
 use cdp_seams::storage::SystemStorage;
-use cdp_source::tracker::pins::BPFFS;
-use cdp_source::tracker::ebpf::{self, EbpfOptions, EbpfTracker};
+use cdp_source::tracker::ebpf::{self, BPFFS, EbpfOptions, EbpfTracker};
 use cdp_tests::loop_device::LoopDevice;
 use cdp_tests::process::tool;
 use serde_json::Value;
@@ -19,7 +18,7 @@ const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 /// Attaches the tracker to a loop device.
 pub(crate) fn attach(device: &LoopDevice, folder: &Path) -> Result<EbpfTracker> {
     let volumes = vec![(VolumeSlot(0), device.node().to_owned())];
-    Ok(EbpfTracker::open(EbpfOptions::new(GROUP, volumes, folder.to_owned(), Arc::new(SystemStorage)))?)
+    Ok(EbpfTracker::open(&EbpfOptions::new(GROUP, volumes, folder.to_owned(), Arc::new(SystemStorage)))?)
 }
 
 /// Takes the tracker off again, pins and all.
@@ -62,7 +61,8 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
 }
 
 fn spread(figures: &[f64]) -> String {
-    let (low, high) = figures.iter().fold((f64::MAX, f64::MIN), |(low, high), figure| (low.min(*figure), high.max(*figure)));
+    let (low, high) =
+        figures.iter().fold((f64::MAX, f64::MIN), |(low, high), figure| (low.min(*figure), high.max(*figure)));
     format!("{low:.3} to {high:.3}")
 }
 

@@ -8,10 +8,10 @@ use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::SimStorage;
 use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
 use cdp_target::verify::verify;
+use journal_support::{ModelPoint, Source, damaged_blocks, identity, image_cells, key};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use journal_support::{ModelPoint, Source, damaged_blocks, identity, image_cells, key};
 
 const FOLDER: &str = "/store/branch/main";
 

@@ -4,10 +4,10 @@ mod journal_support;
 
 use cdp_seams::storage::sim::{Fault, SimStorage};
 use cdp_target::journal::{GroupJournal, JournalError, JournalLimits};
+use journal_support::{Source, check, identity};
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
-use journal_support::{Source, check, identity};
 
 const FOLDER: &str = "/store/branch/main";
 const LIMITS: JournalLimits = JournalLimits { segment_bytes_max: 6000 };

@@ -9,9 +9,9 @@ use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::inspect::{Description, inspect};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header};
 use cdp_target::journal::{GroupJournal, JournalLimits, Manifest};
+use journal_support::{Source, check, identity};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use journal_support::{Source, check, identity};
 
 const FOLDER: &str = "/store/branch/main";
 const LIMITS: JournalLimits = JournalLimits { segment_bytes_max: 5000 };

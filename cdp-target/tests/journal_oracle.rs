@@ -8,10 +8,10 @@ use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
 use cdp_target::restore::point::{Content, ReadError};
 use cdp_target::verify::verify;
+use journal_support::{BLOCKS, Cell, Source, check, identity, key};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 use std::path::Path;
 use std::sync::Arc;
-use journal_support::{BLOCKS, Cell, Source, check, identity, key};
 
 const FOLDER: &str = "/store/branch/main";
 

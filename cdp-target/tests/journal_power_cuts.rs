@@ -6,11 +6,11 @@ use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::{Fault, SimStorage};
 use cdp_seams::storage::{Storage, StorageFile};
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
+use journal_support::{Source, check, identity};
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use journal_support::{Source, check, identity};
 
 const FOLDER: &str = "/store/branch/main";
 

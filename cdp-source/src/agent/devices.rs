@@ -40,7 +40,7 @@ fn open(state: &StateFolder, group: &str, facts: &GroupState, volumes: &[VolumeC
         None => {
             let options = EbpfOptions::new(facts.group, paths, folder, Arc::clone(state.storage()));
             let tracker = EbpfTracker::open(&options)?;
-            let targets: Vec<ReadTarget> = tracker.devices().iter().map(target_of).collect();
+            let targets: Vec<ReadTarget> = tracker.devices().iter().map(Device::read_target).collect();
             Ok(Devices { reader: reader::open(&targets)?, tracker: Box::new(tracker) })
         }
     }
@@ -91,12 +91,7 @@ fn scan(
 
 fn scan_target(probe: &Probe) -> Result<ReadTarget> {
     if probe.is_block() {
-        return Ok(target_of(&Device::inspect(&probe.device)?));
+        return Ok(Device::inspect(&probe.device)?.read_target());
     }
     Ok(ReadTarget { node: probe.device.clone(), offset_bytes: 0, size_bytes: probe.size_bytes })
-}
-
-fn target_of(device: &Device) -> ReadTarget {
-    let target = device.read_target();
-    ReadTarget { node: target.node, offset_bytes: target.offset_bytes, size_bytes: target.size_bytes }
 }

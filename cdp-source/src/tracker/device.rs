@@ -4,6 +4,7 @@
 //! there now, by device number, never by path: a path may have come to mean another device. Does not open the device.
 
 use super::TrackerError;
+use crate::reader::ReadTarget;
 use cdp_protocol::units::{SECTOR_BYTES, Sectors, VOLUME_BYTES_MAX};
 use cdp_seams::storage::{Storage, SystemStorage};
 use serde::{Deserialize, Serialize};
@@ -45,17 +46,6 @@ pub enum DeviceKind {
     Request,
     /// Through bios: device-mapper, md, zram.
     Bio,
-}
-
-/// Where to read a volume: through the node of the whole disk, so that a mounted file system is not disturbed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReadTarget {
-    /// Node of the whole disk.
-    pub node: PathBuf,
-    /// Where the volume begins on it, in bytes.
-    pub offset_bytes: u64,
-    /// Length of the volume in bytes.
-    pub size_bytes: u64,
 }
 
 /// A block device as it was found.
