@@ -6,13 +6,19 @@ use cdp_protocol::bundle::Bundle;
 use cdp_protocol::codec::{FrameListHasher, Sealer};
 use cdp_protocol::escrow;
 use cdp_protocol::frame::{self, Encoding, Kind};
+use cdp_protocol::limits::MESSAGE_BYTES_MAX;
+use cdp_protocol::message::{self, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict};
 use cdp_protocol::record::{Begin, Commit, Meters, Predecessor, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::Step;
 use cdp_protocol::units::{
     AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, KeyId, Sequence, Timestamp, VolumeSlot,
 };
+use cdp_seams::clock::SystemClock;
+use cdp_seams::line::{Control, Line, read_packet, write_packet};
 use cdp_seams::storage::SystemStorage;
+use cdp_source::connect::{Identity, QuicConnector};
+use cdp_source::join::join;
 use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
@@ -20,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
 
 const GROUP: GroupId = GroupId([7; 16]);
 /// Blocks of the volume; its last one is there in half.
@@ -111,37 +118,47 @@ impl Store {
 }
 
 /// One epoch: 20 blocks from ten times its number, and the last block; the first epoch covers all, as holes.
-fn append(journal: &mut GroupJournal, key: &DataKey, epoch: u8) {
+fn epoch_frames(key: &DataKey, epoch: u8, predecessor: Option<Predecessor>) -> Vec<Vec<u8>> {
     let attempt = AttemptId([epoch; 16]);
     let sealer = Sealer::new(GROUP, Epoch(epoch.into()), Generation(1), attempt, key);
-    let volume = Volume { slot: VolumeSlot(0), size_bytes: SIZE_BYTES, name: "root".into() };
-    let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: vec![volume] })];
+    let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: vec![volume()] })];
     let extent = |start, count| Extent::new(Block(start), count).expect("an extent");
     if epoch == 1 {
-        let (holes, last) = (extent(30, BLOCKS - 31), extent(0, 10));
-        frames.push(sealer.bare(Encoding::Hole, VolumeSlot(0), Sequence(1), vec![last, holes]));
+        let holes = vec![extent(0, 10), extent(30, BLOCKS - 31)];
+        frames.push(sealer.bare(Encoding::Hole, VolumeSlot(0), Sequence(1), holes));
     }
     let extents = vec![extent(u32::from(epoch) * 10, 20), extent(BLOCKS - 1, 1)];
     let content = vec![epoch; 21 * BLOCK_BYTES];
     frames.push(sealer.content(VolumeSlot(0), Sequence(frames.len() as u64), extents, &content));
     let mut list = FrameListHasher::default();
-    frames.iter().for_each(|bytes| list.push(&frame::hash(bytes)));
-    let time = START_MS + i64::from(epoch) * 60_000;
+    for bytes in &frames {
+        list.push(&frame::hash(bytes));
+    }
     let commit = Commit {
-        predecessor: journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt }),
+        predecessor,
         frames: list.list(),
         parts: None,
         first_epoch: Epoch(epoch.into()),
         after_rollback_to: None,
         class: Class::Crash,
-        cut_time: Timestamp(time),
+        cut_time: Timestamp(START_MS + i64::from(epoch) * 60_000),
         meters: Meters { cut_rounds: 2, cut_us: 1500, ..Meters::default() },
         label: None,
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
-    for bytes in frames {
+    frames
+}
+
+fn volume() -> Volume {
+    Volume { slot: VolumeSlot(0), size_bytes: SIZE_BYTES, name: "root".into() }
+}
+
+fn append(journal: &mut GroupJournal, key: &DataKey, epoch: u8) {
+    let predecessor = journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt });
+    for bytes in epoch_frames(key, epoch, predecessor) {
         let frame = frame::decode(&GROUP, &bytes).expect("a frame we made");
-        let step = journal.append(&frame, Timestamp(time + 200)).expect("it follows");
+        let received = Timestamp(START_MS + i64::from(epoch) * 60_000 + 200);
+        let step = journal.append(&frame, received).expect("it follows");
         assert!(matches!(step, Step::Taken | Step::Committed(..)));
     }
     journal.sync().expect("synced");
@@ -342,6 +359,49 @@ fn what_is_asked_for_wrongly_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn a_flipped_bit_is_found_named_and_not_exported() {
+    let store = Store::new();
+    let images = store.fill();
+    assert!(store.done(&["verify", "paris/main"]).contains("nothing is wrong"));
+    let office = store.json(&["status", "--json"])["offices"][0]["id"].as_str().expect("an id").to_owned();
+    let folder = store.data().join(format!("offices/{office}/groups/{GROUP}"));
+    let manifest = store.json(&["inspect", folder.join("manifest").to_str().expect("text"), "--json"]);
+    assert_eq!((&manifest["file"], &manifest["identity"]["name"]), (&"manifest".into(), &"main".into()));
+    let segment =
+        std::fs::read_dir(folder.join("journal")).expect("listed").next().expect("one").expect("entry").path();
+    let path = segment.to_str().expect("text");
+    let described = store.json(&["inspect", path, "--json"]);
+    let frames = described["frames"].as_array().expect("frames");
+    let content = frames.iter().find(|frame| frame["blocks"] == 21 && frame["epoch"] == 2).expect("its content");
+    let offset = content["offset"].as_u64().expect("a number") + content["bytes"].as_u64().expect("a number") - 40;
+
+    let mut bytes = std::fs::read(&segment).expect("there");
+    bytes[offset as usize] ^= 1;
+    std::fs::write(&segment, bytes).expect("written");
+    let output = store.run(&["verify", "paris/main", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: verify paris/main: 1 damaged place"));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("json");
+    assert_eq!(report["damages"][0]["points"], serde_json::json!([2, 3]), "3 still needs half of it");
+    assert!(store.done(&["verify", "paris/main", "--at", "1"]).contains("nothing is wrong"));
+
+    let file = store.path("x.raw");
+    let export = ["export", "paris/main/root", "--at", "2", "--output", file.to_str().expect("text")];
+    store.refused(&export, &["--allow-damaged"]);
+    assert!(!file.exists());
+    let output = store.run(&[&export[..], &["--allow-damaged", "--json"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("bad: root offset=81920 len="), "{output:?}");
+    let mut expected = images[1].clone();
+    expected[20 * BLOCK_BYTES..40 * BLOCK_BYTES].fill(0);
+    let len = expected.len();
+    expected[len - 2048..].fill(0);
+    assert!(std::fs::read(&file).expect("exported") == expected, "all but what is damaged");
+    let store_json = store.data().join("store.json");
+    store.refused(&["inspect", store_json.to_str().expect("text")], &["neither a segment nor a manifest"]);
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_error() {
     let store = Store::new();
     store.fill();
@@ -391,6 +451,94 @@ fn one_server_serves_a_store_and_commands_work_beside_it() {
     server.end();
     assert_eq!(store.json(&["status", "--json"])["listening"], Value::Null);
     store.done(&["label", "paris/main", "1", "after"]);
+}
+
+/// A source's end of a connection, by hand.
+struct Source {
+    line: Box<dyn Line>,
+    control: Control,
+}
+
+impl Source {
+    async fn connect(bundle: &Bundle, server: &Server, state: &Path) -> Self {
+        let clock = Arc::new(SystemClock::new());
+        let text = bundle.to_text();
+        join(text.as_bytes(), Some(&server.address), Arc::new(SystemStorage), state, clock.clone())
+            .await
+            .expect("joined");
+        let identity = Identity::load(&SystemStorage, state).expect("an identity");
+        let line = QuicConnector::new(identity, clock).expect("usable").line().await.expect("admitted");
+        let control = line.open_control().await.expect("open");
+        let mut source = Self { line, control };
+        let hello = SourceMessage::Hello { version: PROTOCOL_VERSION, software: "test".into(), time: Timestamp(0) };
+        assert!(matches!(source.ask(&hello).await, TargetMessage::Welcome { .. }));
+        source
+    }
+
+    async fn ask(&mut self, message: &SourceMessage) -> TargetMessage {
+        write_packet(&mut *self.control.send, &message::encode(message)).await.expect("sent");
+        self.next().await
+    }
+
+    async fn next(&mut self) -> TargetMessage {
+        let bytes = read_packet(&mut *self.control.receive, MESSAGE_BYTES_MAX).await.expect("an answer");
+        message::decode(&bytes).expect("a message")
+    }
+}
+
+fn open_group(group: GroupId, key: &DataKey, bundle: &Bundle) -> SourceMessage {
+    SourceMessage::OpenGroup(OpenGroup {
+        group,
+        name: "main".into(),
+        generation: None,
+        acked: vec![],
+        sent: vec![],
+        envelope: escrow::seal(&group, KeyId([1; 8]), key, &bundle.escrow_public).expect("sealed"),
+        volumes: vec![volume()],
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_was_acked_is_listed_beside_the_server_and_outlives_its_kill() {
+    let store = Store::new();
+    let mut server = Server::start(&store);
+    let file = store.path("paris.bundle");
+    store.done(&["enroll", "paris", "--output", file.to_str().expect("text")]);
+    let bundle = Bundle::parse(&std::fs::read(&file).expect("written")).expect("a bundle");
+    let state = store.path("state");
+    std::fs::create_dir(&state).expect("made");
+    let mut source = Source::connect(&bundle, &server, &state).await;
+    let key = DataKey::new([3; 32]);
+    let TargetMessage::GroupOpened(opened) = source.ask(&open_group(GROUP, &key, &bundle)).await else {
+        panic!("the group is not opened");
+    };
+    assert_eq!((opened.generation, opened.verdict), (Generation(1), Verdict::New));
+    let refused = source.ask(&open_group(GroupId([8; 16]), &key, &bundle)).await;
+    assert!(matches!(refused, TargetMessage::GroupRefused { reason: RefusalReason::NameTaken, .. }), "{refused:?}");
+
+    let mut frames = source.line.open_frames().await.expect("open");
+    let bytes = [GROUP.0.to_vec(), epoch_frames(&key, 1, None).concat()].concat();
+    frames.write_all(&bytes).await.expect("sent");
+    frames.flush().await.expect("sent");
+    let acked = source.next().await;
+    assert!(matches!(acked, TargetMessage::Acked { head, .. } if head.epoch == Epoch(1)), "{acked:?}");
+
+    let group = &store.json(&["status", "--json"])["offices"][0]["groups"][0];
+    assert_eq!((&group["state"], &group["watermarks"]["acked"]), (&"connected".into(), &1.into()));
+    store.done(&["label", "paris/main", "latest", "first"]);
+    assert_eq!(store.json(&["points", "paris/main", "--json"])["points"][0]["label"], "first");
+    server.child.kill().expect("it runs");
+    server.child.wait().expect("it ends");
+    let output = store.path("first.raw");
+    store.done(&["export", "paris/main/root", "--at", "first", "--output", output.to_str().expect("text")]);
+    let mut image = vec![0; SIZE_BYTES as usize];
+    image[10 * BLOCK_BYTES..30 * BLOCK_BYTES].fill(1);
+    let len = image.len();
+    image[len - 2048..].fill(1);
+    assert!(std::fs::read(&output).expect("exported") == image, "the acked point differs");
+    let server = Server::start(&store);
+    assert_eq!(store.json(&["status", "--json"])["offices"][0]["groups"][0]["points"], 1);
+    server.end();
 }
 
 /// A loop device with a mounted file system, gone at the end.

@@ -8,11 +8,13 @@ mod enroll;
 mod export;
 mod failure;
 mod init;
+mod inspect;
 mod label;
 mod output;
 mod points;
 mod serve;
 mod status;
+mod verify;
 
 use clap::{Parser, Subcommand};
 use failure::Failure;
@@ -44,6 +46,10 @@ enum Command {
     Label(label::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
+    /// Re-reads and proves what the points stand on; exit 1 and the damaged points if anything is wrong.
+    Verify(verify::Arguments),
+    /// Shows what is in a segment or manifest, without a server.
+    Inspect(inspect::Arguments),
 }
 
 /// A server's answer to a command that failed, as the command will report it.
@@ -79,6 +85,8 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Points(arguments) => points::run(&arguments),
         Command::Label(arguments) => label::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
     }
 }
 
