@@ -223,7 +223,8 @@ fn whatever_does_not_match_makes_the_whole_volume_dirty() -> Result<()> {
 fn started_over(site: &mut Site, because: Option<&str>) -> Result<()> {
     let tracker = wait_for("the tracker's report", PATIENCE, || {
         let status = site.source_status().ok();
-        Ok(status.map(|status| status["tracker"].clone()).filter(serde_json::Value::is_object))
+        let tracker = status.map(|status| status["tracker"].clone());
+        Ok(tracker.filter(|tracker| tracker["kind"] == "ebpf"))
     })?;
     match (because, tracker["started_over"].as_str()) {
         (None, None) => Ok(()),

@@ -34,9 +34,10 @@ pub fn assert_same(device: &Path, image: &Path) -> Result<()> {
     let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
     let mut left = File::options().read(true).custom_flags(direct).open(device)?;
     let mut right = File::open(image)?;
-    let (left_len, right_len) = (left.seek(SeekFrom::End(0))?, right.metadata()?.len());
+    let (left_len, right_len) = (left.seek(SeekFrom::End(0))?, right.seek(SeekFrom::End(0))?);
     ensure!(left_len == right_len, "{} has {left_len} bytes, the image {right_len}", device.display());
     left.rewind()?;
+    right.rewind()?;
     let mut room = vec![0_u8; CHUNK + 4096];
     let start = room.as_ptr().align_offset(4096);
     let mut other = vec![0_u8; CHUNK];
