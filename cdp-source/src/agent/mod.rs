@@ -141,6 +141,7 @@ async fn start(
         });
         groups.extend(started.await.context("start a group")??);
     }
+    shared.set_ready();
     Ok((uplink, groups))
 }
 

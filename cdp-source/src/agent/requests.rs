@@ -8,7 +8,7 @@ use cdp_protocol::units::GroupId;
 use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Told once the agent has taken up the changed configuration, or why not.
 pub(super) type ReloadDone = oneshot::Sender<Result<(), String>>;
@@ -18,6 +18,8 @@ pub(super) struct Shared {
     target: String,
     uplink: Mutex<Option<Uplink>>,
     groups: Mutex<BTreeMap<String, Known>>,
+    /// Whether the groups are started: a request that comes earlier waits.
+    ready: watch::Sender<bool>,
 }
 
 struct Known {
@@ -28,7 +30,7 @@ struct Known {
 
 impl Shared {
     pub(super) fn new(target: String) -> Self {
-        Self { target, uplink: Mutex::default(), groups: Mutex::default() }
+        Self { target, uplink: Mutex::default(), groups: Mutex::default(), ready: watch::Sender::new(false) }
     }
 
     /// Makes a group known, in the place of an earlier one of its name.
@@ -41,12 +43,23 @@ impl Shared {
         *self.uplink.lock().unwrap_or_else(PoisonError::into_inner) = Some(uplink);
     }
 
+    /// All groups are started.
+    pub(super) fn set_ready(&self) {
+        self.ready.send_replace(true);
+    }
+
+    async fn until_ready(&self) {
+        // The sender of this channel is `self`, so waiting ends only with readiness.
+        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
+    }
+
     fn uplink(&self) -> Option<Uplink> {
         self.uplink.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Forgets line and groups: they are about to be started again, or to end.
     pub(super) fn clear(&self) {
+        self.ready.send_replace(false);
         *self.uplink.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.lock().clear();
     }
@@ -77,6 +90,9 @@ pub(super) fn handler(shared: Arc<Shared>, reload: mpsc::Sender<ReloadDone>) -> 
     Arc::new(move |request| {
         let (shared, reload) = (Arc::clone(&shared), reload.clone());
         Box::pin(async move {
+            if request != Request::Reload {
+                shared.until_ready().await;
+            }
             match request {
                 Request::Status => Reply::Status(status(&shared)),
                 Request::Reload => reloaded(&reload).await,
