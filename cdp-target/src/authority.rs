@@ -192,6 +192,12 @@ impl Authority {
         })
     }
 
+    /// The secret of the server's endpoint, the same after every start: it follows from the escrow key.
+    #[must_use]
+    pub fn endpoint_secret(&self) -> [u8; 32] {
+        blake3::derive_key("cdp 2026-11 endpoint secret v1", self.escrow.expose())
+    }
+
     /// The store this authority is of.
     #[must_use]
     pub fn store(&self) -> StoreId {

@@ -110,12 +110,14 @@ impl Listener {
         clock: Arc<dyn Clock>,
         limits: ListenerLimits,
     ) -> Result<Self, ListenError> {
-        let tls = {
+        let (tls, secret) = {
             let authority = authority.lock().unwrap_or_else(PoisonError::into_inner);
             let protocols = [message::ALPN, join::ALPN];
-            tls::server(authority.certificate(), authority.server().clone(), &protocols, Arc::clone(&clock))?
+            let tls = tls::server(authority.certificate(), authority.server().clone(), &protocols, Arc::clone(&clock))?;
+            (tls, authority.endpoint_secret())
         };
-        let endpoint = quic::server_endpoint(address, tls).map_err(|source| ListenError::Bind { address, source })?;
+        let endpoint =
+            quic::server_endpoint(address, tls, &secret).map_err(|source| ListenError::Bind { address, source })?;
         let shared = Shared {
             authority,
             counters: Counters::new(Arc::clone(&clock)),

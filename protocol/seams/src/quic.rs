@@ -9,11 +9,13 @@
 //! `SEND_WINDOW_BYTES` at most.
 
 use crate::line::{BoxFuture, Control, Line, ReceiveStream, SendStream};
+use aws_lc_rs::hmac;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
     TokioRuntime, TransportConfig, TransportErrorCode, ValidationTokenConfig, VarInt,
 };
+use quinn_proto::HashedConnectionIdGenerator;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -69,11 +71,13 @@ impl CloseCode {
     }
 }
 
-/// A server's endpoint on `address`.
+/// A server's endpoint on `address`. `secret` is the server's own and outlives it: with it, a restarted server tells the
+/// peers of its predecessor at once that their connections are gone (stateless reset, RFC 9000, 10.3); without it they
+/// would wait for `IDLE_TIMEOUT`.
 ///
 /// # Errors
 /// Where the socket cannot be bound, or `tls` has no cipher suite for QUIC.
-pub fn server_endpoint(address: SocketAddr, tls: rustls::ServerConfig) -> io::Result<Endpoint> {
+pub fn server_endpoint(address: SocketAddr, tls: rustls::ServerConfig, secret: &[u8; 32]) -> io::Result<Endpoint> {
     let crypto = QuicServerConfig::try_from(tls).map_err(no_suite)?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
     let mut tokens = ValidationTokenConfig::default();
@@ -85,7 +89,10 @@ pub fn server_endpoint(address: SocketAddr, tls: rustls::ServerConfig) -> io::Re
         .max_incoming(INCOMING_MAX)
         .incoming_buffer_size(INCOMING_BYTES_MAX)
         .incoming_buffer_size_total(INCOMING_BYTES_MAX_TOTAL);
-    endpoint(address, Some(config))
+    let mut shared = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, secret)));
+    let cid_key = u64::from_le_bytes(*secret.first_chunk().expect("a secret has 32 bytes"));
+    shared.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(cid_key)));
+    endpoint(address, shared, Some(config))
 }
 
 /// A client's endpoint with any free port, for servers of the address family of `server`.
@@ -100,7 +107,7 @@ pub fn client_endpoint(server: SocketAddr, tls: rustls::ClientConfig) -> io::Res
         SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
         SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
     };
-    let mut endpoint = endpoint(any, None)?;
+    let mut endpoint = endpoint(any, EndpointConfig::default(), None)?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }
@@ -183,12 +190,12 @@ fn client_transport() -> TransportConfig {
     config
 }
 
-fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
+fn endpoint(address: SocketAddr, shared: EndpointConfig, server: Option<ServerConfig>) -> io::Result<Endpoint> {
     let socket = UdpSocket::bind(address)?;
     // A wish: the kernel gives what its limits allow, and the line works with less.
     let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER_BYTES);
     let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER_BYTES);
-    Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime))
+    Endpoint::new(shared, server, socket, Arc::new(TokioRuntime))
 }
 
 fn no_suite(error: NoInitialCipherSuite) -> io::Error {
