@@ -173,6 +173,25 @@ impl Site {
     }
 }
 
+/// What the agents pinned is taken down: nobody tracks these volumes any more.
+impl Drop for Site {
+    fn drop(&mut self) {
+        self.source = None;
+        self.target = None;
+        for office in entries(&self.data.join("offices")) {
+            for group in entries(&office.join("groups")) {
+                if let Some(name) = group.file_name() {
+                    let _ = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/cdp").join(name));
+                }
+            }
+        }
+    }
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(folder).map_or_else(|_| Vec::new(), |list| list.flatten().map(|entry| entry.path()).collect())
+}
+
 fn point(entry: &Value) -> Result<Point> {
     Ok(Point {
         epoch: entry["epoch"].as_u64().context("epoch")?,

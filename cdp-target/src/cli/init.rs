@@ -20,7 +20,8 @@ pub(super) struct Arguments {
     /// Address and UDP port to listen on.
     #[arg(long, value_name = "ADDR:PORT", default_value_t = LISTEN_DEFAULT)]
     listen: SocketAddr,
-    /// Name or address by which offices reach this server; may be given more than once. Without it, this machine's name.
+    /// Name or address by which offices reach this server; may be given more than once. Without it, the
+    /// address of `--listen`, or this machine's name where that is every address.
     #[arg(long = "name", value_name = "HOST", value_parser = host)]
     names: Vec<String>,
 }
@@ -34,7 +35,7 @@ fn host(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let names = if arguments.names.is_empty() { own_names() } else { arguments.names.clone() };
+    let names = if arguments.names.is_empty() { own_names(arguments.listen) } else { arguments.names.clone() };
     let config = Config::new(arguments.listen, names);
     let folder = &arguments.data.folder;
     let storage = context::storage();
@@ -53,8 +54,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The machine's own name, where it is one.
-fn own_names() -> Vec<String> {
+/// The address it listens on; for a server that listens on all of them the machine's own name, where it has one.
+fn own_names(listen: SocketAddr) -> Vec<String> {
+    if !listen.ip().is_unspecified() {
+        return vec![listen.ip().to_string()];
+    }
     let system = rustix::system::uname();
     let name = system.nodename().to_string_lossy().into_owned();
     if is_host(&name) { vec![name] } else { Vec::new() }
