@@ -25,6 +25,12 @@ pub const CUT_SECONDS: &str = "cdp_source_cut_seconds";
 pub const CUT_ROUNDS: &str = "cdp_source_cut_rounds";
 /// Cuts in a row that did not validate.
 pub const FAILED_CUTS: &str = "cdp_source_failed_cuts";
+/// Cuts since the agent's start.
+pub const CUTS_TRIED_TOTAL: &str = "cdp_source_cuts_tried_total";
+/// Cuts since the agent's start that validated.
+pub const CUTS_VALIDATED_TOTAL: &str = "cdp_source_cuts_validated_total";
+/// Cuts since the agent's start that found nothing changed.
+pub const CUTS_UNCHANGED_TOTAL: &str = "cdp_source_cuts_unchanged_total";
 /// 1 where points are made and acked as they should be.
 pub const CONTINUOUS: &str = "cdp_source_continuous";
 /// Writes that the tracker counted.
@@ -64,7 +70,11 @@ pub fn record(status: &GroupStatus) {
     set(UNACKED_BYTES, status.unacked_bytes as f64);
     set(FAILED_CUTS, status.failed_cuts as f64);
     set(CONTINUOUS, f64::from(u8::from(status.state == GroupPhase::Continuous)));
-    counter!(ACKED_BYTES_TOTAL, "group" => group()).absolute(status.acked_bytes);
-    counter!(WRITES_TOTAL, "group" => group()).absolute(status.tracker.issued);
-    counter!(TRACKER_MISSES_TOTAL, "group" => group()).absolute(status.tracker.misses);
+    let count = |name: &'static str, total: u64| counter!(name, "group" => group()).absolute(total);
+    count(ACKED_BYTES_TOTAL, status.acked_bytes);
+    count(CUTS_TRIED_TOTAL, status.cuts_tried);
+    count(CUTS_VALIDATED_TOTAL, status.cuts_validated);
+    count(CUTS_UNCHANGED_TOTAL, status.cuts_unchanged);
+    count(WRITES_TOTAL, status.tracker.issued);
+    count(TRACKER_MISSES_TOTAL, status.tracker.misses);
 }

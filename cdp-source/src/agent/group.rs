@@ -216,12 +216,35 @@ struct Group {
     retain_at: Option<Duration>,
     told_unchanged: Option<Duration>,
     failed_cuts: u64,
+    cuts: Cuts,
     captured_epoch: Option<Epoch>,
     acked_time: Option<Timestamp>,
     unchanged_as_of: Option<Timestamp>,
     acked_bytes: u64,
     opened_at: Option<Duration>,
     last_cut: Option<CutStatus>,
+}
+
+/// Cuts since the agent's start. One that is too large is none: parts come first.
+#[derive(Clone, Copy, Default)]
+struct Cuts {
+    tried: u64,
+    validated: u64,
+    unchanged: u64,
+}
+
+impl Cuts {
+    fn count(&mut self, cut: &Cut) {
+        let (tried, validated, unchanged) = match cut {
+            Cut::Captured(_) => (1, 1, 0),
+            Cut::Unchanged { .. } => (1, 1, 1),
+            Cut::NotValidated => (1, 0, 0),
+            Cut::TooLarge => (0, 0, 0),
+        };
+        self.tried += tried;
+        self.validated += validated;
+        self.unchanged += unchanged;
+    }
 }
 
 /// Where the group stands with the target.
@@ -272,6 +295,7 @@ impl Group {
             retain_at: None,
             told_unchanged: None,
             failed_cuts: 0,
+            cuts: Cuts::default(),
             captured_epoch: None,
             acked_time: None,
             unchanged_as_of: None,
@@ -387,6 +411,7 @@ impl Group {
         let clock = Arc::clone(&self.setup.clock);
         let cut =
             cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
+        self.cuts.count(&cut);
         match cut {
             Cut::Captured(capture) if is_all_unreadable(&capture) => {
                 let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
@@ -693,6 +718,9 @@ impl Group {
         status.estimate_s = self.estimate_s();
         status.last_cut = self.last_cut;
         status.failed_cuts = self.failed_cuts;
+        status.cuts_tried = self.cuts.tried;
+        status.cuts_validated = self.cuts.validated;
+        status.cuts_unchanged = self.cuts.unchanged;
         if let Some(devices) = &self.devices {
             status.tracker = devices.tracker.report().into();
         }

@@ -95,6 +95,12 @@ pub struct GroupStatus {
     pub last_cut: Option<CutStatus>,
     /// Cuts that did not validate since the last one that did.
     pub failed_cuts: u64,
+    /// Cuts since the agent's start; those that were found to be too large, and so became parts, are none.
+    pub cuts_tried: u64,
+    /// Those of them that validated, whether anything had changed or not.
+    pub cuts_validated: u64,
+    /// Those of them that found nothing changed.
+    pub cuts_unchanged: u64,
     /// What the tracker says of itself.
     pub tracker: TrackerStatus,
 }
