@@ -35,7 +35,7 @@ fn bytes_of(disk: &SimStorage, path: &str) -> Vec<u8> {
 }
 
 fn fixtures() -> [(PathBuf, &'static str); 3] {
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata");
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata");
     [
         (data.join("segment/1/sealed.seg"), "journal/0000000000000001.seg"),
         (data.join("segment/1/open.seg"), ""),

@@ -1,3 +1,5 @@
+//! The machine of `session::source`, step by step.
+
 use super::*;
 use crate::codec::FrameListHasher;
 use crate::message::Resume;

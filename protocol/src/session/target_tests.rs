@@ -1,3 +1,5 @@
+//! The machine of `session::target`, step by step.
+
 use super::*;
 use crate::escrow::Envelope;
 use crate::message::encode;
