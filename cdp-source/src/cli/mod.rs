@@ -170,5 +170,9 @@ fn absolute(path: PathBuf) -> PathBuf {
 fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("CDP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
 }

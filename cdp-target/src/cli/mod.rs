@@ -118,5 +118,10 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn start_log(serves: bool) {
     let default = if serves { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("CDP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
 }
