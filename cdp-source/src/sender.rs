@@ -12,7 +12,7 @@ pub use status::{LinkSnapshot, LinkStatus};
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,8 +29,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-/// For the transport's handshake, and for the answer to the hello.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the answer to the hello. How long a connection may take to be made is the connector's to say: it knows how many
+/// addresses there are to be tried.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two asks for a sign of life.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// Without a message, three of those.
@@ -39,6 +40,8 @@ const SILENCE_TIMEOUT: Duration = Duration::from_secs(45);
 const BACKOFF_MIN: Duration = Duration::from_secs(1);
 /// Between two tries at most.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// A connection that lasted so long was a good one, even where nothing was acked on it.
+const LASTED: Duration = Duration::from_secs(60);
 /// Messages waiting for the line: an opening and a few words for each of 64 groups.
 const CONTROL_MESSAGES: usize = 256;
 /// Answers waiting for a group: its 8 acks under way, the acks of its parts, and a few more.
@@ -46,7 +49,7 @@ const GROUP_MESSAGES: usize = 256;
 
 /// Makes connections to the target.
 pub trait Connector: Send + Sync {
-    /// One try.
+    /// One try, which comes to an end by itself.
     fn connect(&self) -> BoxFuture<'_, Result<Box<dyn Line>, ConnectError>>;
 }
 
@@ -106,6 +109,8 @@ struct Shared {
     groups: Mutex<HashMap<GroupId, mpsc::Sender<(u64, TargetMessage)>>>,
     requests: Mutex<HashMap<u64, oneshot::Sender<PointsPage>>>,
     numbers: AtomicU64,
+    /// Something was acked on this connection.
+    acked: AtomicBool,
 }
 
 /// A connection that was welcomed.
@@ -134,6 +139,7 @@ impl Sender {
             groups: Mutex::default(),
             requests: Mutex::default(),
             numbers: AtomicU64::new(1),
+            acked: AtomicBool::new(false),
         });
         let task = runtime.spawn(shared.clone().run());
         Self { shared, runtime: runtime.clone(), task }
@@ -188,8 +194,14 @@ impl Shared {
         loop {
             let error = match self.connect().await {
                 Ok((up, control, outgoing)) => {
-                    backoff = BACKOFF_MIN;
-                    self.serve(up, control, outgoing).await
+                    let since = self.clock.monotonic();
+                    let error = self.serve(up, control, outgoing).await;
+                    // Not where it is welcomed only to be thrown out: a frame that is refused is refused each time.
+                    let acked = self.acked.swap(false, Ordering::Relaxed);
+                    if acked || self.clock.monotonic().saturating_sub(since) >= LASTED {
+                        backoff = BACKOFF_MIN;
+                    }
+                    error
                 }
                 Err(error) => error,
             };
@@ -203,8 +215,7 @@ impl Shared {
 
     /// Connects and says hello.
     async fn connect(&self) -> Result<(Up, Control, mpsc::Receiver<SourceMessage>), ConnectError> {
-        let connected = timeout(CONNECT_TIMEOUT, self.connector.connect()).await;
-        let line: Arc<dyn Line> = connected.map_err(|_| ConnectError::Timeout(CONNECT_TIMEOUT))??.into();
+        let line: Arc<dyn Line> = self.connector.connect().await?.into();
         let software = format!("cdp-source {}", env!("CARGO_PKG_VERSION"));
         let hello = SourceMessage::Hello { version: PROTOCOL_VERSION, software, time: Timestamp(self.clock.wall_ms()) };
         let greeting = async {
@@ -213,7 +224,7 @@ impl Shared {
             let bytes = read_packet(&mut *control.receive, MESSAGE_BYTES_MAX).await?;
             Ok::<_, ConnectError>((control, message::decode(&bytes)?))
         };
-        let greeted = timeout(CONNECT_TIMEOUT, greeting).await.map_err(|_| ConnectError::Timeout(CONNECT_TIMEOUT))?;
+        let greeted = timeout(HELLO_TIMEOUT, greeting).await.map_err(|_| ConnectError::Timeout(HELLO_TIMEOUT))?;
         match greeted? {
             (control, TargetMessage::Welcome { software, .. }) => {
                 info!(software, "connected to the target");
@@ -278,6 +289,9 @@ impl Shared {
             | TargetMessage::PartAcked { group, .. }
             | TargetMessage::Busy { group, .. } => group,
         };
+        if matches!(message, TargetMessage::Acked { .. } | TargetMessage::PartAcked { .. }) {
+            self.acked.store(true, Ordering::Relaxed);
+        }
         let groups = lock(&self.groups);
         let inbound =
             groups.get(&group).ok_or(ConnectError::Ended("the target speaks of a group it was not asked for"))?;

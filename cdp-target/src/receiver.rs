@@ -129,6 +129,7 @@ impl Receiver {
             pending: Vec::new(),
             unsynced_bytes: 0,
             reopened: false,
+            full: false,
         };
         let name = format!("group-{}", &group.to_string()[..8]);
         let spawned = std::thread::Builder::new().name(name).spawn(move || state.run(queue));

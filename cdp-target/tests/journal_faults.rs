@@ -36,9 +36,9 @@ fn run(call: u64, fault: Fault, cut_after: bool) -> bool {
     };
     let worked = work(&mut journal, &mut source);
     if let (Err(error), Fault::Error(ErrorKind::StorageFull)) = (&worked, fault) {
-        let full = error.is_full() || matches!(error, JournalError::Poisoned(_));
+        let full = error.is_full() || matches!(error, JournalError::Poisoned { .. });
         assert!(full, "call {call}: {error}");
-        assert!(matches!(journal.sync(), Err(JournalError::Poisoned(_))), "no sync is tried twice");
+        assert!(matches!(journal.sync(), Err(JournalError::Poisoned { .. })), "no sync is tried twice");
     }
     drop(journal);
     if cut_after {

@@ -46,10 +46,21 @@ impl LoopDevice {
         Ok(node)
     }
 
+    /// Takes the file away, and waits until it is gone: nobody may hold the device open.
+    pub fn detach(&self) -> Result<()> {
+        let node = self.node.to_str().context("a path of text")?;
+        tool("losetup", &["--detach", node])?;
+        wait_for("the device to be free", Duration::from_secs(10), || {
+            Ok(tool("losetup", &[node]).is_err().then_some(()))
+        })
+    }
+
     /// Puts another file behind the same device node.
     pub fn reattach(&mut self, file: &Path) -> Result<()> {
         let node = self.node.to_str().context("a path of text")?;
-        tool("losetup", &["--detach", node])?;
+        if tool("losetup", &[node]).is_ok() {
+            self.detach()?;
+        }
         let file_text = file.to_str().context("a path of text")?;
         wait_for("the device to be free", Duration::from_secs(10), || {
             Ok(tool("losetup", &["--partscan", "--direct-io=on", node, file_text]).ok())

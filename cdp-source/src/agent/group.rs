@@ -207,6 +207,9 @@ struct Group {
     trouble: Option<String>,
     /// Why the target takes nothing.
     refused: Option<String>,
+    /// Why the target took nothing when it was asked last. It stands until something is acked: a target that takes the
+    /// group up again may have no more room than before.
+    put_off: Option<String>,
     /// Why everything is captured again.
     rescan: Option<String>,
     /// Whether the tracker was flipped before parts are read.
@@ -288,6 +291,7 @@ impl Group {
             awaited: Vec::new(),
             trouble: None,
             refused: None,
+            put_off: None,
             rescan: None,
             primed: false,
             next_cut: Duration::ZERO,
@@ -475,6 +479,7 @@ impl Group {
             return self.captured(capture);
         }
         let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked()) else { return };
+        self.put_off = None;
         self.unchanged_as_of = Some(as_of);
         let now = self.setup.clock.monotonic();
         if self.told_unchanged.is_none_or(|told| now >= told + UNCHANGED_EVERY) {
@@ -532,19 +537,19 @@ impl Group {
             }
             SourceEvent::Acked(head) => self.acked(head),
             SourceEvent::PartAcked { attempt, .. } => {
+                self.put_off = None;
                 if let Some(part) = self.ledger.part_acked(attempt) {
                     self.acked_bytes += part.bytes;
                     self.retain_soon();
                 }
             }
             SourceEvent::Busy { reason, retry_after_ms } => {
-                tracing::warn!(
-                    group = self.setup.facts.name,
-                    reason,
-                    retry_after_ms,
-                    "the target takes nothing for now"
-                );
-                self.refused = Some(format!("the target takes nothing for now: {reason}"));
+                let text = format!("the target takes nothing for now: {reason}");
+                if self.put_off.as_ref() != Some(&text) {
+                    tracing::warn!(group = self.setup.facts.name, retry_after_ms, reason = text, "pushed back");
+                }
+                self.refused = Some(text.clone());
+                self.put_off = Some(text);
             }
             SourceEvent::Refused(reason) => {
                 let text = refusal(&reason);
@@ -609,6 +614,7 @@ impl Group {
     }
 
     fn acked(&mut self, head: Head) {
+        self.put_off = None;
         self.memo.acked(head);
         self.keep_memo();
         if let Some(point) = self.ledger.acked(head.epoch) {
@@ -740,6 +746,8 @@ impl Group {
             (GroupPhase::Stalled, Some(reason.clone()))
         } else if self.open.is_none() || !self.link.is_connected() {
             (GroupPhase::Disconnected, None)
+        } else if let Some(reason) = &self.put_off {
+            (GroupPhase::Stalled, Some(reason.clone()))
         } else if many_failed {
             (GroupPhase::Stalled, Some(format!("{} cuts in a row did not validate", self.failed_cuts)))
         } else if let Some(reason) = &self.rescan {

@@ -110,8 +110,13 @@ pub enum JournalError {
     #[error("a synced record does not come from a source")]
     NotFromASource,
     /// An earlier write or sync failed: the journal has to be opened anew before anything is taken.
-    #[error("the journal stopped after a failure ({0}); it has to be opened anew")]
-    Poisoned(String),
+    #[error("the journal stopped after a failure ({cause}); it has to be opened anew")]
+    Poisoned {
+        /// What failed.
+        cause: String,
+        /// Whether that was for want of room.
+        full: bool,
+    },
     /// Nothing is taken: a person has to decide.
     #[error("the group is frozen: {0}")]
     Frozen(String),
@@ -141,9 +146,9 @@ impl JournalError {
         }
     }
 
-    /// Whether the storage was full.
+    /// Whether the storage is full, or was when the journal stopped.
     #[must_use]
     pub const fn is_full(&self) -> bool {
-        matches!(self, Self::Full { .. })
+        matches!(self, Self::Full { .. } | Self::Poisoned { full: true, .. })
     }
 }

@@ -33,8 +33,8 @@ pub struct GroupJournal {
     pub(super) open: OpenSegment,
     pub(super) caches: Arc<Caches>,
     pub(super) view: Arc<GroupView>,
-    /// What failed, once something did.
-    pub(super) poisoned: Option<String>,
+    /// What failed, once something did, and whether for want of room.
+    pub(super) poisoned: Option<(String, bool)>,
 }
 
 /// The segment that is appended to.
@@ -372,14 +372,14 @@ impl GroupJournal {
 
     fn check(&self) -> Result<(), JournalError> {
         match &self.poisoned {
-            Some(cause) => Err(JournalError::Poisoned(cause.clone())),
+            Some((cause, full)) => Err(JournalError::Poisoned { cause: cause.clone(), full: *full }),
             None => Ok(()),
         }
     }
 
     fn latch<T>(&mut self, result: Result<T, JournalError>) -> Result<T, JournalError> {
         if let Err(error) = &result {
-            self.poisoned.get_or_insert_with(|| error.to_string());
+            self.poisoned.get_or_insert_with(|| (error.to_string(), error.is_full()));
         }
         result
     }

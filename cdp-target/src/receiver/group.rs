@@ -22,6 +22,8 @@ use super::store_api::{GroupStore, GroupWriter, StoreError};
 const SYNC_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Points on one page: 256 of at most 200 bytes fit a message of 64 KiB.
 const PAGE_POINTS: usize = 256;
+/// What a source is told where there is no room.
+const FULL: &str = "its disk is full";
 /// How long a source waits where the target has no room.
 const FULL_RETRY_MS: u32 = 5_000;
 /// How long a source waits where the writer was opened anew.
@@ -97,6 +99,8 @@ pub(super) struct GroupThread {
     pub(super) unsynced_bytes: u64,
     /// The writer was opened anew and has not synced since.
     pub(super) reopened: bool,
+    /// There was no room, and nothing was acked since.
+    pub(super) full: bool,
 }
 
 impl GroupThread {
@@ -164,7 +168,11 @@ impl GroupThread {
             Ok(None) => return,
             Ok(Some(reason)) => TargetMessage::GroupRefused { group, reason },
             Err(StoreError::NameTaken) => TargetMessage::GroupRefused { group, reason: RefusalReason::NameTaken },
-            Err(StoreError::Full(reason)) => TargetMessage::Busy { group, reason, retry_after_ms: FULL_RETRY_MS },
+            Err(StoreError::Full(reason)) => {
+                self.writer = None;
+                self.note_full(&reason);
+                TargetMessage::Busy { group, reason: FULL.to_owned(), retry_after_ms: FULL_RETRY_MS }
+            }
             Err(error) => {
                 self.writer = None;
                 let reason = text(&error);
@@ -233,8 +241,10 @@ impl GroupThread {
             live.generation = generation;
             live.acked = head.map(|(head, _)| head.epoch);
             live.journaled = live.acked;
-            live.trouble = None;
         });
+        if !self.full {
+            self.live(|live| live.trouble = None);
+        }
     }
 
     fn frame(&mut self, bytes: &[u8]) {
@@ -252,11 +262,6 @@ impl GroupThread {
                 self.taken(place, &step, received, bytes.len() as u64);
             }
             Ok(Err(StoreError::Chain(error))) => self.end_connection(&text(&StoreError::Chain(error))),
-            Ok(Err(StoreError::Full(reason))) => {
-                // What was appended before can still be made durable, and acked.
-                self.sync();
-                self.put_off(reason, FULL_RETRY_MS);
-            }
             Ok(Err(error)) => self.failed(&error),
         }
     }
@@ -286,14 +291,27 @@ impl GroupThread {
 
     /// Makes durable what was appended, then acks it.
     fn sync(&mut self) {
-        let Some(writer) = self.writer.as_deref_mut().filter(|_| self.unsynced_bytes > 0) else { return };
+        if let Err(error) = self.try_sync() {
+            self.failed(&error);
+        }
+    }
+
+    fn try_sync(&mut self) -> Result<(), StoreError> {
+        let Some(writer) = self.writer.as_deref_mut().filter(|_| self.unsynced_bytes > 0) else { return Ok(()) };
         let result = writer.sync();
         self.unsynced_bytes = 0;
         let acks = std::mem::take(&mut self.pending);
-        if let Err(error) = result {
-            return self.failed(&error);
-        }
+        result?;
         self.reopened = false;
+        if !acks.is_empty() && std::mem::take(&mut self.full) {
+            info!(office = self.office, group = %self.group, "there is room again");
+            self.live(|live| live.trouble = None);
+        }
+        self.send_acks(acks);
+        Ok(())
+    }
+
+    fn send_acks(&self, acks: Vec<TargetMessage>) {
         let now = self.now();
         for ack in acks {
             if let TargetMessage::Acked { head, .. } = &ack {
@@ -308,6 +326,9 @@ impl GroupThread {
     /// The writer cannot be trusted: nothing that waits for a sync is acked. Opened anew once; the source comes back and
     /// sends what is missing. Where that does not help, the group stops until a source opens it again.
     fn failed(&mut self, error: &StoreError) {
+        if let StoreError::Full(reason) = error {
+            return self.no_room(reason);
+        }
         error!(office = self.office, group = %self.group, reason = text(error), "the group's journal failed");
         self.writer = None;
         self.pending.clear();
@@ -316,8 +337,25 @@ impl GroupThread {
         self.reopened = true;
         match again {
             Some(Ok(())) => self.put_off("the journal was opened anew after a failure".to_owned(), REOPENED_RETRY_MS),
+            Some(Err(StoreError::Full(reason))) => self.no_room(&reason),
             Some(Err(reopening)) => self.refuse(&text(&reopening)),
             None => self.refuse(&text(error)),
+        }
+    }
+
+    /// There is no room: the source is told to come again. The writer is opened anew then, whatever it still holds.
+    fn no_room(&mut self, reason: &str) {
+        // What was appended before may yet become durable, and is acked then; else the source sends it again.
+        let _ = self.try_sync();
+        self.writer = None;
+        self.note_full(reason);
+        self.put_off(FULL.to_owned(), FULL_RETRY_MS);
+    }
+
+    /// Says so once, however often the source tries.
+    fn note_full(&mut self, reason: &str) {
+        if !std::mem::replace(&mut self.full, true) {
+            error!(office = self.office, group = %self.group, reason, "the disk is full: the group takes nothing");
         }
     }
 

@@ -48,7 +48,8 @@ pub trait GroupWriter: Send {
     /// Appends a frame that follows, or says that it is there already. Not durable.
     ///
     /// # Errors
-    /// `Chain` or `Full`: nothing changed. `Failed`: the writer is to be dropped.
+    /// `Chain`: nothing changed. `Full` and `Failed`: the writer is to be dropped; after `Full` one last sync may yet make
+    /// durable what was appended before.
     fn append(&mut self, frame: &cdp_protocol::frame::Frame<'_>, received: Timestamp) -> Result<Step, StoreError>;
 
     /// Makes all that was appended durable, and its points visible.
