@@ -22,7 +22,7 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     let target = tracker.devices()[0].read_target();
     let mut reader = reader::open(&[target]).context("open the volume")?;
     let clock = SystemClock::new();
-    let limits = CutLimits::new(Duration::from_secs(60), 1 << 20);
+    let limits = CutLimits { bound: Duration::from_secs(15), blocks_max: 1 << 20 };
     // The first flip of a new tracking gives every block; they are not what is measured.
     tracker.take_recovered();
     println!("\n| dirty blocks | cut, median of {ROUNDS}, ms | blocks a second |\n|---|---|---|");

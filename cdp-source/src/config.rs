@@ -4,12 +4,14 @@
 //! that an operator's comments stay. A slot, once written, belongs to that volume for ever; which slot is next is kept
 //! in the group's own folder (`state`), because a removed volume leaves no trace here.
 
+use crate::cut::CutLimits;
 use cdp_protocol::limits::{VOLUMES_MAX, is_name};
 use cdp_protocol::units::VolumeSlot;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 
 /// Bytes the file may have.
@@ -36,7 +38,7 @@ pub struct GroupConfig {
     /// Milliseconds from cut to cut.
     #[serde(default = "default_interval_ms")]
     pub interval_ms: u64,
-    /// Milliseconds a cut may try to validate; a quarter of the interval by default.
+    /// Milliseconds a cut may try to validate; a quarter of the interval by default, and not below 100.
     pub cut_bound_ms: Option<u64>,
     /// Bytes of blocks that one cut may hold in memory; what is more goes in parts.
     #[serde(default = "default_capture_bytes_max")]
@@ -132,7 +134,8 @@ impl GroupConfig {
     /// Milliseconds a cut may try to validate.
     #[must_use]
     pub fn cut_bound_ms(&self) -> u64 {
-        self.cut_bound_ms.unwrap_or((self.interval_ms / 4).max(1))
+        let interval = Duration::from_millis(self.interval_ms);
+        self.cut_bound_ms.unwrap_or_else(|| CutLimits::default_bound(interval).as_millis() as u64)
     }
 
     /// A group without volumes.

@@ -33,10 +33,11 @@ pub struct CutLimits {
 }
 
 impl CutLimits {
-    /// The time bound for an interval between points: a quarter of it.
+    /// The usual time bound for an interval between points: a quarter of it, and never below 100 ms. (At a short interval a
+    /// cut that takes longer than the interval delays the next one; one that gives up makes no point at all.)
     #[must_use]
-    pub fn new(interval: Duration, blocks_max: u64) -> Self {
-        Self { bound: interval / 4, blocks_max }
+    pub fn default_bound(interval: Duration) -> Duration {
+        (interval / 4).max(Duration::from_millis(100))
     }
 }
 
