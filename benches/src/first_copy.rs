@@ -75,7 +75,7 @@ fn bare_stream() -> Result<Duration> {
 
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let (tell, told) = std::sync::mpsc::channel();
-    let receiver = std::thread::spawn(move || -> Result<usize> {
+    let far_end = std::thread::spawn(move || -> Result<usize> {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(async move {
             let endpoint = quinn::Endpoint::server(server_config, any)?;
             tell.send(endpoint.local_addr()?)?;
@@ -105,7 +105,7 @@ fn bare_stream() -> Result<Duration> {
         anyhow::Ok(start)
     })?;
     let taken = began.elapsed();
-    let received = receiver.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+    let received = far_end.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
     ensure!(received == BYTES, "{received} bytes arrived");
     Ok(taken)
 }
