@@ -7,11 +7,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Path of one of the project's programs, as built beside this test.
+/// Path of one of the project's programs, as built beside this test or benchmark.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a running test has a path");
-    let profile = test.parent().and_then(|deps| deps.parent()).expect("tests are built in a profile's `deps`");
+    let own = std::env::current_exe().expect("a running program has a path");
+    let folder = own.parent().expect("a program lies in a folder");
+    let profile = if folder.ends_with("deps") { folder.parent().expect("`deps` lies in a profile") } else { folder };
     let program = profile.join(name);
     assert!(program.exists(), "{} is missing: `cargo build --workspace` makes it", program.display());
     program
