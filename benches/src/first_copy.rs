@@ -3,6 +3,7 @@
 use crate::median;
 use anyhow::{Context, Result, ensure};
 use cdp_tests::loop_device::LoopDevice;
+use cdp_tests::process::wait_for;
 use cdp_tests::site::Site;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use std::io::Write;
@@ -44,7 +45,11 @@ fn first_copy(device: &LoopDevice, folder: &Path) -> Result<Duration> {
     site.source(&["protect", &format!("data={}", device.node().display())])?;
     let start = Instant::now();
     site.start_source()?;
-    site.wait_for_points(1, Duration::from_secs(300))?;
+    // Asks the agent, which knows it at once, and not the store: reading it would take from what is measured.
+    wait_for("the first point", Duration::from_secs(300), || {
+        std::thread::park_timeout(Duration::from_millis(100));
+        Ok(site.source_status().ok().filter(|status| status["acked_epoch"].is_u64()))
+    })?;
     let taken = start.elapsed();
     site.stop_source()?;
     site.source(&["unprotect", "data"])?;
