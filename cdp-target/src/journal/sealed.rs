@@ -3,6 +3,7 @@
 //! An index that does not verify is made anew from the segment's frames, in memory; nothing is written.
 
 use super::index::{Summary, Tables};
+use super::listing::Tally;
 use super::manifest::SealedSegment;
 use super::scan::FrameScan;
 use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Place, Section};
@@ -38,6 +39,18 @@ pub(crate) struct Caches {
     summaries: Mutex<Cache<Summary>>,
     tables: Mutex<Cache<Tables>>,
     files: Mutex<Cache<Box<dyn StorageFile>>>,
+    /// Two numbers a segment: never dropped.
+    tallies: Mutex<HashMap<u64, Tally>>,
+}
+
+impl Caches {
+    pub(super) fn tally(&self, number: u64) -> Option<Tally> {
+        locked(&self.tallies).get(&number).copied()
+    }
+
+    pub(super) fn keep_tally(&self, number: u64, tally: Tally) {
+        locked(&self.tallies).insert(number, tally);
+    }
 }
 
 /// Values by segment number, the longest unused going first.
