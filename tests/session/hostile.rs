@@ -35,6 +35,7 @@ enum Act {
     UnopenedGroup,
     UnopenedStream,
     GarbageFrame,
+    OversizeFrame,
     FlippedHeader,
     FlippedPayload,
     OutOfOrder,
@@ -44,13 +45,14 @@ enum Act {
     TooManyGroups,
 }
 
-const ACTS: [(Act, &str); 13] = [
+const ACTS: [(Act, &str); 14] = [
     (Act::GarbageMessage, "does not decode"),
     (Act::OversizeMessage, "at most"),
     (Act::SecondHello, "second hello"),
     (Act::UnopenedGroup, "is not open"),
     (Act::UnopenedStream, "is not open"),
     (Act::GarbageFrame, "group"),
+    (Act::OversizeFrame, "beyond its bound"),
     (Act::FlippedHeader, "group"),
     (Act::FlippedPayload, "group"),
     (Act::OutOfOrder, "group"),
@@ -124,6 +126,11 @@ impl Peer {
             }
             Act::UnopenedStream => self.send(OTHER, &[]).await,
             Act::GarbageFrame => self.send(GROUP, &[0xff; 4096]).await,
+            Act::OversizeFrame => {
+                let header = frame::decode_header(&GROUP, &good[1]).expect("a header");
+                let header = frame::Header { payload_len: 1 << 30, content_len: 1 << 30, ..header };
+                self.send(GROUP, &frame::start(&GROUP, &header)).await;
+            }
             Act::FlippedHeader => self.send(GROUP, &flipped(&good[0], 20)).await,
             Act::FlippedPayload => self.send(GROUP, &flipped(&good[0], good[0].len() - 6)).await,
             Act::OutOfOrder => self.send(GROUP, &good[1]).await,
