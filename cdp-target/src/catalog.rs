@@ -5,12 +5,12 @@
 
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
-use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest};
+use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point};
 use crate::points::{PointInfo, PointTimes, point_time};
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::escrow::EscrowError;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::Epoch;
+use cdp_protocol::units::{Epoch, Timestamp};
 use std::sync::Arc;
 
 /// The offices and groups of a store.
@@ -202,6 +202,15 @@ impl Group {
     pub fn points(&self) -> Result<Vec<PointInfo>, JournalError> {
         points_of(&self.view)
     }
+
+    /// How many recovery points it has, and the newest: without listing them.
+    ///
+    /// # Errors
+    /// Where a segment cannot be read.
+    pub fn overview(&self) -> Result<(u64, Option<PointInfo>), JournalError> {
+        let Overview { points, newest } = self.view.overview()?;
+        Ok((points, newest.map(|(point, time)| info(point, time))))
+    }
 }
 
 /// The recovery points of a history, oldest first.
@@ -214,28 +223,32 @@ pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
         let point = point?;
         let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
         before = Some(time);
-        let rollback = point.after_rollback_to.map(|to| format!("after rollback to {to}"));
-        let unreadable = point.meters.unreadable_blocks;
-        let unreadable = (unreadable > 0).then(|| format!("{unreadable} blocks unreadable at the source"));
-        let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
-        let warnings: Vec<String> = [damaged, unreadable, rollback].into_iter().flatten().collect();
-        Ok(PointInfo {
-            epoch: point.epoch,
-            first_epoch: point.first_epoch,
-            time,
-            cut_time: point.cut_time,
-            received: point.received,
-            class: point.class,
-            label: point.label.clone(),
-            pinned: point.pinned,
-            bytes: point.bytes,
-            cut_us: point.meters.cut_us,
-            cut_rounds: point.meters.cut_rounds,
-            damaged: point.damaged,
-            warning: (!warnings.is_empty()).then(|| warnings.join("; ")),
-        })
+        Ok(info(point, time))
     });
     points.collect()
+}
+
+fn info(point: Point, time: Timestamp) -> PointInfo {
+    let rollback = point.after_rollback_to.map(|to| format!("after rollback to {to}"));
+    let unreadable = point.meters.unreadable_blocks;
+    let unreadable = (unreadable > 0).then(|| format!("{unreadable} blocks unreadable at the source"));
+    let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
+    let warnings: Vec<String> = [damaged, unreadable, rollback].into_iter().flatten().collect();
+    PointInfo {
+        epoch: point.epoch,
+        first_epoch: point.first_epoch,
+        time,
+        cut_time: point.cut_time,
+        received: point.received,
+        class: point.class,
+        label: point.label,
+        pinned: point.pinned,
+        bytes: point.bytes,
+        cut_us: point.meters.cut_us,
+        cut_rounds: point.meters.cut_rounds,
+        damaged: point.damaged,
+        warning: (!warnings.is_empty()).then(|| warnings.join("; ")),
+    }
 }
 
 /// Gives a point a label. The caller holds the store's lock.

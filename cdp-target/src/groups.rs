@@ -3,7 +3,7 @@
 //! Owns which folder a group is in, and that a name is one group's within its office. The receiver keeps one thread a
 //! group, which alone calls the writer made here; the views of what is durable are shared with whoever reports.
 
-use crate::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest};
+use crate::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point};
 use crate::receiver::{GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
@@ -196,27 +196,17 @@ impl GroupWriter for JournalWriter {
     }
 
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
-        let view = self.journal.view();
-        // From the newest back: a source asks for what is new far more often than for all.
-        let mut points = Vec::new();
-        for point in view.points().rev() {
-            let point = point.map_err(failed)?;
-            if after.is_some_and(|after| point.epoch <= after) {
-                break;
-            }
-            points.push(PointSummary {
-                epoch: point.epoch,
-                cut_time: point.cut_time,
-                class: point.class,
-                label: point.label,
-                bytes: point.bytes,
-                cut_us: point.meters.cut_us,
-                cut_rounds: point.meters.cut_rounds,
-            });
-        }
-        points.reverse();
-        points.truncate(max);
-        Ok(points)
+        let points = self.journal.view().points_after(after.unwrap_or_default(), max).map_err(failed)?;
+        let summary = |point: Point| PointSummary {
+            epoch: point.epoch,
+            cut_time: point.cut_time,
+            class: point.class,
+            label: point.label,
+            bytes: point.bytes,
+            cut_us: point.meters.cut_us,
+            cut_rounds: point.meters.cut_rounds,
+        };
+        Ok(points.into_iter().map(summary).collect())
     }
 
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {

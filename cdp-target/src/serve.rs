@@ -95,13 +95,14 @@ impl Server {
 
     async fn serve(self) -> Result<(), ServeError> {
         let mut signals = Signals::new()?;
+        // First of all: a command that finds the lock taken looks for the socket.
+        let path = self.store.socket();
+        let control = ControlSocket::bind(&path).map_err(|source| ServeError::Control { path, source })?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         let authority = Arc::new(Mutex::new(self.authority));
         let listen = self.store.config().listen;
         let listener = Listener::bind(listen, Arc::clone(&authority), Arc::clone(&clock), ListenerLimits::default())?;
         let address = listener.local_address()?;
-        let path = self.store.socket();
-        let control = ControlSocket::bind(&path).map_err(|source| ServeError::Control { path, source })?;
         let metrics_listen = self.store.config().metrics_listen;
         if let Some(address) = metrics_listen {
             metrics::start(address).map_err(|source| ServeError::Metrics { address, source })?;

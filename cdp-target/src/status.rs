@@ -182,8 +182,8 @@ fn group_status(
     used_bytes: u64,
     now: Timestamp,
 ) -> Result<GroupStatus, JournalError> {
-    let points = group.points()?;
-    let newest = points.last();
+    let (points, newest) = group.overview()?;
+    let newest = newest.as_ref();
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
     let frozen = group.view().manifest().frozen.clone();
     let (state, reason) = match (&live, frozen) {
@@ -198,7 +198,7 @@ fn group_status(
         name: group.name().to_owned(),
         state,
         reason,
-        points: points.len() as u64,
+        points,
         newest: newest.map(|point| NewestPoint {
             epoch: point.epoch,
             time: Instant(point.time).to_string(),

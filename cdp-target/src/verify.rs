@@ -106,7 +106,7 @@ fn named(view: &GroupView, damage: &FoundDamage, epochs: &[Epoch]) -> Damage {
     let hit =
         |epoch: &&Epoch| reach.is_some_and(|(first, last)| first <= **epoch && last.is_none_or(|last| **epoch <= last));
     let points = epochs.iter().filter(hit).copied().collect();
-    Damage { segment: damage.segment, offset: damage.offset, what: damage.what.clone(), points }
+    Damage { segment: damage.segment, offset: damage.offset, what: damage.describe(), points }
 }
 
 /// Checks with the key what a walk cannot.

@@ -1,5 +1,6 @@
 //! Sender and receiver over lines that break, targets that restart, disks that fill up: every epoch becomes a point once.
 
+mod hostile;
 mod memory;
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -52,8 +52,12 @@ impl MemoryStore {
     }
 
     pub(crate) fn with<T>(&self, group: GroupId, look: impl FnOnce(&mut Disk) -> T) -> T {
+        self.with_office("office", group, look)
+    }
+
+    pub(crate) fn with_office<T>(&self, office: &str, group: GroupId, look: impl FnOnce(&mut Disk) -> T) -> T {
         let mut machine = self.disks.lock().expect("disk");
-        look(machine.disks.entry(("office".into(), group)).or_default())
+        look(machine.disks.entry((office.into(), group)).or_default())
     }
 }
 

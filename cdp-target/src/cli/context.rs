@@ -4,7 +4,7 @@ use super::arguments::DataFolder;
 use super::failure::Failure;
 use crate::authority::Authority;
 use crate::control::{Reply, Request, ask};
-use crate::store::Store;
+use crate::store::{Store, StoreError, StoreLock};
 use cdp_protocol::units::Timestamp;
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::SystemRandom;
@@ -12,7 +12,21 @@ use cdp_seams::storage::{Storage, SystemStorage};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+
+/// How long a command waits for a server that is starting, or for another command, to let it in.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it looks. Nothing announces that another process lets go of a lock.
+const START_LOOK: Duration = Duration::from_millis(20);
+
+/// Who does what a command wants.
+pub(super) enum Done {
+    /// The running server did it, and answered.
+    Served(serde_json::Value),
+    /// No server runs: the command does it itself, under the lock.
+    Locked(StoreLock),
+}
 
 /// The machine's storage.
 pub(super) fn storage() -> Arc<dyn Storage> {
@@ -41,6 +55,22 @@ pub(super) fn ask_server(store: &Store, request: &Request) -> Result<Option<serd
         None => Ok(None),
         Some(Reply::Done(value)) => Ok(Some(value)),
         Some(Reply::Failed { error, hint, user }) => Err(Failure::reported(user, error, hint)),
+    }
+}
+
+/// Has the running server do something, or takes the store's lock where none runs. A server that is starting has the
+/// lock a moment before it has its socket, so this looks again for a while where there is neither.
+pub(super) fn serve_or_lock(store: &Store, request: &Request) -> Result<Done, Failure> {
+    let clock = SystemClock::new();
+    loop {
+        if let Some(answer) = ask_server(store, request)? {
+            return Ok(Done::Served(answer));
+        }
+        match store.lock() {
+            Ok(lock) => return Ok(Done::Locked(lock)),
+            Err(StoreError::InUse { .. }) if clock.monotonic() < START_TIMEOUT => std::thread::sleep(START_LOOK),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

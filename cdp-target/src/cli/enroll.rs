@@ -1,6 +1,7 @@
 //! `enroll`: a one-time bundle for an office.
 
 use super::arguments::{DataFolder, duration};
+use super::context::Done;
 use super::failure::Failure;
 use super::{context, print};
 use crate::control::Request;
@@ -61,10 +62,10 @@ fn bundle(store: &Store, arguments: &Arguments) -> Result<String, Failure> {
         valid_for_ms: arguments.expires.as_millis() as u64,
         replace: arguments.replace,
     };
-    if let Some(text) = context::ask_server(store, &request)? {
-        return Ok(serde_json::from_value(text)?);
-    }
-    let _lock = store.lock()?;
+    let _lock = match context::serve_or_lock(store, &request)? {
+        Done::Served(text) => return Ok(serde_json::from_value(text)?),
+        Done::Locked(lock) => lock,
+    };
     let port = store.config().listen.port();
     if port == 0 {
         let failure = Failure::mistake("target.toml has port 0: which one it will be is known while the server runs");

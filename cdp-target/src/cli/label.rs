@@ -1,6 +1,7 @@
 //! `label`: a name for a recovery point.
 
 use super::arguments::{DataFolder, GroupPath, whole_group};
+use super::context::Done;
 use super::failure::Failure;
 use super::{context, print};
 use crate::catalog::{Catalog, write_label};
@@ -50,8 +51,7 @@ fn label(arguments: &Arguments) -> Result<ExitCode, Failure> {
         epoch: point.epoch.0,
         label: arguments.name.clone(),
     };
-    if context::ask_server(&store, &request)?.is_none() {
-        let _lock = store.lock()?;
+    if let Done::Locked(_lock) = context::serve_or_lock(&store, &request)? {
         write_label(&store, group.place(), point.epoch, &arguments.name)?;
     }
     print(&format!("point {} of {} is `{}`\n", point.epoch, arguments.group, arguments.name))?;

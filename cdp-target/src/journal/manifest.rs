@@ -63,6 +63,15 @@ pub struct Damage {
     pub what: String,
 }
 
+impl Damage {
+    /// What it is, and how far it reaches where that cannot be told.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let Self { what, any_block, .. } = self;
+        if *any_block { format!("{what}; extents unknown: every later point may be affected") } else { what.clone() }
+    }
+}
+
 /// What the operator said about a point.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Mark {

@@ -4,13 +4,14 @@
 //! * `segment`, `index`: the bytes of a segment: header, frames, index, footer.
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
-//! * `view`: the readers; `sealed`: their indexes of sealed segments; `resolve`: which frame holds a
+//! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `resolve`: which frame holds a
 //!   block at a point; `reach`: which points a damage hits.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
 mod bytes;
 pub mod index;
+mod listing;
 pub mod manifest;
 mod reach;
 pub mod recovery;
@@ -29,6 +30,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use bytes::FieldError;
+pub use listing::Overview;
 pub use manifest::{Damage, Manifest};
 pub use recovery::RecoveryReport;
 pub use view::{GroupView, Point};

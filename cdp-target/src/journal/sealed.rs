@@ -3,6 +3,7 @@
 //! An index that does not verify is made anew from the segment's frames, in memory; nothing is written.
 
 use super::index::{Summary, Tables};
+use super::listing::Tally;
 use super::manifest::SealedSegment;
 use super::scan::FrameScan;
 use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Place, Section};
@@ -38,6 +39,18 @@ pub(crate) struct Caches {
     summaries: Mutex<Cache<Summary>>,
     tables: Mutex<Cache<Tables>>,
     files: Mutex<Cache<Box<dyn StorageFile>>>,
+    /// Two numbers a segment: never dropped.
+    tallies: Mutex<HashMap<u64, Tally>>,
+}
+
+impl Caches {
+    pub(super) fn tally(&self, number: u64) -> Option<Tally> {
+        locked(&self.tallies).get(&number).copied()
+    }
+
+    pub(super) fn keep_tally(&self, number: u64, tally: Tally) {
+        locked(&self.tallies).insert(number, tally);
+    }
 }
 
 /// Values by segment number, the longest unused going first.
@@ -215,4 +228,25 @@ fn load_tables(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Tables,
     let content = load_section(file, &footer, Section::Content)?;
     let bare = load_section(file, &footer, Section::Bare)?;
     Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_keeps_what_was_used_last_within_its_bytes() {
+        let mut cache = Cache::<u64>::default();
+        for number in 0..200 {
+            cache.keep(number, &Arc::new(number), 10, 100);
+            assert!(cache.bytes <= 100 && cache.values.len() <= 10);
+            assert!(number == 0 || cache.find(0).is_some(), "used again and again");
+        }
+        assert_eq!(cache.find(199).as_deref(), Some(&199));
+        assert_eq!(cache.find(150), None);
+        cache.keep(199, &Arc::new(199), 10, 100);
+        assert_eq!(cache.bytes, cache.values.len() * 10, "counted once");
+        cache.keep(500, &Arc::new(500), 1000, 100);
+        assert_eq!((cache.values.len(), cache.bytes), (1, 1000), "one that is larger than all stands alone");
+    }
 }

@@ -173,27 +173,6 @@ impl GroupView {
         self.facts.manifest.sealed.iter().map(|segment| segment.len).sum::<u64>() + self.limit
     }
 
-    /// All points, oldest first. A segment that cannot be read gives an error in its place, and the iterator goes on.
-    pub fn points(&self) -> impl DoubleEndedIterator<Item = Result<Point, JournalError>> + '_ {
-        let reaches = self.reaches();
-        let segments = self.facts.manifest.sealed.iter().map(Some).chain([None]);
-        segments.flat_map(move |sealed| {
-            let points: Vec<_> = match self.commits_of(sealed) {
-                Ok(commits) => commits.iter().map(|commit| Ok(self.to_point(commit, &reaches))).collect(),
-                Err(error) => vec![Err(error)],
-            };
-            points
-        })
-    }
-
-    /// The newest point.
-    ///
-    /// # Errors
-    /// Where the segment that has it cannot be read.
-    pub fn newest(&self) -> Result<Option<Point>, JournalError> {
-        self.points().next_back().transpose()
-    }
-
     /// Point `epoch`.
     ///
     /// # Errors
@@ -209,10 +188,11 @@ impl GroupView {
     pub fn point_at_or_before(&self, time: Timestamp) -> Result<Option<Point>, JournalError> {
         let sealed = &self.facts.manifest.sealed;
         let early = sealed.iter().filter(|segment| segment.points.is_some_and(|points| points.earliest <= time));
-        for segment in [None].into_iter().chain(early.rev().map(Some)) {
-            let commits = self.commits_of(segment)?;
-            if let Some(commit) = commits.iter().rev().find(|commit| commit.cut_time() <= time) {
-                return Ok(Some(self.to_point(commit, &self.reaches())));
+        let early = early.rev().map(|segment| segment.number);
+        for number in [self.facts.manifest.open].into_iter().chain(early) {
+            let found = self.index(number)?.commits().iter().rev().find(|commit| commit.cut_time() <= time).cloned();
+            if let Some(commit) = found {
+                return Ok(Some(self.to_point(&commit, &self.reaches())));
             }
         }
         Ok(None)
@@ -306,7 +286,7 @@ impl GroupView {
     }
 
     /// Points that need what each damage took.
-    fn reaches(&self) -> Vec<(Reach, &Damage)> {
+    pub(super) fn reaches(&self) -> Vec<(Reach, &Damage)> {
         let damages = self.facts.manifest.damages.iter();
         damages.filter_map(|damage| Some((self.reach(damage)?, damage))).collect()
     }
@@ -349,11 +329,6 @@ impl GroupView {
         Ok(SegmentIndex::Open(open, self.limit))
     }
 
-    fn commits_of(&self, sealed: Option<&SealedSegment>) -> Result<Vec<CommitEntry>, JournalError> {
-        let number = sealed.map_or(self.facts.manifest.open, |sealed| sealed.number);
-        Ok(self.index(number)?.commits().to_vec())
-    }
-
     /// The segment that has the commit of `epoch`, if any has.
     pub(super) fn segment_of(&self, epoch: Epoch) -> Option<u64> {
         let sealed = self.facts.manifest.sealed.iter();
@@ -365,15 +340,16 @@ impl GroupView {
         }
     }
 
-    fn to_point(&self, commit: &CommitEntry, reaches: &[(Reach, &Damage)]) -> Point {
+    pub(super) fn to_point(&self, commit: &CommitEntry, reaches: &[(Reach, &Damage)]) -> Point {
         let epoch = commit.head.epoch;
         let mark = self.facts.manifest.marks.get(&epoch).cloned().unwrap_or_default();
         let Mark { label, pinned } = mark;
         let record = commit.record.as_ref();
         let hits = |reach: &Reach| reach.0 <= epoch && reach.1.is_none_or(|last| epoch <= last);
         let hit = reaches.iter().find(|(reach, _)| hits(reach));
-        let damaged =
-            hit.map(|(_, damage)| format!("segment {} at offset {}: {}", damage.segment, damage.offset, damage.what));
+        let damaged = hit.map(|(_, damage)| {
+            format!("segment {} at offset {}: {}", damage.segment, damage.offset, damage.describe())
+        });
         let lost = || "its commit is damaged".to_owned();
         let meters = record.map(|record| record.meters).unwrap_or_default();
         Point {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use cdp_protocol::frame::{self, FrameError};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
-use cdp_protocol::message::{self, TargetMessage};
+use cdp_protocol::message::{self, SourceMessage, TargetMessage};
 use cdp_protocol::session::target::{GROUPS_MAX, TargetAction, TargetRefusal, TargetSession};
 use cdp_protocol::units::{GroupId, Timestamp};
 use cdp_seams::line::{Control, Line, ReceiveStream, SendStream, read_packet, write_packet};
@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, BufReader};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tracing::warn;
 
 use super::group::{Command, Outbox, Session};
 use super::{FRAME_CHARGE_MIN, GroupHandle, Receiver};
@@ -33,6 +34,9 @@ const OUTBOX_MESSAGES: usize = 1024;
 const STREAMS_MAX: usize = 2 * GROUPS_MAX;
 /// Read from a stream at once.
 const READ_BYTES: usize = 64 * 1024;
+
+/// Clocks further apart than this are worth a warning.
+const CLOCKS_APART_MS: u64 = 5 * 60 * 1000;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -89,30 +93,48 @@ pub(super) async fn serve(receiver: Arc<Receiver>, line: Arc<dyn Line>, office: 
     let Ok(bytes) = timeout(HELLO_TIMEOUT, read_packet(&mut *receive, MESSAGE_BYTES_MAX)).await else {
         return Err(silent(&*line, HELLO_TIMEOUT));
     };
-    let reply = match session.receive(&bytes?, Timestamp(receiver.clock.wall_ms())) {
+    let (bytes, now) = (bytes?, Timestamp(receiver.clock.wall_ms()));
+    let reply = match session.receive(&bytes, now) {
         Ok(TargetAction::Reply(reply)) => reply,
         Ok(_) => unreachable!("a hello is replied to"),
         Err(refusal) => return Err(refuse(&*line, send, refusal).await),
     };
     write_packet(&mut *send, &message::encode(&reply)).await?;
+    if let Some(warning) = clock_warning(&bytes, now) {
+        warn!(office, "{warning}");
+    }
 
     let (messages, answers) = mpsc::channel(OUTBOX_MESSAGES);
     let outbox = Outbox { messages, ending: watch::Sender::new(None) };
     let mut ending = outbox.ending.subscribe();
     let number = receiver.number();
     let connection = Arc::new(Connection { receiver, office, number, outbox, open: Mutex::default() });
+    let writing = write_messages(send, answers, connection.outbox.ending.subscribe(), &*line);
+    tokio::pin!(writing);
     let error = tokio::select! {
         error = connection.read_messages(session, receive) => error,
-        error = write_messages(send, answers) => error,
+        error = &mut writing => error,
         error = connection.accept_streams(&*line) => error,
-        ended = ending.wait_for(Option::is_some) => {
-            ConnectionError::Ended(ended.ok().and_then(|reason| reason.clone()).unwrap_or_default())
+        reason = wait_for_end(&mut ending) => {
+            // What it was told before is to arrive; a peer that does not read it does not keep the connection.
+            let _ = timeout(REFUSAL_TIMEOUT, &mut writing).await;
+            ConnectionError::Ended(reason)
         }
         () = line.closed() => ConnectionError::Line(io::ErrorKind::ConnectionReset.into()),
     };
     line.close(&error.to_string());
     connection.release().await;
     Err(error)
+}
+
+/// A warning where a hello's clock and ours are far apart: everything works, but the times of points mislead.
+fn clock_warning(hello: &[u8], now: Timestamp) -> Option<String> {
+    let Ok(SourceMessage::Hello { time, .. }) = message::decode(hello) else { return None };
+    let ahead_ms = time.0.saturating_sub(now.0);
+    let side = if ahead_ms > 0 { "ahead of" } else { "behind" };
+    let minutes = ahead_ms.unsigned_abs() / 60_000;
+    (ahead_ms.unsigned_abs() > CLOCKS_APART_MS)
+        .then(|| format!("the office's clock is {minutes} minutes {side} ours: the times of its points mislead"))
 }
 
 fn silent(line: &dyn Line, within: Duration) -> ConnectionError {
@@ -136,13 +158,32 @@ async fn refuse(line: &dyn Line, mut send: SendStream, refusal: TargetRefusal) -
     refusal.into()
 }
 
-async fn write_messages(mut send: SendStream, mut answers: mpsc::Receiver<TargetMessage>) -> ConnectionError {
-    while let Some(answer) = answers.recv().await {
+/// Waits until somebody ends the connection; gives the reason.
+async fn wait_for_end(ending: &mut watch::Receiver<Option<String>>) -> String {
+    ending.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone()).unwrap_or_default()
+}
+
+/// Writes answers until the connection is ended; then those that were given before, and waits for the peer to go.
+async fn write_messages(
+    mut send: SendStream,
+    mut answers: mpsc::Receiver<TargetMessage>,
+    mut ending: watch::Receiver<Option<String>>,
+    line: &dyn Line,
+) -> ConnectionError {
+    let reason = loop {
+        let answer = tokio::select! {
+            biased;
+            answer = answers.recv() => answer,
+            reason = wait_for_end(&mut ending) => break reason,
+        };
+        let Some(answer) = answer else { break String::new() };
         if let Err(error) = write_packet(&mut *send, &message::encode(&answer)).await {
             return error.into();
         }
-    }
-    ConnectionError::Line(io::ErrorKind::ConnectionReset.into())
+    };
+    drop(send);
+    line.closed().await;
+    ConnectionError::Ended(reason)
 }
 
 impl Connection {
@@ -268,5 +309,26 @@ fn ended(read: io::Result<usize>) -> io::Result<bool> {
         Ok(_) => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(true),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_protocol::message::PROTOCOL_VERSION;
+
+    #[test]
+    fn clocks_hours_apart_are_worth_a_warning() {
+        let now = Timestamp(1_794_268_800_000);
+        let warning = |apart_ms: i64| {
+            let time = Timestamp(now.0.saturating_add(apart_ms));
+            let hello = SourceMessage::Hello { version: PROTOCOL_VERSION, software: "x".into(), time };
+            clock_warning(&message::encode(&hello), now)
+        };
+        assert_eq!(warning(0), None);
+        assert_eq!(warning(-299_000), None);
+        assert!(warning(9 * 3_600_000).is_some_and(|text| text.contains("540 minutes ahead of")));
+        assert!(warning(-9 * 3_600_000).is_some_and(|text| text.contains("540 minutes behind")));
+        assert!(warning(i64::MAX).is_some());
     }
 }

@@ -14,7 +14,7 @@ use cdp_protocol::units::{
     Timestamp, VolumeSlot,
 };
 use cdp_seams::random::{SimRandom, array};
-use cdp_target::journal::{GroupIdentity, GroupJournal, GroupView, JournalError};
+use cdp_target::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, Overview, Point};
 use cdp_target::restore::point::{Content, PointImage, ReadError};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -384,12 +384,28 @@ pub fn check(view: &Arc<GroupView>, points: &[ModelPoint], deep: impl Fn(usize) 
     let listed: Vec<_> = view.points().map(|point| point.expect("a point")).collect();
     let heads: Vec<Head> = listed.iter().map(|point| Head { epoch: point.epoch, hash: point.hash }).collect();
     assert_eq!(heads, points.iter().map(|point| point.head).collect::<Vec<_>>());
+    check_overview(view, &listed);
     for (at, (listed, point)) in listed.iter().zip(points).enumerate() {
         assert_eq!(listed.damaged, None);
         assert_eq!(listed.received, point.received, "receive time of {}", point.head.epoch);
         if deep(at) {
             let cells = image_cells(view, point.head.epoch).expect("an image");
             assert_eq!(cells, *point.cells, "point {}", point.head.epoch);
+        }
+    }
+}
+
+/// Checks that what is told without listing all points is what the list says.
+fn check_overview(view: &GroupView, listed: &[Point]) {
+    let overview = view.overview().expect("an overview");
+    let time = listed.iter().map(|point| point.cut_time.min(point.received)).max();
+    assert_eq!(overview, Overview { points: listed.len() as u64, newest: listed.last().cloned().zip(time) });
+    assert_eq!(view.newest().expect("the newest").as_ref(), listed.last());
+    for after in [0, listed.len() / 2, listed.len()] {
+        let above = after.checked_sub(1).map_or(Epoch(0), |at| listed[at].epoch);
+        for max in [0, 3, usize::MAX] {
+            let page = &listed[after..listed.len().min(after.saturating_add(max))];
+            assert_eq!(view.points_after(above, max).expect("a page"), page, "{max} after {above}");
         }
     }
 }

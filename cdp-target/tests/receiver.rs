@@ -1,0 +1,158 @@
+//! The receiver over real QUIC and a real store: offices kept apart, takeover, several groups on a line, parts, lists.
+
+mod source_support;
+mod support;
+
+use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage, Verdict};
+use cdp_protocol::units::{Epoch, GroupId, Timestamp};
+use cdp_seams::clock::Clock;
+use source_support::{Group, Site, Source};
+use support::{now_ms, within};
+
+const HOUR_MS: i64 = 3_600_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_office_reaches_no_group_of_another() {
+    let site = Site::start();
+    let (north, south) = (site.office("north").await, site.office("south").await);
+    let mut theirs = Group::new(1, "main");
+    let mut owner = Source::connect(&north, site.clock.wall_ms()).await;
+    owner.open(&mut theirs).await;
+    owner.send_point(&mut theirs).await;
+
+    let mut thief = Source::connect(&south, site.clock.wall_ms()).await;
+    let mut same_id = Group::new(1, "main");
+    same_id.cut_time = Timestamp(5);
+    let opened = thief.open(&mut same_id).await;
+    assert_eq!((opened.verdict, opened.head), (Verdict::New, None), "a group of its own, of the same id and name");
+    assert_eq!(thief.list(&same_id, None).await.0, [], "nothing of the other office's is listed");
+    let head = thief.send_point(&mut same_id).await;
+    assert_ne!(Some(head), theirs.head());
+
+    // Claiming to stand where the other office's group does helps nothing: no such point is known here.
+    let mut claims = Group::new(2, "other");
+    claims.pretend(&theirs);
+    let opened = thief.open(&mut claims).await;
+    assert_eq!((opened.head, opened.resume), (None, None));
+
+    let (points, _) = owner.list(&theirs, None).await;
+    assert_eq!(points.iter().map(|point| point.epoch).collect::<Vec<_>>(), [Epoch(1)], "the owner's is as it was");
+    assert_eq!(owner.open(&mut theirs).await.head.map(|(head, _)| head), theirs.head());
+    assert_eq!(site.groups(&north), [GroupId([1; 16])]);
+    assert_eq!(site.groups(&south), [GroupId([1; 16]), GroupId([2; 16])]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_was_not_opened_cannot_be_listed() {
+    let site = Site::start();
+    let (north, south) = (site.office("north").await, site.office("south").await);
+    let mut theirs = Group::new(1, "main");
+    let mut owner = Source::connect(&north, site.clock.wall_ms()).await;
+    owner.open(&mut theirs).await;
+    owner.send_point(&mut theirs).await;
+    let mut thief = Source::connect(&south, site.clock.wall_ms()).await;
+    thief.say(&SourceMessage::ListPoints { request: 1, group: theirs.id, after: None }).await;
+    within(thief.line.closed()).await;
+    assert_eq!(site.groups(&south), []);
+    owner.send_point(&mut theirs).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clocks_hours_apart_connect_and_make_points() {
+    let site = Site::start();
+    for (name, hours) in [("ahead", 9), ("behind", -9)] {
+        let office = site.office(name).await;
+        let shifted = now_ms() + hours * HOUR_MS;
+        let mut source = Source::connect(&office, shifted).await;
+        let apart = source.welcome_time.0 - shifted;
+        assert!((apart + hours * HOUR_MS).abs() < HOUR_MS, "the welcome tells the target's clock: {apart}");
+        let mut group = Group::new(1, "main");
+        group.cut_time = Timestamp(shifted);
+        source.open(&mut group).await;
+        source.send_point(&mut group).await;
+        let (points, _) = source.list(&group, None).await;
+        assert_eq!(points[0].cut_time, Timestamp(shifted), "the cut's own time is kept as it was said");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newer_connection_takes_over_and_the_older_is_told() {
+    let site = Site::start();
+    let office = site.office("north").await;
+    let mut group = Group::new(1, "main");
+    let mut first = Source::connect(&office, site.clock.wall_ms()).await;
+    first.open(&mut group).await;
+    first.send_point(&mut group).await;
+    let mut stranger = Group::new(1, "main");
+    let mut second = Source::connect(&office, site.clock.wall_ms()).await;
+    let refused = second.try_open(&stranger).await.expect_err("it does not know the generation");
+    assert_eq!(refused, RefusalReason::Fenced, "who holds the group is not fenced off by one that knows less");
+    first.send_point(&mut group).await;
+
+    stranger.clone_from(&group);
+    let opened = second.open(&mut stranger).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Continue, group.generation()));
+    let told = first.next().await;
+    let reason = RefusalReason::InUse;
+    assert_eq!(told, TargetMessage::GroupRefused { group: group.id, reason });
+    within(first.line.closed()).await;
+    second.send_point(&mut stranger).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn groups_share_a_line_with_parts_lists_and_unchanged() {
+    let site = Site::start();
+    let office = site.office("north").await;
+    let mut source = Source::connect(&office, site.clock.wall_ms()).await;
+    let mut groups: Vec<Group> = (1..=4).map(|id| Group::new(id, &format!("group{id}"))).collect();
+    for group in &mut groups {
+        assert_eq!(source.open(group).await.verdict, Verdict::New);
+    }
+    for round in 1..=3_u64 {
+        for group in &mut groups {
+            let count = source.send_part(group).await;
+            assert_eq!(count, 1);
+            assert_eq!(source.send_part(group).await, 2);
+            assert_eq!(source.send_point(group).await.epoch, Epoch(round));
+        }
+    }
+    for group in &groups {
+        let (points, more) = source.list(group, None).await;
+        assert_eq!(points.iter().map(|point| point.epoch.0).collect::<Vec<_>>(), [1, 2, 3]);
+        assert!(!more && points.iter().all(|point| point.bytes > 0));
+        let (points, _) = source.list(group, Some(Epoch(2))).await;
+        assert_eq!(points.iter().map(|point| point.epoch.0).collect::<Vec<_>>(), [3]);
+        assert_eq!(source.list(group, Some(Epoch(3))).await.0, []);
+    }
+
+    let unchanged = |group: &Group, epoch| SourceMessage::Unchanged { group: group.id, epoch, as_of: Timestamp(77) };
+    source.say(&unchanged(&groups[0], Epoch(3))).await;
+    source.say(&unchanged(&groups[1], Epoch(2))).await;
+    // The lists go through the groups' own queues: what was said before is known then.
+    source.list(&groups[0], None).await;
+    source.list(&groups[1], None).await;
+    let told = |group: &Group| site.live(group.id).unchanged.map(|word| (word.epoch, word.as_of));
+    assert_eq!(told(&groups[0]), Some((Epoch(3), Timestamp(77))));
+    assert_eq!(told(&groups[1]), None, "a word about another point than the newest says nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_list_comes_in_pages() {
+    let site = Site::start();
+    let office = site.office("north").await;
+    let mut source = Source::connect(&office, site.clock.wall_ms()).await;
+    let mut group = Group::new(1, "main");
+    source.open(&mut group).await;
+    source.send_points(&mut group, 600).await;
+    let (mut after, mut pages, mut listed) = (None, 0, 0);
+    loop {
+        let (points, more) = source.list(&group, after).await;
+        pages += 1;
+        listed += points.len();
+        after = points.last().map(|point| point.epoch);
+        if !more {
+            break;
+        }
+    }
+    assert_eq!((pages, listed, after), (3, 600, Some(Epoch(600))));
+}
