@@ -222,7 +222,7 @@ fn whatever_does_not_match_makes_the_whole_volume_dirty() -> Result<()> {
     let boot_id = folder.path().join("boot_id");
     std::fs::write(&boot_id, "00000000-0000-4000-8000-000000000000\n")?;
     scribble(&node, 6)?;
-    site.start_source_with(&[("CDP_BOOT_ID_FILE", boot_id.to_str().context("a path of text")?)])?;
+    site.start_source_booted(&boot_id)?;
     started_over(&mut site, Some("boot"))?;
     newest_point_equals(&site, &node, folder.path())?;
     Ok(())
