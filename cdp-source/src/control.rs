@@ -40,6 +40,8 @@ pub enum Request {
         label: Option<String>,
         /// Whether to answer only when the target has acked it.
         wait: bool,
+        /// How long to wait for the answer at most, in milliseconds; `None` for as long as it takes.
+        timeout_ms: Option<u64>,
     },
     /// The recovery points at the target.
     Points {

@@ -79,14 +79,18 @@ impl Site {
 
     /// Starts the agent.
     pub fn start_source(&mut self) -> Result<()> {
-        self.start_source_with(&[])
+        let mut command = Command::new(program("cdp-source"));
+        command.arg("run").env("CDP_SOURCE_STATE", &self.state);
+        self.source = Some(Daemon::start(&mut command)?);
+        Ok(())
     }
 
-    /// Starts the agent with more in its environment.
-    pub fn start_source_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
-        let mut command = Command::new(program("cdp-source"));
-        command.arg("run").env("CDP_SOURCE_STATE", &self.state).envs(environment.iter().copied());
-        self.source = Some(Daemon::start(&mut command)?);
+    /// Starts the agent where the kernel's boot id is what the file `boot_id` says, as after a restart of the machine.
+    pub fn start_source_booted(&mut self, boot_id: &Path) -> Result<()> {
+        const SCRIPT: &str = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$1\" run";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", SCRIPT]).arg(boot_id).arg(program("cdp-source"));
+        self.source = Some(Daemon::start(command.env("CDP_SOURCE_STATE", &self.state))?);
         Ok(())
     }
 

@@ -518,7 +518,12 @@ impl Group {
                 None if self.open.is_none() && !request.wait => {
                     refuse(request, "the target has not been reached yet");
                 }
-                None => self.wanted.push_back(request),
+                None => {
+                    // Whoever asked earlier may have stopped waiting: requests do not pile up.
+                    self.wanted.retain(|request| !request.reply.is_closed());
+                    self.awaited.retain(|(_, reply)| !reply.is_closed());
+                    self.wanted.push_back(request);
+                }
             },
             Input::Stop => {}
         }

@@ -8,7 +8,9 @@ use cdp_protocol::units::GroupId;
 use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 /// Told once the agent has taken up the changed configuration, or why not.
 pub(super) type ReloadDone = oneshot::Sender<Result<(), String>>;
@@ -96,7 +98,14 @@ pub(super) fn handler(shared: Arc<Shared>, reload: mpsc::Sender<ReloadDone>) -> 
             match request {
                 Request::Status => Reply::Status(status(&shared)),
                 Request::Reload => reloaded(&reload).await,
-                Request::Point { group, label, wait } => point(&shared, &group, label, wait).await,
+                Request::Point { group, label, wait, timeout_ms } => {
+                    let limit = timeout_ms.map(Duration::from_millis);
+                    let point = point(&shared, &group, label, wait);
+                    match limit {
+                        Some(limit) => timeout(limit, point).await.unwrap_or_else(|_| late(&group, wait, limit)),
+                        None => point.await,
+                    }
+                }
                 Request::Points { group } => points(&shared, &group).await,
             }
         })
@@ -116,6 +125,15 @@ async fn reloaded(reload: &mpsc::Sender<ReloadDone>) -> Reply {
         Ok(Ok(())) => Reply::Reloaded,
         Ok(Err(message)) => failed(message),
         Err(_) => failed("the agent is stopping"),
+    }
+}
+
+/// Whoever asked waits no longer; a point that is under way is made all the same.
+fn late(group: &str, wait: bool, limit: Duration) -> Reply {
+    let what = if wait { "committed at the target" } else { "cut" };
+    Reply::Failed {
+        message: format!("no point of group {group} was {what} within {} s", limit.as_secs_f64()),
+        hint: Some("cdp-source status says how the group stands; --timeout waits longer, 0 for ever".into()),
     }
 }
 

@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Protects live volumes: cuts crash-consistent recovery points and sends them to the target.
 #[derive(Debug, Parser)]
@@ -87,6 +88,20 @@ struct JsonArgs {
     json: bool,
 }
 
+/// A duration that a person gives.
+fn wait_limit(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|end: char| !end.is_ascii_digit());
+    let seconds = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err("a number of seconds, minutes or hours: 90s, 5m, 2h".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{digits:?} is not a number"))?;
+    let seconds = number.checked_mul(seconds).filter(|seconds| *seconds <= 30 * 86400);
+    seconds.map(Duration::from_secs).ok_or_else(|| "at most 720h; 0 waits for ever".to_owned())
+}
+
 #[derive(Debug, Args)]
 struct PointArgs {
     /// The group.
@@ -98,6 +113,9 @@ struct PointArgs {
     /// Return when the target has committed the point.
     #[arg(long)]
     wait: bool,
+    /// How long to wait at most, as 90s, 5m or 2h; 0 waits for ever.
+    #[arg(long, default_value = "5m", value_parser = wait_limit)]
+    timeout: Duration,
     /// Print one JSON document.
     #[arg(long)]
     json: bool,

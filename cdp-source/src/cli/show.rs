@@ -146,7 +146,8 @@ pub(super) fn point(state: &StateFolder, args: &PointArgs) -> Result<ExitCode> {
     if let Some(label) = &args.label {
         check_label(label)?;
     }
-    let request = Request::Point { group: args.group.clone(), label: args.label.clone(), wait: args.wait };
+    let timeout_ms = (!args.timeout.is_zero()).then_some(args.timeout.as_millis() as u64);
+    let request = Request::Point { group: args.group.clone(), label: args.label.clone(), wait: args.wait, timeout_ms };
     let Reply::Point(point) = ask(state, &request)? else { bail!("the agent did not answer with a point") };
     if args.json {
         print_json(&point_json(&point))?;
