@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const BYTES: usize = 512 << 20;
+const BYTES: usize = 1 << 30;
 const CHUNK: usize = 1 << 20;
 const ROUNDS: usize = 3;
 
