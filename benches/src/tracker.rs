@@ -30,7 +30,17 @@ pub(crate) fn detach(tracker: EbpfTracker, folder: &Path) -> Result<()> {
 pub(crate) fn run(folder: &Path) -> Result<()> {
     let device = LoopDevice::new(&folder.join("tracker.img"), 1 << 30)?;
     // Once over the whole file, so that no run pays for its allocation.
-    tool("dd", &["if=/dev/zero", &format!("of={}", device.node().display()), "bs=1M", "count=1024", "oflag=direct", "status=none"])?;
+    tool(
+        "dd",
+        &[
+            "if=/dev/zero",
+            &format!("of={}", device.node().display()),
+            "bs=1M",
+            "count=1024",
+            "oflag=direct",
+            "status=none",
+        ],
+    )?;
     let (mut with, mut without) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let tracker = attach(&device, folder)?;
