@@ -57,8 +57,8 @@ fn nothing_is_left_for_later() {
 fn allowed_sleeps(path: &Path) -> usize {
     let name = path.strip_prefix(root()).expect("below the root").display().to_string();
     match name.as_str() {
-        "cdp-source/src/sender/mod.rs" | "cdp-source/src/sender.rs" => 2,
-        "cdp-target/src/control.rs" | "cdp-target/src/cli/context.rs" => 1,
+        "cdp-source/src/agent/mod.rs" => 2,
+        "cdp-source/src/control.rs" | "cdp-target/src/control.rs" | "cdp-target/src/cli/context.rs" => 1,
         _ => 0,
     }
 }
@@ -84,7 +84,8 @@ fn unsafe_code_stands_only_where_the_architecture_says() {
     let architecture = std::fs::read_to_string(root().join("docs/architecture.md")).expect("docs");
     for (path, text) in rust_files() {
         let name = path.strip_prefix(root()).expect("below the root").display().to_string();
-        if text.contains("allow(unsafe_code") || text.contains("expect(unsafe_code") {
+        let allows = ["allow", "expect"].iter().any(|word| text.contains(&format!("{word}(unsafe_code")));
+        if allows {
             assert!(
                 architecture.contains(&format!("`{name}`")),
                 "{name} has unsafe code that docs/architecture.md does not name"

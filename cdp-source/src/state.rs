@@ -13,9 +13,11 @@
 //! Invariant: nothing here is written for an epoch or on a clock, because the folder may lie on a protected volume and an
 //! idle volume has to stay idle. A data key is durable before any file names it, and is never made again.
 
+use crate::agent::group::KeptMemo;
 use crate::config::{CONFIG_BYTES_MAX, Config, ConfigError};
 use cdp_protocol::escrow::{self, Envelope, EscrowError};
 use cdp_protocol::seal::DataKey;
+use cdp_protocol::session::memo::{MEMO_BYTES_MAX, Memo};
 use cdp_protocol::units::{GroupId, KeyId, VolumeSlot};
 use cdp_seams::random::{self, Random};
 use cdp_seams::storage::{self, Storage, StorageFile};
@@ -282,6 +284,12 @@ impl StateFolder {
         key.map(DataKey::new).map_err(|_| StateError::Damaged { path, reason: "not a key of 32 bytes".into() })
     }
 
+    /// The memo of a group that is kept beside the tracker's.
+    #[must_use]
+    pub fn kept_memo(&self, name: &str) -> MemoFile {
+        MemoFile { storage: Arc::clone(&self.storage), path: self.tracking(name).join("memo") }
+    }
+
     /// Makes a folder in here.
     ///
     /// # Errors
@@ -327,6 +335,35 @@ impl GroupState {
     /// Keeps the size of a volume.
     pub fn set_protected_size_bytes(&mut self, slot: VolumeSlot, size_bytes: u64) {
         self.size_bytes.insert(slot.to_string(), size_bytes);
+    }
+}
+
+/// A group's memo in a file. It is kept on a new generation and at a clean end, so an idle volume that holds it stays idle.
+pub struct MemoFile {
+    storage: Arc<dyn Storage>,
+    path: PathBuf,
+}
+
+impl KeptMemo for MemoFile {
+    fn load(&self) -> Memo {
+        let bytes = match storage::read_all(&*self.storage, &self.path, MEMO_BYTES_MAX as u64) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Memo::default(),
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), %error, "the kept memo cannot be read");
+                return Memo::default();
+            }
+        };
+        Memo::decode(&bytes).unwrap_or_else(|error| {
+            tracing::warn!(path = %self.path.display(), %error, "the kept memo is damaged");
+            Memo::default()
+        })
+    }
+
+    fn keep(&self, memo: &Memo) {
+        if let Err(error) = storage::replace(&*self.storage, &self.path, &memo.encode()) {
+            tracing::warn!(path = %self.path.display(), %error, "the memo is not kept beside the tracker's");
+        }
     }
 }
 

@@ -5,26 +5,29 @@
 //! * the memo names a commit before the commit leaves, and a new generation only once all it voids is in `unacked`;
 //! * nothing is written for an epoch but the tracker's own pinned memory, so that an idle volume stays idle.
 //!
-//! Does not know the line: a `Link` takes attempts and answers with events.
+//! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `answers`
+//! what it does when it is told something, `volumes` how it gets over devices that fail, `standing` what others see.
 
-use super::encoding::{Encoding, Job};
-use super::ledger::{Captured, Ledger, to_bytes};
+mod answers;
+mod capturing;
+mod standing;
+mod volumes;
+
+use super::encoding::Encoding;
+use super::ledger::Ledger;
 use super::status::{CutStatus, GroupPhase, GroupStatus};
-use crate::capture::Capture;
 use crate::control::{PointReply, Reply};
-use crate::cut::{self, Cut, CutError, CutLimits};
+use crate::cut::CutLimits;
 use crate::encoder::Encoder;
 use crate::reader::BlockReader;
-use crate::tracker::{Tracker, TrackerError};
-use cdp_protocol::codec::Sealer;
-use cdp_protocol::message::{GroupOpened, RefusalReason, Verdict};
-use cdp_protocol::record::{Begin, PartChain};
+use crate::tracker::Tracker;
+use cdp_protocol::record::Begin;
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::memo::Memo;
-use cdp_protocol::session::source::{CommitDraft, End, GroupFacts, Outgoing, SourceEvent};
-use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Class, Epoch, Generation, Head, Timestamp, VolumeSlot, blocks_in};
+use cdp_protocol::session::source::{GroupFacts, Outgoing, SourceEvent};
+use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::clock::Clock;
-use cdp_seams::random::{self, Random};
+use cdp_seams::random::Random;
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,7 +49,7 @@ const RETAIN_EVERY: Duration = Duration::from_secs(1);
 /// How often the target is told that nothing has changed: 2 kB a minute are all an idle group may take.
 const UNCHANGED_EVERY: Duration = Duration::from_secs(20);
 /// How soon volumes that failed are tried again.
-const REOPEN_EVERY: Duration = Duration::from_secs(30);
+const REOPEN_EVERY: Duration = Duration::from_secs(5);
 /// How long the thread sleeps where nothing is due: so often the status is brought up to date.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// Cuts in a row that do not validate after which the group is called stalled.
@@ -99,6 +102,15 @@ pub type Opener = Box<dyn FnMut() -> Result<Devices, String> + Send>;
 /// Makes the way to the target, for a group that remembers this.
 pub type Connect = Box<dyn FnOnce(Memo) -> Box<dyn Link> + Send>;
 
+/// The memo beside the tracker's own, for when that is gone with a reboot: told on a new generation and at a clean end, never
+/// for an epoch. Without it a source that lost its tracking would not even know that it had points.
+pub trait KeptMemo: Send {
+    /// What was kept last; nothing where nothing was.
+    fn load(&self) -> Memo;
+    /// Keeps it, or logs why not: it is a help, not a promise.
+    fn keep(&self, memo: &Memo);
+}
+
 /// What a group is made of.
 pub struct GroupSetup {
     /// What the target is told of it.
@@ -115,6 +127,8 @@ pub struct GroupSetup {
     pub opener: Opener,
     /// Makes its way to the target.
     pub connect: Connect,
+    /// Its memo, kept beside the tracker's.
+    pub kept_memo: Box<dyn KeptMemo>,
     /// Encodes.
     pub encoder: Arc<Encoder>,
     /// Time.
@@ -158,7 +172,9 @@ fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devic
         });
         match opened {
             Ok((devices, memo)) => {
-                let memo = Memo::decode(&memo).unwrap_or_else(|error| {
+                // A tracking that starts over has everything dirty, so an older memo is as good as none, and says more.
+                let memo = if memo.is_empty() { Ok(setup.kept_memo.load()) } else { Memo::decode(&memo) };
+                let memo = memo.unwrap_or_else(|error| {
                     tracing::error!(group = setup.facts.name, %error, "the memo is lost: everything is compared");
                     Memo::default()
                 });
@@ -236,20 +252,6 @@ struct Cuts {
     unchanged: u64,
 }
 
-impl Cuts {
-    fn count(&mut self, cut: &Cut) {
-        let (tried, validated, unchanged) = match cut {
-            Cut::Captured(_) => (1, 1, 0),
-            Cut::Unchanged { .. } => (1, 1, 1),
-            Cut::NotValidated => (1, 0, 0),
-            Cut::TooLarge => (0, 0, 0),
-        };
-        self.tried += tried;
-        self.validated += validated;
-        self.unchanged += unchanged;
-    }
-}
-
 /// Where the group stands with the target.
 #[derive(Clone, Copy)]
 struct Open {
@@ -313,19 +315,6 @@ impl Group {
         group
     }
 
-    /// Goes on with volumes that were opened: what is not acked of old is to be captured.
-    fn take_up(&mut self, mut devices: Devices) {
-        let recovered = devices.tracker.take_recovered();
-        self.ledger.carry_more(&recovered);
-        if let Some(reason) = devices.tracker.report().started_over {
-            tracing::warn!(group = self.setup.facts.name, reason, "tracking was interrupted: everything is sent again");
-            self.rescan = Some(reason);
-        }
-        self.devices = Some(devices);
-        self.primed = false;
-        self.trouble = None;
-    }
-
     /// How long nothing is due.
     fn wait(&self) -> Duration {
         let now = self.setup.clock.monotonic();
@@ -384,128 +373,6 @@ impl Group {
         }
     }
 
-    /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
-    fn part(&mut self) -> Result<(), CutError> {
-        let Some(devices) = &mut self.devices else { return Ok(()) };
-        if !self.primed {
-            // What was marked so far is read now; a tracker that compares takes its first look. Without it the volume
-            // would be sent once in parts and once more by the first cut.
-            self.primed = true;
-            match devices.tracker.flip() {
-                Ok(marked) => self.ledger.carry_more(&marked),
-                Err(TrackerError::Stragglers(_)) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let capture = cut::read_part(&mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
-        if is_all_unreadable(&capture) {
-            self.fail("every block read came back with an error".into());
-            return Ok(());
-        }
-        self.send(capture, End::Part);
-        Ok(())
-    }
-
-    fn cut(&mut self) -> Result<(), CutError> {
-        let now = self.setup.clock.monotonic();
-        // From the last one that was due, so that the interval does not grow by the cut's own time.
-        let due = self.next_cut + self.setup.interval;
-        self.next_cut = if due > now { due } else { now + self.setup.interval };
-        let Some(devices) = &mut self.devices else { return Ok(()) };
-        let clock = Arc::clone(&self.setup.clock);
-        let cut =
-            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
-        self.cuts.count(&cut);
-        match cut {
-            Cut::Captured(capture) if is_all_unreadable(&capture) => {
-                let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
-                self.ledger.carry_more(&blocks);
-                self.fail("every changed block came back with an error".into());
-            }
-            Cut::Captured(capture) => self.captured(capture),
-            Cut::Unchanged { as_of } => self.unchanged(as_of),
-            Cut::TooLarge => tracing::debug!(group = self.setup.facts.name, "too much for one cut: parts first"),
-            Cut::NotValidated => {
-                self.failed_cuts += 1;
-                tracing::debug!(group = self.setup.facts.name, failed = self.failed_cuts, "the cut did not validate");
-            }
-        }
-        Ok(())
-    }
-
-    fn captured(&mut self, capture: Capture) {
-        let Some(open) = self.open else { return };
-        self.failed_cuts = 0;
-        self.unchanged_as_of = None;
-        self.last_cut = Some(CutStatus {
-            time: capture.cut_time,
-            rounds: capture.meters.cut_rounds,
-            cut_us: capture.meters.cut_us,
-            blocks: capture.meters.dirty_blocks,
-        });
-        let request = self.wanted.pop_front();
-        let label = request.as_ref().and_then(|request| request.label.clone());
-        let first = self.ledger.unacked_epochs() == 0;
-        let draft = CommitDraft {
-            class: Class::Crash,
-            cut_time: capture.cut_time,
-            meters: capture.meters,
-            first_epoch: open.next_epoch,
-            after_rollback_to: open.after_rollback_to.filter(|_| first),
-            label: label.clone(),
-        };
-        let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false };
-        self.captured_epoch = Some(open.next_epoch);
-        self.send(capture, End::Commit(draft));
-        self.open = Some(Open { next_epoch: Epoch(open.next_epoch.0 + 1), ..open });
-        if let Some(request) = request {
-            if request.wait {
-                self.awaited.push((point, request.reply));
-            } else {
-                // Whoever asked may have gone; the point stands all the same.
-                let _ = request.reply.send(Reply::Point(point));
-            }
-        }
-    }
-
-    /// Nothing has changed. A point that was asked for is made all the same, so that its name has something to stand on.
-    fn unchanged(&mut self, as_of: Timestamp) {
-        let Some(open) = self.open else { return };
-        self.failed_cuts = 0;
-        if !self.wanted.is_empty() || !open.has_point && self.ledger.unacked_epochs() == 0 {
-            let mut capture = Capture::new(self.setup.facts.volumes.len());
-            capture.cut_time = as_of;
-            capture.meters.cut_rounds = 1;
-            return self.captured(capture);
-        }
-        let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked()) else { return };
-        self.put_off = None;
-        self.unchanged_as_of = Some(as_of);
-        let now = self.setup.clock.monotonic();
-        if self.told_unchanged.is_none_or(|told| now >= told + UNCHANGED_EVERY) {
-            self.told_unchanged = Some(now);
-            self.link.unchanged(head.epoch, as_of);
-        }
-    }
-
-    /// Seals a capture under a fresh attempt and hands it to the encoder.
-    fn send(&mut self, capture: Capture, end: End) {
-        let Some(open) = self.open else { return };
-        let attempt = AttemptId(random::array(&*self.setup.random));
-        let group = self.setup.facts.group;
-        let sealer = Sealer::new(group, open.next_epoch, open.generation, attempt, &self.setup.data_key);
-        let blocks = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
-        self.ledger.capture(Captured {
-            epoch: open.next_epoch,
-            attempt,
-            is_part: end == End::Part,
-            cut_time: capture.cut_time,
-            blocks,
-            bytes: to_bytes(capture.meters.content_blocks),
-        });
-        self.encoding.submit(Job { capture, sealer: Arc::new(sealer), end });
-    }
-
     fn take(&mut self, input: Input) {
         match input {
             Input::Link(event) => self.event(event),
@@ -529,247 +396,12 @@ impl Group {
         }
     }
 
-    fn event(&mut self, event: SourceEvent) {
-        match event {
-            SourceEvent::Opened { verdict, generation, head, parts } => {
-                self.opened(verdict, generation, head, parts);
-            }
-            SourceEvent::Committing(head) => {
-                self.memo.committing(head);
-                if self.keep_memo() {
-                    self.link.proceed(head);
-                }
-            }
-            SourceEvent::Acked(head) => self.acked(head),
-            SourceEvent::PartAcked { attempt, .. } => {
-                self.put_off = None;
-                if let Some(part) = self.ledger.part_acked(attempt) {
-                    self.acked_bytes += part.bytes;
-                    self.retain_soon();
-                }
-            }
-            SourceEvent::Busy { reason, retry_after_ms } => {
-                let text = format!("the target takes nothing for now: {reason}");
-                if self.put_off.as_ref() != Some(&text) {
-                    tracing::warn!(group = self.setup.facts.name, retry_after_ms, reason = text, "pushed back");
-                }
-                self.refused = Some(text.clone());
-                self.put_off = Some(text);
-            }
-            SourceEvent::Refused(reason) => {
-                let text = refusal(&reason);
-                if self.refused.as_ref() != Some(&text) {
-                    tracing::error!(group = self.setup.facts.name, reason = text, "the target refuses the group");
-                }
-                self.wanted.drain(..).for_each(|request| refuse(request, &text));
-                self.refused = Some(text);
-            }
-            SourceEvent::Voided => {
-                tracing::info!(group = self.setup.facts.name, "what was under way is void and captured again");
-                self.ledger.void();
-                self.refuse_awaited("the point was voided by a new generation; ask again");
-            }
-        }
-    }
-
-    fn opened(
-        &mut self,
-        verdict: Verdict,
-        generation: Generation,
-        head: Option<Head>,
-        parts: Option<(Epoch, PartChain)>,
-    ) {
-        self.refused = None;
-        self.opened_at.get_or_insert(self.setup.clock.monotonic());
-        let is_new = self.memo.generation != Some(generation);
-        if !is_new && self.open.is_some() {
-            return;
-        }
-        let newest = self.memo.head().map(|head| head.epoch).max(head.map(|head| head.epoch));
-        let after = Epoch(newest.unwrap_or_default().0 + 1);
-        if is_new {
-            tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is sent");
-            self.ledger.carry_everything();
-            self.rescan = match verdict {
-                Verdict::New => None,
-                Verdict::Continue => Some("a new generation".into()),
-                Verdict::Rollback { .. } => Some("this source went on from an older point".into()),
-                Verdict::TargetBehind => Some("the target lost points it had acked".into()),
-            };
-            self.retain();
-        }
-        let opened = GroupOpened {
-            group: self.setup.facts.group,
-            generation,
-            verdict,
-            head: head.map(|head| (head, AttemptId::default())),
-            parts,
-            resume: None,
-        };
-        self.memo.opened(&opened);
-        self.keep_memo();
-        let before = self.open.and_then(|open| open.after_rollback_to);
-        let after_rollback_to = match verdict {
-            Verdict::Rollback { to: Some(epoch) } if is_new => Some(epoch),
-            _ => before,
-        };
-        let next_epoch = parts.map_or(after, |(epoch, _)| epoch);
-        self.open = Some(Open { generation, next_epoch, after_rollback_to, has_point: head.is_some() && !is_new });
-        self.next_cut = self.setup.clock.monotonic();
-    }
-
-    fn acked(&mut self, head: Head) {
-        self.put_off = None;
-        self.memo.acked(head);
-        self.keep_memo();
-        if let Some(point) = self.ledger.acked(head.epoch) {
-            self.acked_time = Some(point.cut_time);
-            self.acked_bytes += point.bytes;
-            self.rescan = None;
-        }
-        if let Some(open) = &mut self.open {
-            open.after_rollback_to = None;
-            open.has_point = true;
-        }
-        if self.ledger.is_acked() {
-            self.retain();
-        } else {
-            self.retain_soon();
-        }
-        let (done, waiting) =
-            std::mem::take(&mut self.awaited).into_iter().partition(|(point, _)| point.epoch <= head.epoch);
-        self.awaited = waiting;
-        let done: Vec<(PointReply, oneshot::Sender<Reply>)> = done;
-        for (point, reply) in done {
-            let _ = reply.send(Reply::Point(PointReply { acked: true, ..point }));
-        }
-    }
-
-    /// Stores the memo; `false` where it could not be.
-    fn keep_memo(&mut self) -> bool {
-        let Some(devices) = &mut self.devices else { return false };
-        match devices.tracker.set_memo(&self.memo.encode()) {
-            Ok(()) => true,
-            Err(error) => {
-                self.fail(format!("{:#}", anyhow::Error::new(error)));
-                false
-            }
-        }
-    }
-
-    fn retain_soon(&mut self) {
-        self.retain_at.get_or_insert(self.setup.clock.monotonic() + RETAIN_EVERY);
-    }
-
-    /// Lets the tracker forget what is acked.
-    fn retain(&mut self) {
-        self.retain_at = None;
-        let Some(devices) = &mut self.devices else { return };
-        if let Err(error) = devices.tracker.retain_unacked(&self.ledger.unacked()) {
-            self.fail(format!("{:#}", anyhow::Error::new(error)));
-        }
-    }
-
-    /// The volumes cannot be captured: no points until they can be opened again.
-    fn fail(&mut self, reason: String) {
-        if self.trouble.as_ref() != Some(&reason) {
-            tracing::error!(group = self.setup.facts.name, reason, "no recovery points: the volumes failed");
-        }
-        self.wanted.drain(..).for_each(|request| refuse(request, &reason));
-        self.trouble = Some(reason);
-        self.devices = None;
-        self.reopen_at = self.setup.clock.monotonic() + REOPEN_EVERY;
-    }
-
-    fn reopen(&mut self) {
-        match (self.setup.opener)() {
-            Ok(devices) => {
-                tracing::info!(group = self.setup.facts.name, "the volumes are back");
-                self.take_up(devices);
-                self.retain();
-                // Commits that were held back because their memo could not be stored are told again by the session only
-                // on a new line; storing what is known now lets them go.
-                if self.keep_memo() {
-                    self.memo.sent.clone().into_iter().for_each(|head| self.link.proceed(head));
-                }
-            }
-            Err(reason) => self.fail(reason),
-        }
-    }
-
-    fn refuse_awaited(&mut self, reason: &str) {
-        for (_, reply) in self.awaited.drain(..) {
-            let _ = reply.send(Reply::Failed { message: reason.to_owned(), hint: None });
-        }
-    }
-
     fn finish(mut self) {
         self.retain();
+        self.setup.kept_memo.keep(&self.memo);
         self.refuse_awaited("the agent is stopping");
         self.wanted.drain(..).for_each(|request| refuse(request, "the agent is stopping"));
     }
-
-    fn publish(&self) {
-        let (state, reason) = self.state();
-        let now = Timestamp(self.setup.clock.wall_ms());
-        let mut status = lock(&self.setup.status);
-        status.state = state;
-        status.reason = reason;
-        status.captured_epoch = self.captured_epoch;
-        status.sent_epoch = self.memo.sent.first().or(self.memo.acked.first()).map(|head| head.epoch);
-        status.acked_epoch = self.memo.head().map(|head| head.epoch);
-        status.acked_time = self.acked_time;
-        status.unchanged_as_of = self.unchanged_as_of;
-        let held = self.acked_time.max(self.unchanged_as_of);
-        status.lag_ms = held.map(|time| now.0.saturating_sub(time.0).max(0) as u64);
-        status.dirty_bytes = to_bytes(self.ledger.carried());
-        status.unacked_epochs = self.ledger.unacked_epochs();
-        status.unacked_bytes = self.ledger.unacked_bytes();
-        status.acked_bytes = self.acked_bytes;
-        status.estimate_s = self.estimate_s();
-        status.last_cut = self.last_cut;
-        status.failed_cuts = self.failed_cuts;
-        status.cuts_tried = self.cuts.tried;
-        status.cuts_validated = self.cuts.validated;
-        status.cuts_unchanged = self.cuts.unchanged;
-        if let Some(devices) = &self.devices {
-            status.tracker = devices.tracker.report().into();
-        }
-    }
-
-    /// At the speed since the agent's first connection.
-    fn estimate_s(&self) -> Option<u64> {
-        let since = self.setup.clock.monotonic().saturating_sub(self.opened_at?).as_secs_f64();
-        let left = to_bytes(self.ledger.carried()) + self.ledger.unacked_bytes();
-        (left > 0 && self.acked_bytes > 0).then(|| (left as f64 * since / self.acked_bytes as f64).ceil() as u64)
-    }
-
-    fn state(&self) -> (GroupPhase, Option<String>) {
-        let many_failed = self.failed_cuts >= FAILED_CUTS_MAX;
-        let has_point = self.open.is_some_and(|open| open.has_point);
-        if let Some(reason) = self.trouble.as_ref().or(self.refused.as_ref()) {
-            (GroupPhase::Stalled, Some(reason.clone()))
-        } else if self.open.is_none() || !self.link.is_connected() {
-            (GroupPhase::Disconnected, None)
-        } else if let Some(reason) = &self.put_off {
-            (GroupPhase::Stalled, Some(reason.clone()))
-        } else if many_failed {
-            (GroupPhase::Stalled, Some(format!("{} cuts in a row did not validate", self.failed_cuts)))
-        } else if let Some(reason) = &self.rescan {
-            (GroupPhase::Rescan, Some(reason.clone()))
-        } else if !has_point {
-            (GroupPhase::Seeding, None)
-        } else if !self.has_room() || self.is_too_large() {
-            (GroupPhase::Backlog, None)
-        } else {
-            (GroupPhase::Continuous, None)
-        }
-    }
-}
-
-fn is_all_unreadable(capture: &Capture) -> bool {
-    let meters = &capture.meters;
-    meters.dirty_blocks > 0 && meters.unreadable_blocks == meters.dirty_blocks
 }
 
 fn refuse(request: PointRequest, reason: &str) {
@@ -777,22 +409,9 @@ fn refuse(request: PointRequest, reason: &str) {
     let _ = request.reply.send(Reply::Failed { message: format!("no recovery point: {reason}"), hint });
 }
 
-fn refusal(reason: &RefusalReason) -> String {
-    match reason {
-        RefusalReason::Fork => {
-            "this source's history is a fork of the target's: frozen until `cdp-target resolve`".into()
-        }
-        RefusalReason::Fenced => "another source has taken the group over".into(),
-        RefusalReason::InUse => "another connection holds the group".into(),
-        RefusalReason::NameTaken => "the office has another group of this name".into(),
-        RefusalReason::Failed(reason) => format!("the target cannot serve the group: {reason}"),
-    }
-}
-
 fn lock(status: &Mutex<GroupStatus>) -> std::sync::MutexGuard<'_, GroupStatus> {
     status.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
-#[path = "group_tests.rs"]
 mod tests;

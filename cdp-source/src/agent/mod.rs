@@ -190,6 +190,7 @@ fn start_group(
             bound: Duration::from_millis(config.cut_bound_ms()),
             blocks_max: config.capture_bytes_max / BLOCK_BYTES as u64,
         },
+        kept_memo: Box::new(state.kept_memo(name)),
         opener: devices::opener(state.clone(), name.to_owned(), facts, config.volumes.clone()),
         encoder,
         clock: Arc::new(SystemClock::new()) as Arc<dyn Clock>,

@@ -2,7 +2,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test writes a real image file")]
 
-use super::{Devices, GroupSetup, Input, Link, Opener, PointRequest, run};
+use super::{Devices, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
 use crate::agent::status::{GroupPhase, GroupStatus};
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
@@ -30,6 +30,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::oneshot;
+
+/// The image's tracker keeps its memo in a file already.
+struct NothingKept;
+
+impl KeptMemo for NothingKept {
+    fn load(&self) -> Memo {
+        Memo::default()
+    }
+
+    fn keep(&self, _: &Memo) {}
+}
 
 const GROUP: GroupId = GroupId([7; 16]);
 const KEY: [u8; 32] = [5; 32];
@@ -268,6 +279,7 @@ impl Bench {
                 }
                 Box::new(link)
             }),
+            kept_memo: Box::new(NothingKept),
             encoder: Arc::new(Encoder::new(2)),
             clock: Arc::new(SystemClock::new()),
             random: Arc::new(SystemRandom),

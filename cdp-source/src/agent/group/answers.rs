@@ -1,0 +1,176 @@
+//! What the target's answers mean: for the memo, the ledger, the tracker, and whoever waits for a point.
+//!
+//! Invariant: the memo names a commit before the commit leaves, and a new generation only once all it voids is in
+//! `unacked`.
+
+use super::{Group, Open, RETAIN_EVERY, refuse};
+use crate::control::{PointReply, Reply};
+use cdp_protocol::message::{GroupOpened, RefusalReason, Verdict};
+use cdp_protocol::record::PartChain;
+use cdp_protocol::session::source::SourceEvent;
+use cdp_protocol::units::{AttemptId, Epoch, Generation, Head};
+use tokio::sync::oneshot;
+
+impl Group {
+    pub(super) fn event(&mut self, event: SourceEvent) {
+        match event {
+            SourceEvent::Opened { verdict, generation, head, parts } => {
+                self.opened(verdict, generation, head, parts);
+            }
+            SourceEvent::Committing(head) => {
+                self.memo.committing(head);
+                if self.keep_memo() {
+                    self.link.proceed(head);
+                }
+            }
+            SourceEvent::Acked(head) => self.acked(head),
+            SourceEvent::PartAcked { attempt, .. } => {
+                self.put_off = None;
+                if let Some(part) = self.ledger.part_acked(attempt) {
+                    self.acked_bytes += part.bytes;
+                    self.retain_soon();
+                }
+            }
+            SourceEvent::Busy { reason, retry_after_ms } => {
+                let text = format!("the target takes nothing for now: {reason}");
+                if self.put_off.as_ref() != Some(&text) {
+                    tracing::warn!(group = self.setup.facts.name, retry_after_ms, reason = text, "pushed back");
+                }
+                self.refused = Some(text.clone());
+                self.put_off = Some(text);
+            }
+            SourceEvent::Refused(reason) => {
+                let text = refusal(&reason);
+                if self.refused.as_ref() != Some(&text) {
+                    tracing::error!(group = self.setup.facts.name, reason = text, "the target refuses the group");
+                }
+                self.wanted.drain(..).for_each(|request| refuse(request, &text));
+                self.refused = Some(text);
+            }
+            SourceEvent::Voided => {
+                tracing::info!(group = self.setup.facts.name, "what was under way is void and captured again");
+                self.ledger.void();
+                self.refuse_awaited("the point was voided by a new generation; ask again");
+            }
+        }
+    }
+
+    pub(super) fn opened(
+        &mut self,
+        verdict: Verdict,
+        generation: Generation,
+        head: Option<Head>,
+        parts: Option<(Epoch, PartChain)>,
+    ) {
+        self.refused = None;
+        self.opened_at.get_or_insert(self.setup.clock.monotonic());
+        let is_new = self.memo.generation != Some(generation);
+        if !is_new && self.open.is_some() {
+            return;
+        }
+        let newest = self.memo.head().map(|head| head.epoch).max(head.map(|head| head.epoch));
+        let after = Epoch(newest.unwrap_or_default().0 + 1);
+        if is_new {
+            tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is sent");
+            self.ledger.carry_everything();
+            self.rescan = match verdict {
+                Verdict::New => None,
+                Verdict::Continue => Some("a new generation".into()),
+                Verdict::Rollback { .. } => Some("this source went on from an older point".into()),
+                Verdict::TargetBehind => Some("the target lost points it had acked".into()),
+            };
+            self.retain();
+        }
+        let opened = GroupOpened {
+            group: self.setup.facts.group,
+            generation,
+            verdict,
+            head: head.map(|head| (head, AttemptId::default())),
+            parts,
+            resume: None,
+        };
+        self.memo.opened(&opened);
+        self.keep_memo();
+        if is_new {
+            self.setup.kept_memo.keep(&self.memo);
+        }
+        let before = self.open.and_then(|open| open.after_rollback_to);
+        let after_rollback_to = match verdict {
+            Verdict::Rollback { to: Some(epoch) } if is_new => Some(epoch),
+            _ => before,
+        };
+        let next_epoch = parts.map_or(after, |(epoch, _)| epoch);
+        self.open = Some(Open { generation, next_epoch, after_rollback_to, has_point: head.is_some() && !is_new });
+        self.next_cut = self.setup.clock.monotonic();
+    }
+
+    pub(super) fn acked(&mut self, head: Head) {
+        self.put_off = None;
+        self.memo.acked(head);
+        self.keep_memo();
+        if let Some(point) = self.ledger.acked(head.epoch) {
+            self.acked_time = Some(point.cut_time);
+            self.acked_bytes += point.bytes;
+            self.rescan = None;
+        }
+        if let Some(open) = &mut self.open {
+            open.after_rollback_to = None;
+            open.has_point = true;
+        }
+        if self.ledger.is_acked() {
+            self.retain();
+        } else {
+            self.retain_soon();
+        }
+        let (done, waiting) =
+            std::mem::take(&mut self.awaited).into_iter().partition(|(point, _)| point.epoch <= head.epoch);
+        self.awaited = waiting;
+        let done: Vec<(PointReply, oneshot::Sender<Reply>)> = done;
+        for (point, reply) in done {
+            let _ = reply.send(Reply::Point(PointReply { acked: true, ..point }));
+        }
+    }
+
+    /// Stores the memo; `false` where it could not be.
+    pub(super) fn keep_memo(&mut self) -> bool {
+        let Some(devices) = &mut self.devices else { return false };
+        match devices.tracker.set_memo(&self.memo.encode()) {
+            Ok(()) => true,
+            Err(error) => {
+                self.fail(format!("{:#}", anyhow::Error::new(error)));
+                false
+            }
+        }
+    }
+
+    pub(super) fn retain_soon(&mut self) {
+        self.retain_at.get_or_insert(self.setup.clock.monotonic() + RETAIN_EVERY);
+    }
+
+    /// Lets the tracker forget what is acked.
+    pub(super) fn retain(&mut self) {
+        self.retain_at = None;
+        let Some(devices) = &mut self.devices else { return };
+        if let Err(error) = devices.tracker.retain_unacked(&self.ledger.unacked()) {
+            self.fail(format!("{:#}", anyhow::Error::new(error)));
+        }
+    }
+
+    pub(super) fn refuse_awaited(&mut self, reason: &str) {
+        for (_, reply) in self.awaited.drain(..) {
+            let _ = reply.send(Reply::Failed { message: reason.to_owned(), hint: None });
+        }
+    }
+}
+
+fn refusal(reason: &RefusalReason) -> String {
+    match reason {
+        RefusalReason::Fork => {
+            "this source's history is a fork of the target's: frozen until `cdp-target resolve`".into()
+        }
+        RefusalReason::Fenced => "another source has taken the group over".into(),
+        RefusalReason::InUse => "another connection holds the group".into(),
+        RefusalReason::NameTaken => "the office has another group of this name".into(),
+        RefusalReason::Failed(reason) => format!("the target cannot serve the group: {reason}"),
+    }
+}

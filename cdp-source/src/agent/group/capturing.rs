@@ -1,0 +1,160 @@
+//! Capturing: parts while there is much, a cut when it fits; what becomes of either.
+//!
+//! Invariant: whatever is captured is in the ledger before it is encoded, and stays in `unacked` until it is acked.
+
+use super::{Cuts, Group, Open, PART_BLOCKS, UNCHANGED_EVERY};
+use crate::agent::encoding::Job;
+use crate::agent::ledger::{Captured, to_bytes};
+use crate::agent::status::CutStatus;
+use crate::capture::Capture;
+use crate::control::{PointReply, Reply};
+use crate::cut::{self, Cut, CutError};
+use crate::tracker::TrackerError;
+use cdp_protocol::codec::Sealer;
+use cdp_protocol::session::source::{CommitDraft, End};
+use cdp_protocol::units::{AttemptId, Class, Epoch, Timestamp};
+use cdp_seams::random;
+use std::sync::Arc;
+
+impl Group {
+    /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
+    pub(super) fn part(&mut self) -> Result<(), CutError> {
+        let Some(devices) = &mut self.devices else { return Ok(()) };
+        if !self.primed {
+            // What was marked so far is read now; a tracker that compares takes its first look. Without it the volume
+            // would be sent once in parts and once more by the first cut.
+            self.primed = true;
+            match devices.tracker.flip() {
+                Ok(marked) => self.ledger.carry_more(&marked),
+                Err(TrackerError::Stragglers(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let capture = cut::read_part(&mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
+        if is_all_unreadable(&capture) {
+            self.fail("every block read came back with an error".into());
+            return Ok(());
+        }
+        self.send(capture, End::Part);
+        Ok(())
+    }
+
+    pub(super) fn cut(&mut self) -> Result<(), CutError> {
+        let now = self.setup.clock.monotonic();
+        // From the last one that was due, so that the interval does not grow by the cut's own time.
+        let due = self.next_cut + self.setup.interval;
+        self.next_cut = if due > now { due } else { now + self.setup.interval };
+        let Some(devices) = &mut self.devices else { return Ok(()) };
+        let clock = Arc::clone(&self.setup.clock);
+        let cut =
+            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
+        self.cuts.count(&cut);
+        match cut {
+            Cut::Captured(capture) if is_all_unreadable(&capture) => {
+                let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+                self.ledger.carry_more(&blocks);
+                self.fail("every changed block came back with an error".into());
+            }
+            Cut::Captured(capture) => self.captured(capture),
+            Cut::Unchanged { as_of } => self.unchanged(as_of),
+            Cut::TooLarge => tracing::debug!(group = self.setup.facts.name, "too much for one cut: parts first"),
+            Cut::NotValidated => {
+                self.failed_cuts += 1;
+                tracing::debug!(group = self.setup.facts.name, failed = self.failed_cuts, "the cut did not validate");
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn captured(&mut self, capture: Capture) {
+        let Some(open) = self.open else { return };
+        self.failed_cuts = 0;
+        self.unchanged_as_of = None;
+        self.last_cut = Some(CutStatus {
+            time: capture.cut_time,
+            rounds: capture.meters.cut_rounds,
+            cut_us: capture.meters.cut_us,
+            blocks: capture.meters.dirty_blocks,
+        });
+        let request = self.wanted.pop_front();
+        let label = request.as_ref().and_then(|request| request.label.clone());
+        let first = self.ledger.unacked_epochs() == 0;
+        let draft = CommitDraft {
+            class: Class::Crash,
+            cut_time: capture.cut_time,
+            meters: capture.meters,
+            first_epoch: open.next_epoch,
+            after_rollback_to: open.after_rollback_to.filter(|_| first),
+            label: label.clone(),
+        };
+        let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false };
+        self.captured_epoch = Some(open.next_epoch);
+        self.send(capture, End::Commit(draft));
+        self.open = Some(Open { next_epoch: Epoch(open.next_epoch.0 + 1), ..open });
+        if let Some(request) = request {
+            if request.wait {
+                self.awaited.push((point, request.reply));
+            } else {
+                // Whoever asked may have gone; the point stands all the same.
+                let _ = request.reply.send(Reply::Point(point));
+            }
+        }
+    }
+
+    /// Nothing has changed. A point that was asked for is made all the same, so that its name has something to stand on.
+    pub(super) fn unchanged(&mut self, as_of: Timestamp) {
+        let Some(open) = self.open else { return };
+        self.failed_cuts = 0;
+        if !self.wanted.is_empty() || !open.has_point && self.ledger.unacked_epochs() == 0 {
+            let mut capture = Capture::new(self.setup.facts.volumes.len());
+            capture.cut_time = as_of;
+            capture.meters.cut_rounds = 1;
+            return self.captured(capture);
+        }
+        let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked()) else { return };
+        self.put_off = None;
+        self.unchanged_as_of = Some(as_of);
+        let now = self.setup.clock.monotonic();
+        if self.told_unchanged.is_none_or(|told| now >= told + UNCHANGED_EVERY) {
+            self.told_unchanged = Some(now);
+            self.link.unchanged(head.epoch, as_of);
+        }
+    }
+
+    /// Seals a capture under a fresh attempt and hands it to the encoder.
+    pub(super) fn send(&mut self, capture: Capture, end: End) {
+        let Some(open) = self.open else { return };
+        let attempt = AttemptId(random::array(&*self.setup.random));
+        let group = self.setup.facts.group;
+        let sealer = Sealer::new(group, open.next_epoch, open.generation, attempt, &self.setup.data_key);
+        let blocks = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+        self.ledger.capture(Captured {
+            epoch: open.next_epoch,
+            attempt,
+            is_part: end == End::Part,
+            cut_time: capture.cut_time,
+            blocks,
+            bytes: to_bytes(capture.meters.content_blocks),
+        });
+        self.encoding.submit(Job { capture, sealer: Arc::new(sealer), end });
+    }
+}
+
+impl Cuts {
+    fn count(&mut self, cut: &Cut) {
+        let (tried, validated, unchanged) = match cut {
+            Cut::Captured(_) => (1, 1, 0),
+            Cut::Unchanged { .. } => (1, 1, 1),
+            Cut::NotValidated => (1, 0, 0),
+            Cut::TooLarge => (0, 0, 0),
+        };
+        self.tried += tried;
+        self.validated += validated;
+        self.unchanged += unchanged;
+    }
+}
+
+fn is_all_unreadable(capture: &Capture) -> bool {
+    let meters = &capture.meters;
+    meters.dirty_blocks > 0 && meters.unreadable_blocks == meters.dirty_blocks
+}

@@ -1,0 +1,65 @@
+//! How the group stands: what `status` and the metrics see.
+
+use super::{FAILED_CUTS_MAX, Group, lock};
+use crate::agent::ledger::to_bytes;
+use crate::agent::status::GroupPhase;
+use cdp_protocol::units::Timestamp;
+
+impl Group {
+    pub(super) fn publish(&self) {
+        let (state, reason) = self.state();
+        let now = Timestamp(self.setup.clock.wall_ms());
+        let mut status = lock(&self.setup.status);
+        status.state = state;
+        status.reason = reason;
+        status.captured_epoch = self.captured_epoch;
+        status.sent_epoch = self.memo.sent.first().or(self.memo.acked.first()).map(|head| head.epoch);
+        status.acked_epoch = self.memo.head().map(|head| head.epoch);
+        status.acked_time = self.acked_time;
+        status.unchanged_as_of = self.unchanged_as_of;
+        let held = self.acked_time.max(self.unchanged_as_of);
+        status.lag_ms = held.map(|time| now.0.saturating_sub(time.0).max(0) as u64);
+        status.dirty_bytes = to_bytes(self.ledger.carried());
+        status.unacked_epochs = self.ledger.unacked_epochs();
+        status.unacked_bytes = self.ledger.unacked_bytes();
+        status.acked_bytes = self.acked_bytes;
+        status.estimate_s = self.estimate_s();
+        status.last_cut = self.last_cut;
+        status.failed_cuts = self.failed_cuts;
+        status.cuts_tried = self.cuts.tried;
+        status.cuts_validated = self.cuts.validated;
+        status.cuts_unchanged = self.cuts.unchanged;
+        if let Some(devices) = &self.devices {
+            status.tracker = devices.tracker.report().into();
+        }
+    }
+
+    /// At the speed since the agent's first connection.
+    pub(super) fn estimate_s(&self) -> Option<u64> {
+        let since = self.setup.clock.monotonic().saturating_sub(self.opened_at?).as_secs_f64();
+        let left = to_bytes(self.ledger.carried()) + self.ledger.unacked_bytes();
+        (left > 0 && self.acked_bytes > 0).then(|| (left as f64 * since / self.acked_bytes as f64).ceil() as u64)
+    }
+
+    pub(super) fn state(&self) -> (GroupPhase, Option<String>) {
+        let many_failed = self.failed_cuts >= FAILED_CUTS_MAX;
+        let has_point = self.open.is_some_and(|open| open.has_point);
+        if let Some(reason) = self.trouble.as_ref().or(self.refused.as_ref()) {
+            (GroupPhase::Stalled, Some(reason.clone()))
+        } else if self.open.is_none() || !self.link.is_connected() {
+            (GroupPhase::Disconnected, None)
+        } else if let Some(reason) = &self.put_off {
+            (GroupPhase::Stalled, Some(reason.clone()))
+        } else if many_failed {
+            (GroupPhase::Stalled, Some(format!("{} cuts in a row did not validate", self.failed_cuts)))
+        } else if let Some(reason) = &self.rescan {
+            (GroupPhase::Rescan, Some(reason.clone()))
+        } else if !has_point {
+            (GroupPhase::Seeding, None)
+        } else if !self.has_room() || self.is_too_large() {
+            (GroupPhase::Backlog, None)
+        } else {
+            (GroupPhase::Continuous, None)
+        }
+    }
+}

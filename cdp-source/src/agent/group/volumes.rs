@@ -1,0 +1,45 @@
+//! The group's volumes: taken up, given up when they fail, and opened again.
+
+use super::{Devices, Group, REOPEN_EVERY, refuse};
+
+impl Group {
+    /// Goes on with volumes that were opened: what is not acked of old is to be captured.
+    pub(super) fn take_up(&mut self, mut devices: Devices) {
+        let recovered = devices.tracker.take_recovered();
+        self.ledger.carry_more(&recovered);
+        if let Some(reason) = devices.tracker.report().started_over {
+            tracing::warn!(group = self.setup.facts.name, reason, "tracking was interrupted: everything is sent again");
+            self.rescan = Some(reason);
+        }
+        self.devices = Some(devices);
+        self.primed = false;
+        self.trouble = None;
+    }
+
+    /// The volumes cannot be captured: no points until they can be opened again.
+    pub(super) fn fail(&mut self, reason: String) {
+        if self.trouble.as_ref() != Some(&reason) {
+            tracing::error!(group = self.setup.facts.name, reason, "no recovery points: the volumes failed");
+        }
+        self.wanted.drain(..).for_each(|request| refuse(request, &reason));
+        self.trouble = Some(reason);
+        self.devices = None;
+        self.reopen_at = self.setup.clock.monotonic() + REOPEN_EVERY;
+    }
+
+    pub(super) fn reopen(&mut self) {
+        match (self.setup.opener)() {
+            Ok(devices) => {
+                tracing::info!(group = self.setup.facts.name, "the volumes are back");
+                self.take_up(devices);
+                self.retain();
+                // Commits that were held back because their memo could not be stored are told again by the session only
+                // on a new line; storing what is known now lets them go.
+                if self.keep_memo() {
+                    self.memo.sent.clone().into_iter().for_each(|head| self.link.proceed(head));
+                }
+            }
+            Err(reason) => self.fail(reason),
+        }
+    }
+}
