@@ -97,6 +97,11 @@ fn devices_that_are_not_fit_are_refused_by_name() -> Result<()> {
         &["2001"],
     )?;
     refused(&mut target(&site, &["export", "office/main/data", "--at", "999999", "--output", "x"]), &["999999"])?;
+    // What was pinned in the kernel goes with the last volume, also without an agent.
+    site.stop_source()?;
+    ensure!(site.pins().is_some_and(|pins| pins.exists()), "tracking goes on without the agent");
+    site.source(&["unprotect", "data"])?;
+    ensure!(site.pins().is_some_and(|pins| !pins.exists()), "nothing is tracked any more");
     Ok(())
 }
 

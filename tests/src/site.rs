@@ -169,6 +169,18 @@ impl Site {
         Ok(())
     }
 
+    /// Where the agent pins the tracking of the group, once the target knows the group.
+    #[must_use]
+    pub fn pins(&self) -> Option<PathBuf> {
+        self.all_pins().into_iter().next()
+    }
+
+    /// The same for all groups, by the ids the target's folders have.
+    fn all_pins(&self) -> Vec<PathBuf> {
+        let groups = entries(&self.data.join("offices")).into_iter().flat_map(|office| entries(&office.join("groups")));
+        groups.filter_map(|group| Some(Path::new("/sys/fs/bpf/cdp").join(group.file_name()?))).collect()
+    }
+
     /// Checks with `cdp-target verify` that everything stored is whole.
     pub fn verify(&self) -> Result<()> {
         let report = self.target(&["verify", "office/main", "--json"])?;
@@ -182,12 +194,8 @@ impl Drop for Site {
     fn drop(&mut self) {
         self.source = None;
         self.target = None;
-        for office in entries(&self.data.join("offices")) {
-            for group in entries(&office.join("groups")) {
-                if let Some(name) = group.file_name() {
-                    let _ = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/cdp").join(name));
-                }
-            }
+        for pins in self.all_pins() {
+            let _ = std::fs::remove_dir_all(pins);
         }
     }
 }

@@ -219,8 +219,8 @@ fn wire_volumes(config: &GroupConfig, facts: &GroupState) -> Result<Vec<Volume>>
     wire.collect()
 }
 
-/// A group without volumes is not tracked any more.
-fn forget_tracking(state: &StateFolder, name: &str) {
+/// Takes down what is pinned for a group without volumes: it is not tracked any more.
+pub(crate) fn forget_tracking(state: &StateFolder, name: &str) {
     let Ok(Some(facts)) = state.group(name) else { return };
     let folder = state.tracking(name);
     if let Err(error) = ebpf::remove(Path::new("/sys/fs/bpf"), &folder, &**state.storage(), facts.group) {

@@ -7,6 +7,7 @@
 use super::failure::UserError;
 use super::show::{print, print_json};
 use super::{ProtectArgs, UnprotectArgs};
+use crate::agent;
 use crate::config::{self, Config, GroupConfig, TrackerChoice, VolumeConfig};
 use crate::control::{self, ControlError, Reply, Request};
 use crate::doctor;
@@ -233,6 +234,11 @@ pub(super) fn unprotect(state: &StateFolder, args: &UnprotectArgs) -> Result<Exi
     state.replace_config(&config::without_volume(&state.config_text()?, &args.group, &args.name)?)?;
     drop(lock);
     let is_taken_up = take_up(state)?;
+    let is_empty = state.config()?.groups.get(&args.group).is_none_or(|group| group.volumes.is_empty());
+    if is_empty && !is_taken_up {
+        // A running agent does this itself; without one nobody else would, and the kernel would go on marking.
+        agent::forget_tracking(state, &args.group);
+    }
     print(&format!("{}/{} is no longer protected; its points stay", args.group, args.name))?;
     say_whether_taken_up(is_taken_up);
     Ok(ExitCode::SUCCESS)
