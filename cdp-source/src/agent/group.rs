@@ -52,6 +52,8 @@ const UNCHANGED_EVERY: Duration = Duration::from_secs(20);
 const REOPEN_EVERY: Duration = Duration::from_secs(5);
 /// How long the thread sleeps where nothing is due: so often the status is brought up to date.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
+/// How often blocks that could not be read are tried again.
+const UNREADABLE_EVERY: Duration = Duration::from_secs(60);
 /// Cuts in a row that do not validate after which the group is called stalled.
 const FAILED_CUTS_MAX: u64 = 10;
 
@@ -141,8 +143,9 @@ pub struct GroupSetup {
 
 /// Runs a group until `Input::Stop`, or until nobody can say so any more. `sender` is the other end of `inputs`.
 pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input>) {
-    let Some((devices, memo)) = first_open(&mut setup, inputs) else { return };
+    let Some((devices, memo, is_kept)) = first_open(&mut setup, inputs) else { return };
     let mut group = Group::new(setup, devices, memo, sender);
+    group.memo_is_kept = is_kept;
     loop {
         match inputs.recv_timeout(group.wait()) {
             Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => break,
@@ -162,8 +165,9 @@ pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input
     group.finish();
 }
 
-/// Opens the volumes, now and then again until it works: without them nothing is known about the group's history.
-fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devices, Memo)> {
+/// Opens the volumes, now and then again until it works: without them nothing is known about the group's history. Also
+/// tells whether the memo is the one kept beside the tracker's.
+fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devices, Memo, bool)> {
     let mut said = None;
     loop {
         let opened = (setup.opener)().and_then(|devices| {
@@ -173,12 +177,13 @@ fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devic
         match opened {
             Ok((devices, memo)) => {
                 // A tracking that starts over has everything dirty, so an older memo is as good as none, and says more.
-                let memo = if memo.is_empty() { Ok(setup.kept_memo.load()) } else { Memo::decode(&memo) };
+                let is_kept = memo.is_empty();
+                let memo = if is_kept { Ok(setup.kept_memo.load()) } else { Memo::decode(&memo) };
                 let memo = memo.unwrap_or_else(|error| {
                     tracing::error!(group = setup.facts.name, %error, "the memo is lost: everything is compared");
                     Memo::default()
                 });
-                return Some((devices, memo));
+                return Some((devices, memo, is_kept));
             }
             Err(reason) => {
                 if said.as_ref() != Some(&reason) {
@@ -230,7 +235,11 @@ struct Group {
     rescan: Option<String>,
     /// Whether the tracker was flipped before parts are read.
     primed: bool,
+    /// Whether the memo was kept beside the tracker's, and so may be older than what the target has of us.
+    memo_is_kept: bool,
     next_cut: Duration,
+    /// When blocks that could not be read are tried again.
+    unreadable_at: Duration,
     reopen_at: Duration,
     retain_at: Option<Duration>,
     told_unchanged: Option<Duration>,
@@ -296,7 +305,9 @@ impl Group {
             put_off: None,
             rescan: None,
             primed: false,
+            memo_is_kept: false,
             next_cut: Duration::ZERO,
+            unreadable_at: Duration::ZERO,
             reopen_at: Duration::ZERO,
             retain_at: None,
             told_unchanged: None,
@@ -359,6 +370,10 @@ impl Group {
         let now = self.setup.clock.monotonic();
         if self.devices.is_none() && now >= self.reopen_at {
             self.reopen();
+        }
+        if now >= self.unreadable_at {
+            self.unreadable_at = now + UNREADABLE_EVERY;
+            self.ledger.carry_unreadable();
         }
         let done = match self.due() {
             Due::Part => self.part(),

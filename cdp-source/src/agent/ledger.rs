@@ -17,6 +17,8 @@ pub struct Ledger {
     volume_blocks: Vec<u64>,
     /// Blocks that the next captures have to hold.
     pub carry: Blocks,
+    /// Blocks whose newest capture the device could not read: nothing marks them when it can again.
+    unreadable: Blocks,
     captured: VecDeque<Captured>,
 }
 
@@ -42,7 +44,7 @@ impl Ledger {
     #[must_use]
     pub fn new(volume_blocks: Vec<u64>) -> Self {
         let carry = vec![RoaringBitmap::new(); volume_blocks.len()];
-        Self { volume_blocks, carry, captured: VecDeque::new() }
+        Self { volume_blocks, unreadable: carry.clone(), carry, captured: VecDeque::new() }
     }
 
     /// Blocks in `carry`.
@@ -64,6 +66,18 @@ impl Ledger {
         }
     }
 
+    /// Carries the blocks that could not be read: it is time to try them again.
+    pub fn carry_unreadable(&mut self) {
+        let unreadable = self.unreadable.clone();
+        self.carry_more(&unreadable);
+    }
+
+    /// Whether all of these could not be read the last time either.
+    #[must_use]
+    pub fn are_known_unreadable(&self, blocks: &[RoaringBitmap]) -> bool {
+        blocks.iter().zip(&self.unreadable).all(|(blocks, known)| blocks.is_subset(known))
+    }
+
     /// Everything has to be captured again; nothing captured so far counts.
     pub fn carry_everything(&mut self) {
         self.captured.clear();
@@ -74,10 +88,12 @@ impl Ledger {
         }
     }
 
-    /// Keeps an attempt until it is acked. Its blocks are in `carry` no more.
-    pub fn capture(&mut self, captured: Captured) {
-        for (carry, blocks) in self.carry.iter_mut().zip(&captured.blocks) {
-            *carry -= blocks;
+    /// Keeps an attempt until it is acked. Its blocks are in `carry` no more; those it could not read are remembered.
+    pub fn capture(&mut self, captured: Captured, unreadable: &[RoaringBitmap]) {
+        for (volume, blocks) in captured.blocks.iter().enumerate() {
+            self.carry[volume] -= blocks;
+            self.unreadable[volume] -= blocks;
+            self.unreadable[volume] |= &unreadable[volume];
         }
         self.captured.push_back(captured);
     }
@@ -116,6 +132,9 @@ impl Ledger {
     #[must_use]
     pub fn unacked(&self) -> Blocks {
         let mut union = self.carry.clone();
+        for (union, blocks) in union.iter_mut().zip(&self.unreadable) {
+            *union |= blocks;
+        }
         for captured in &self.captured {
             for (union, blocks) in union.iter_mut().zip(&captured.blocks) {
                 *union |= blocks;
@@ -206,7 +225,7 @@ mod tests {
                         carry.retain(|block| !taken.contains(block));
                         let is_part = matches!(op, Op::Part(_));
                         number += 1;
-                        ledger.capture(captured(number, epoch, is_part, taken.iter().copied().collect()));
+                        ledger.capture(captured(number, epoch, is_part, taken.iter().copied().collect()), &[RoaringBitmap::new()]);
                         under_way.push((epoch, number, is_part, taken));
                         epoch += u64::from(!is_part);
                     }
@@ -240,9 +259,26 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_could_not_be_read_stays_unacked_until_it_could() {
+        let none = [RoaringBitmap::new()];
+        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
+        let mut ledger = Ledger::new(vec![10]);
+        ledger.carry_more(&blocks(&[1, 9]));
+        ledger.capture(captured(1, 1, false, RoaringBitmap::from_iter([1, 9])), &blocks(&[9]));
+        ledger.acked(Epoch(1));
+        assert_eq!(ledger.unacked(), blocks(&[9]));
+        assert!(ledger.are_known_unreadable(&blocks(&[9])) && !ledger.are_known_unreadable(&blocks(&[1])));
+        ledger.carry_unreadable();
+        assert_eq!(ledger.carry, blocks(&[9]));
+        ledger.capture(captured(2, 2, false, RoaringBitmap::from_iter([9])), &none);
+        ledger.acked(Epoch(2));
+        assert_eq!(ledger.unacked(), none);
+    }
+
+    #[test]
     fn everything_is_every_block_of_every_volume() {
         let mut ledger = Ledger::new(vec![3, 0, 1 << 32]);
-        ledger.capture(captured(1, 1, true, RoaringBitmap::from_iter([1])));
+        ledger.capture(captured(1, 1, true, RoaringBitmap::from_iter([1])), &[RoaringBitmap::new()]);
         ledger.carry_everything();
         assert_eq!(ledger.carry.iter().map(RoaringBitmap::len).collect::<Vec<_>>(), [3, 0, 1 << 32]);
         assert!(ledger.is_acked());

@@ -311,8 +311,8 @@ impl Tracker for EbpfTracker {
 
     fn retain_unacked(&mut self, union: &[RoaringBitmap]) -> Result<(), TrackerError> {
         for (index, place) in self.instance.places.iter().enumerate() {
-            // What was not given away yet is of no epoch, and stays.
-            let kept = &union[index] | &self.pending[index] | &self.recovered[index];
+            // What was not given away yet is of no epoch, and stays; so does what a lost completion may still bring back.
+            let kept = &union[index] | &self.pending[index] | &self.recovered[index] | self.suspects.of(index);
             self.instance.unacked.retain(place, &kept);
         }
         Ok(())

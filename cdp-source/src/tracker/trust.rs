@@ -7,7 +7,9 @@
 //! nothing else.
 //!
 //! The kernel's counts are read before a flip and the program's after it, so that what completes in between cannot look
-//! lost; it can hide a loss, until a flip at which less completes in between. A bio may be issued and given back
+//! lost; it can hide a loss, until a flip at which less completes in between. So suspects are given up only at a flip
+//! that is clean: even the kernel's counts read *after* the program's are not ahead. Losses add up, so one clean flip
+//! clears all before it; where none comes in time, the suspects join the cut as if a completion were lost. A bio may be issued and given back
 //! without ever becoming a request (`REQ_NOWAIT` on a full queue), so that what is outstanding does not fall back to
 //! where it was: after a while in which nothing moves, it counts as none.
 //!
@@ -37,6 +39,8 @@ pub(super) struct Verdict {
     pub(super) lost: bool,
     /// Nothing was in flight at the flip.
     pub(super) quiet: bool,
+    /// No completion before the flip can have been lost unseen.
+    pub(super) clean: bool,
 }
 
 /// The measure of one tracking.
@@ -73,7 +77,13 @@ impl DiskTrust {
             self.outstanding = outstanding;
         }
         let idle = kernel.in_flight == 0 && outstanding == self.outstanding;
-        Verdict { lost, quiet: idle && issued == counted.issued }
+        Verdict { lost, quiet: idle && issued == counted.issued, clean: true }
+    }
+
+    /// Whether the kernel is not ahead of the program by more than it ever was, though it was asked after it.
+    fn is_clean(&self, kernel_after: &DiskCounts, counted: &Tally) -> bool {
+        let completed = kernel_after.written.wrapping_add(kernel_after.discarded);
+        completed.wrapping_sub(counted.written.wrapping_add(counted.discarded)) as i64 <= self.ahead
     }
 }
 
@@ -96,9 +106,12 @@ impl Trust {
 
     /// Compares the counts before a flip with those after its barrier.
     pub(super) fn judge(&mut self, instance: &Instance, before: &Before, now: Duration) -> io::Result<Verdict> {
-        let mut verdict = Verdict { lost: false, quiet: true };
+        let mut verdict = Verdict { lost: false, quiet: true, clean: true };
         for (index, disk) in self.disks.iter_mut().enumerate() {
-            let of_disk = disk.judge(&before.kernel[index], before.issued[index], &instance.tally(index), now);
+            let counted = instance.tally(index);
+            let kernel_after = DiskCounts::read(disk.disk)?;
+            let of_disk = disk.judge(&before.kernel[index], before.issued[index], &counted, now);
+            verdict.clean &= disk.is_clean(&kernel_after, &counted);
             verdict.lost |= of_disk.lost;
             verdict.quiet &= of_disk.quiet;
         }
@@ -123,19 +136,31 @@ impl Suspects {
         Self { recent: none.clone(), older: none, turned: now }
     }
 
-    /// Takes in what a flip drained. Gives what has to join its cut, where a completion was lost.
+    /// The suspects of a volume: of no epoch any more, and not to be forgotten by an agent's death.
+    pub(super) fn of(&self, volume: usize) -> RoaringBitmap {
+        &self.recent[volume] | &self.older[volume]
+    }
+
+    /// Takes in what a flip drained. Gives what has to join its cut, where a completion was lost or may have been.
     pub(super) fn flipped(
         &mut self,
         drained: &[RoaringBitmap],
         verdict: Verdict,
         now: Duration,
     ) -> Option<Vec<RoaringBitmap>> {
-        let joining = verdict.lost.then(|| self.recent.iter().zip(&self.older).map(|(a, b)| a | b).collect());
+        let age = now.saturating_sub(self.turned);
+        let joining = if verdict.lost {
+            Some((0..drained.len()).map(|volume| self.of(volume)).collect())
+        } else if age >= SUSPECT_FOR * 2 && !verdict.clean && !verdict.quiet {
+            Some(self.older.clone())
+        } else {
+            None
+        };
         if verdict.quiet {
             *self = Self::new(drained.len(), now);
             return joining;
         }
-        if now.saturating_sub(self.turned) >= SUSPECT_FOR {
+        if age >= SUSPECT_FOR * 2 || age >= SUSPECT_FOR && verdict.clean {
             let none = vec![RoaringBitmap::new(); drained.len()];
             self.older = std::mem::replace(&mut self.recent, none);
             self.turned = now;
@@ -166,7 +191,7 @@ mod tests {
     }
 
     fn verdict(lost: bool, quiet: bool) -> Verdict {
-        Verdict { lost, quiet }
+        Verdict { lost, quiet, clean: true }
     }
 
     #[test]
@@ -207,6 +232,26 @@ mod tests {
         assert_eq!(suspects.flipped(&blocks(&[2]), verdict(true, false), AT), Some(blocks(&[1])));
         assert_eq!(suspects.flipped(&blocks(&[3]), verdict(true, true), AT), Some(blocks(&[1, 2])));
         assert_eq!(suspects.flipped(&blocks(&[4]), verdict(true, false), AT), Some(blocks(&[])));
+    }
+
+    #[test]
+    fn suspects_that_were_never_cleared_join_before_they_are_given_up() {
+        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
+        let mut suspects = Suspects::new(1, AT);
+        let hidden = Verdict { lost: false, quiet: false, clean: false };
+        let at = |seconds: u64| AT + Duration::from_secs(seconds);
+        suspects.flipped(&blocks(&[1]), hidden, at(0));
+        assert_eq!(suspects.flipped(&blocks(&[2]), hidden, at(119)), None);
+        assert_eq!(suspects.flipped(&blocks(&[3]), hidden, at(120)), Some(blocks(&[])));
+        assert_eq!(suspects.of(0), blocks(&[1, 2, 3])[0]);
+        assert_eq!(suspects.flipped(&blocks(&[4]), hidden, at(240)), Some(blocks(&[1, 2])));
+    }
+
+    #[test]
+    fn a_flip_is_clean_only_if_the_kernel_asked_last_is_not_ahead() {
+        let trust = trust();
+        assert!(trust.is_clean(&IDLE, &tally(0, 50)));
+        assert!(!trust.is_clean(&DiskCounts { written: 108, ..IDLE }, &tally(0, 50)));
     }
 
     #[test]

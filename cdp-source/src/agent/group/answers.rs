@@ -96,9 +96,11 @@ impl Group {
         }
         let before = self.open.and_then(|open| open.after_rollback_to);
         let after_rollback_to = match verdict {
-            Verdict::Rollback { to: Some(epoch) } if is_new => Some(epoch),
+            // A kept memo is older than the group's points after every power cut: that is no rollback.
+            Verdict::Rollback { to: Some(epoch) } if is_new && !self.memo_is_kept => Some(epoch),
             _ => before,
         };
+        self.memo_is_kept = false;
         let next_epoch = parts.map_or(after, |(epoch, _)| epoch);
         self.open = Some(Open { generation, next_epoch, after_rollback_to, has_point: head.is_some() && !is_new });
         self.next_cut = self.setup.clock.monotonic();

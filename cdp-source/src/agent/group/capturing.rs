@@ -31,7 +31,7 @@ impl Group {
             }
         }
         let capture = cut::read_part(&mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
-        if is_all_unreadable(&capture) {
+        if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
             self.fail("every block read came back with an error".into());
             return Ok(());
         }
@@ -50,7 +50,9 @@ impl Group {
             cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
         self.cuts.count(&cut);
         match cut {
-            Cut::Captured(capture) if is_all_unreadable(&capture) => {
+            Cut::Captured(capture)
+                if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) =>
+            {
                 let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
                 self.ledger.carry_more(&blocks);
                 self.fail("every changed block came back with an error".into());
@@ -128,14 +130,16 @@ impl Group {
         let group = self.setup.facts.group;
         let sealer = Sealer::new(group, open.next_epoch, open.generation, attempt, &self.setup.data_key);
         let blocks = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
-        self.ledger.capture(Captured {
+        let unreadable = capture.unreadable();
+        let captured = Captured {
             epoch: open.next_epoch,
             attempt,
             is_part: end == End::Part,
             cut_time: capture.cut_time,
             blocks,
             bytes: to_bytes(capture.meters.content_blocks),
-        });
+        };
+        self.ledger.capture(captured, &unreadable);
         self.encoding.submit(Job { capture, sealer: Arc::new(sealer), end });
     }
 }
