@@ -240,11 +240,15 @@ pub fn live_rpo_ms(newest: &PointInfo, unchanged: Option<(Epoch, Timestamp)>, no
     now.0.saturating_sub(fresh.0).max(0)
 }
 
-/// Bytes of the files in a group's folder. A file that goes while we look counts nothing.
+/// Bytes of a group's files: its manifest, its journal, and what was kept aside. A file that goes while we look counts
+/// nothing.
 fn used_bytes(store: &Store, folder: &Path) -> u64 {
     let storage = store.storage();
-    let names = storage.list(folder).unwrap_or_default();
-    names.iter().filter_map(|name| storage.open(&folder.join(name)).and_then(|file| file.len()).ok()).sum()
+    let below = |folder: &Path| -> u64 {
+        let names = storage.list(folder).unwrap_or_default();
+        names.iter().filter_map(|name| storage.open(&folder.join(name)).and_then(|file| file.len()).ok()).sum()
+    };
+    ["", "journal", "aside"].iter().map(|name| below(&folder.join(name))).sum()
 }
 
 #[cfg(test)]
