@@ -203,11 +203,6 @@ pub fn judge<E>(
         return Ok(Judgement::Refuse(if stale { RefusalReason::Fenced } else { RefusalReason::Fork }));
     };
     let stays = verdict == Verdict::Continue && claimed == standing.generation;
-    if standing.held && !stays {
-        // A copy of the machine, or a source that started over while its own old connection is not yet known to be dead: it
-        // asks again, and gets the group once nobody holds it.
-        return Ok(Judgement::Refuse(RefusalReason::InUse));
-    }
     let generation = if stays { claimed } else { Generation(claimed.max(standing.generation).0.saturating_add(1)) };
     Ok(Judgement::Open { verdict, generation, lost })
 }

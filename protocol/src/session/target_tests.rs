@@ -73,8 +73,6 @@ fn histories_are_judged_by_this_table() {
     // While the holder of a generation lives, a lower one is kept out; the same one may come back.
     assert_eq!(judged(5, 2, true, &request(1, &[3], &[])), fenced);
     assert_eq!(judged(5, 2, true, &request(2, &[5], &[])), open(Verdict::Continue, 2, &[]));
-    // A copy of the machine from before, while the machine itself is connected: it has to wait.
-    assert_eq!(judged(5, 2, true, &request(2, &[3], &[])), Judgement::Refuse(RefusalReason::InUse));
 }
 
 #[test]
