@@ -274,3 +274,37 @@ fn a_full_disk_at_the_target_pushes_back_and_loses_nothing() -> Result<()> {
     site.stop_target()?;
     mount.unmount()
 }
+
+/// `doctor` tells of each mounted file system what it is built of, what would track it, and what that takes.
+#[test]
+fn doctor_tells_what_lies_under_each_file_system() -> Result<()> {
+    if !cdp_tests::privileged("doctor_tells_what_lies_under_each_file_system") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let lower = LoopDevice::new(&folder.path().join("lower.img"), 64 * MIB)?;
+    tool("mkfs.ext4", &["-q", &lower.node().display().to_string()])?;
+    let mount = Mount::new(lower.node(), &folder.path().join("mounted"), "")?;
+    let findings = || -> Result<Vec<serde_json::Value>> {
+        let output = Command::new(program("cdp-source"))
+            .args(["doctor", "--json"])
+            .env("CDP_SOURCE_STATE", folder.path().join("state"))
+            .output()?;
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        Ok(document["findings"].as_array().context("findings")?.clone())
+    };
+    let found = |findings: &[serde_json::Value], subject: &str| -> Result<String> {
+        let finding = findings.iter().find(|finding| finding["subject"] == subject).context(subject.to_owned())?;
+        Ok(finding["found"].as_str().context("found")?.to_owned())
+    };
+    let findings = findings()?;
+    for subject in ["kernel", "btf", "lockdown", "bpffs", "rights", "io_uring", "memory", "volumes"] {
+        ensure!(!found(&findings, subject)?.is_empty(), "{subject}");
+    }
+    let told = found(&findings, &format!("file system {}", mount.folder().display()))?;
+    let image = folder.path().join("lower.img").display().to_string();
+    for word in ["not protected", "ext4", "loop device of", &image, "tracker ebpf", "bytes of kernel memory"] {
+        ensure!(told.contains(word), "{word:?} is not in {told:?}");
+    }
+    Ok(())
+}

@@ -11,10 +11,12 @@ pub mod doctor;
 pub mod encoder;
 pub mod join;
 pub mod metrics;
+pub mod mounts;
 pub mod probe;
 pub mod reader;
 pub mod sender;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod stack;
 pub mod state;
 pub mod tracker;

@@ -3,6 +3,8 @@
 //! Only looks; never writes, and reads no more than the first 68 KiB. Whether the tracker can watch the device is the
 //! tracker's to say.
 
+use crate::mounts::mounts;
+use crate::stack::{Layer, stack};
 use cdp_protocol::units::{SECTOR_BYTES, VOLUME_BYTES_MAX};
 use cdp_seams::storage::{Storage, read_all};
 use serde::Serialize;
@@ -24,6 +26,8 @@ pub struct Probe {
     pub size_bytes: u64,
     /// What is on it: a file system, a volume manager, a partition table.
     pub content: Option<&'static str>,
+    /// What it is built of, where it is a block device.
+    pub stack: Option<Layer>,
     /// Where it is mounted.
     pub mounted_on: Vec<String>,
     /// Devices that are built upon it.
@@ -127,13 +131,22 @@ pub fn probe(storage: &dyn Storage, path: &Path) -> Result<Probe, ProbeError> {
     let mut head = vec![0; LOOK_BYTES];
     let read = storage.open(&device).and_then(|file| file.read_at(&mut head, 0)).map_err(failed)?;
     head.truncate(read);
-    let (mounted_on, holders) = match &kind {
-        Kind::Block { number, .. } => {
-            (mounts_of(storage, number), names_in(storage, &sysfs(metadata.rdev()).join("holders")))
-        }
-        Kind::File { .. } => (Vec::new(), Vec::new()),
+    let mut probe = Probe {
+        device,
+        kind,
+        size_bytes,
+        content: signature(&head),
+        stack: None,
+        mounted_on: Vec::new(),
+        holders: Vec::new(),
     };
-    Ok(Probe { device, kind, size_bytes, content: signature(&head), mounted_on, holders })
+    if let Kind::Block { number, .. } = &probe.kind {
+        probe.stack = stack(storage, number);
+        let here = mounts(storage).into_iter().filter(|mount| mount.number == *number);
+        probe.mounted_on = here.map(|mount| mount.mounted_on).collect();
+        probe.holders = names_in(storage, &sysfs(metadata.rdev()).join("holders"));
+    }
+    Ok(probe)
 }
 
 fn check_size(path: &Path, size_bytes: u64) -> Result<(), ProbeError> {
@@ -178,10 +191,10 @@ impl Probe {
     /// What it is, in a line for people.
     #[must_use]
     pub fn describe(&self) -> String {
-        let what = match &self.kind {
-            Kind::Block { disk, partition: Some(partition), .. } => format!("partition {partition} of {disk}"),
-            Kind::Block { disk, .. } => format!("disk {disk}"),
-            Kind::File { .. } => "image file".to_owned(),
+        let what = match (&self.stack, &self.kind) {
+            (Some(stack), _) => stack.to_string(),
+            (None, Kind::Block { disk, .. }) => format!("disk {disk}"),
+            (None, Kind::File { .. }) => "image file".to_owned(),
         };
         let content = self.content.unwrap_or("no known content").to_owned();
         let mut facts = vec![what, format!("{} bytes", self.size_bytes), content];
@@ -216,17 +229,6 @@ fn number_in(storage: &dyn Storage, path: &Path) -> Option<u64> {
 
 fn names_in(storage: &dyn Storage, folder: &Path) -> Vec<String> {
     storage.list(folder).unwrap_or_default().iter().map(|name| name.to_string_lossy().into_owned()).collect()
-}
-
-/// Mount points from `/proc/self/mountinfo` (its length reads as 0, so it is read to the end).
-fn mounts_of(storage: &dyn Storage, number: &str) -> Vec<String> {
-    let mut bytes = vec![0; SYSFS_BYTES_MAX as usize];
-    let Ok(read) = storage.open(Path::new("/proc/self/mountinfo")).and_then(|file| file.read_at(&mut bytes, 0)) else {
-        return Vec::new();
-    };
-    let text = String::from_utf8_lossy(&bytes[..read]);
-    let fields = text.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    fields.filter(|fields| fields.get(2) == Some(&number)).filter_map(|f| Some((*f.get(4)?).to_owned())).collect()
 }
 
 fn name_of(file_type: std::fs::FileType) -> &'static str {
@@ -309,6 +311,7 @@ mod tests {
             kind: Kind::Block { number: "8:0".into(), disk: "sda".into(), partition },
             size_bytes: 1,
             content: None,
+            stack: None,
             mounted_on: Vec::new(),
             holders: Vec::new(),
         };

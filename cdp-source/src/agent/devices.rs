@@ -64,15 +64,7 @@ fn ebpf_obstacle(state: &StateFolder, probes: &[Probe], wants_scan: bool) -> Opt
     if wants_scan {
         return Some("the configuration asks for it".into());
     }
-    if let Some(file) = probes.iter().find(|probe| !probe.is_block()) {
-        return Some(format!("{} is an image file", file.device.display()));
-    }
-    if let Some(finding) = doctor::ebpf_obstacle(&**state.storage()) {
-        return Some(format!("{}: {}", finding.subject, finding.found));
-    }
-    let trackable = |probe: &Probe| Device::inspect(&probe.device).and_then(|device| device.trackable());
-    let refused = probes.iter().find_map(|probe| trackable(probe).err());
-    refused.map(|error| format!("{:#}", anyhow::Error::new(error)))
+    probes.iter().find_map(|probe| doctor::ebpf_obstacle(&**state.storage(), probe))
 }
 
 fn scan(

@@ -13,6 +13,7 @@ use crate::control::{self, ControlError, Reply, Request};
 use crate::doctor;
 use crate::probe::{self, Probe};
 use crate::state::StateFolder;
+use crate::tracker::device::Device;
 use anyhow::Result;
 use cdp_protocol::limits::{VOLUMES_MAX, is_name};
 use cdp_protocol::units::VolumeSlot;
@@ -61,14 +62,18 @@ fn parse(text: &str) -> Result<(String, PathBuf)> {
 
 fn look_at(state: &StateFolder, named: Vec<(String, PathBuf)>, choice: TrackerChoice) -> Result<Vec<Candidate>> {
     let storage = &**state.storage();
-    let obstacle = doctor::ebpf_obstacle(storage);
     let mut candidates = Vec::new();
     for (name, device) in named {
         let probe = probe::probe(storage, &device)?;
-        let tracker = doctor::tracker_for(choice, &probe, obstacle.as_ref()).map_err(|reason| {
+        if probe.is_block() {
+            Device::inspect(&probe.device)
+                .map_err(|error| UserError::new(format!("{:#}", anyhow::Error::new(error))))?;
+        }
+        let obstacle = doctor::ebpf_obstacle(storage, &probe);
+        let tracker = doctor::tracker_for(choice, obstacle.as_deref()).map_err(|reason| {
             UserError::new(format!("{}: {reason}", device.display())).hint("--tracker scan works here")
         })?;
-        let warnings = warnings(storage, state, &probe, choice, tracker, obstacle.as_ref());
+        let warnings = warnings(storage, state, &probe, choice, tracker, obstacle.as_deref());
         candidates.push(Candidate { name, device, probe, tracker, warnings });
     }
     Ok(candidates)
@@ -80,14 +85,14 @@ fn warnings(
     probe: &Probe,
     choice: TrackerChoice,
     tracker: &str,
-    obstacle: Option<&doctor::Finding>,
+    obstacle: Option<&str>,
 ) -> Vec<String> {
     let mut warnings = Vec::new();
     if probe.holds(storage, state.root()) {
         warnings.push(format!("the state folder {} lies on this volume", state.root().display()));
     }
     if choice == TrackerChoice::Auto && probe.is_block() && tracker == "scan" {
-        let why = obstacle.map_or_else(String::new, |finding| format!(": {}: {}", finding.subject, finding.found));
+        let why = obstacle.map_or_else(String::new, |obstacle| format!(": {obstacle}"));
         warnings.push(format!("eBPF tracking does not work here{why}; scan reads the whole volume at each cut"));
     }
     if !probe.holders.is_empty() {

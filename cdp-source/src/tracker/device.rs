@@ -73,13 +73,18 @@ pub struct Device {
     pub zoned: bool,
     /// It can be written past the block layer.
     pub dax: bool,
+    /// The kernel counts what is done on the whole disk.
+    pub iostats: bool,
+    /// Names of the hidden disks that its requests complete on, where it is the head of native NVMe multipath.
+    pub paths: Vec<String>,
 }
 
 impl Device {
     /// What the device behind `path` is.
     ///
     /// # Errors
-    /// Where there is none, it is no block device, it has no size, or sysfs does not tell.
+    /// Where there is none, it is no block device, it has no size, no tracker can know what is written to it (zoned,
+    /// DAX, persistent memory), or sysfs does not tell.
     pub fn inspect(path: &Path) -> Result<Self, TrackerError> {
         let refuse = |reason: &str| unsupported(path, reason);
         let stat = match rustix::fs::stat(path) {
@@ -99,12 +104,14 @@ impl Device {
         let partition = folder.join("partition");
         let start = if rustix::fs::stat(&partition).is_ok() { read_number(&folder.join("start"))? } else { 0 };
         let disk = parse_device(&read_text(&disk_folder.join("dev"))?)?;
-        let request_based = rustix::fs::stat(disk_folder.join("mq")).is_ok();
+        let disk_node = disk_node(&disk_folder, disk)?;
+        let paths = multipath_paths(Path::new("/sys/block"), &disk_node);
+        let request_based = rustix::fs::stat(disk_folder.join("mq")).is_ok() || !paths.is_empty();
         Ok(Self {
             path: path.to_owned(),
             number,
             disk,
-            disk_node: disk_node(&disk_folder, disk)?,
+            disk_node,
             start: Sectors(start),
             length: Sectors(read_number(&folder.join("size"))?),
             diskseq: read_number(&disk_folder.join("diskseq"))?,
@@ -112,6 +119,8 @@ impl Device {
             read_only: read_number(&folder.join("ro"))? != 0,
             zoned: read_text(&disk_folder.join("queue/zoned")).is_ok_and(|zoned| zoned != "none"),
             dax: read_number(&disk_folder.join("queue/dax")).is_ok_and(|dax| dax != 0),
+            iostats: read_number(&disk_folder.join("queue/iostats")).is_ok_and(|iostats| iostats != 0),
+            paths,
         })
     }
 
@@ -123,6 +132,13 @@ impl Device {
         if self.length.0 > VOLUME_BYTES_MAX / SECTOR_BYTES {
             return refuse("is larger than 16 TiB");
         }
+        if self.zoned {
+            return refuse("is a zoned device; those are not supported");
+        }
+        // Persistent memory may be mapped into programs, whose stores no tracker sees.
+        if self.dax || self.disk_node.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"pmem")) {
+            return refuse("can be written past the block layer (DAX, persistent memory); those are not supported");
+        }
         Ok(self)
     }
 
@@ -132,12 +148,6 @@ impl Device {
     /// Where it cannot, with the reason.
     pub fn trackable(&self) -> Result<(), TrackerError> {
         let refuse = |reason: &str| Err(unsupported(&self.path, reason));
-        if self.zoned {
-            return refuse("is a zoned device; those are not supported");
-        }
-        if self.dax {
-            return refuse("can be written past the block layer (DAX); those are not supported");
-        }
         if self.kind == DeviceKind::Bio {
             return refuse(
                 "is bio-based (device-mapper, LVM, md, zram); `ebpf` tracks request-based devices, `scan` tracks this",
@@ -186,6 +196,9 @@ impl Device {
             let verb = if is < was { "shrank" } else { "grew" };
             return Err(format!("{name} {verb} from {was} to {is} sectors"));
         }
+        if now.paths != self.paths {
+            return Err(format!("{name} has the paths {:?}, had {:?}", now.paths, self.paths));
+        }
         if now.start != self.start {
             return Err(format!("{name} begins at sector {}, was {}", now.start, self.start));
         }
@@ -219,6 +232,15 @@ impl DiskCounts {
     }
 }
 
+/// The node of the block device with this number, `major:minor`, as the kernel names it.
+///
+/// # Errors
+/// Where there is no such device, or no node of it.
+pub fn node_of(number: &str) -> io::Result<PathBuf> {
+    let number = parse_device(number)?;
+    disk_node(&number.sysfs(), number)
+}
+
 fn disk_folder(number: DeviceNumber) -> PathBuf {
     let folder = number.sysfs();
     if rustix::fs::stat(folder.join("partition")).is_ok() { folder.join("..") } else { folder }
@@ -233,6 +255,26 @@ fn disk_node(disk_folder: &Path, disk: DeviceNumber) -> io::Result<PathBuf> {
         return Err(io::Error::other(format!("{} is not the node of {disk}", node.display())));
     }
     Ok(node)
+}
+
+/// The hidden disks of native NVMe multipath, `nvme<subsystem>c<controller>n<head>` beside their head
+/// `nvme<subsystem>n<head>` (drivers/nvme/host/core.c, `nvme_alloc_ns`). A head has no queue of its own: requests, and so
+/// their completions, are its paths' (multipath.c, `nvme_ns_head_submit_bio`).
+fn multipath_paths(sysfs_block: &Path, disk_node: &Path) -> Vec<String> {
+    let name = disk_node.file_name().unwrap_or_default().to_string_lossy();
+    let Some((subsystem, head)) = name.strip_prefix("nvme").and_then(|rest| rest.split_once('n')) else {
+        return Vec::new();
+    };
+    let is_path = |name: &str| {
+        let rest = name.strip_prefix("nvme").and_then(|rest| rest.strip_prefix(subsystem)?.strip_prefix('c'));
+        let controller = rest.and_then(|rest| rest.strip_suffix(head)?.strip_suffix('n'));
+        controller.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let names = SystemStorage.list(sysfs_block).unwrap_or_default();
+    let names = names.iter().filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let mut paths: Vec<String> = names.filter(|name| is_path(name)).collect();
+    paths.sort();
+    paths
 }
 
 /// Text of a small file of sysfs or procfs, which may say that it is empty and is not.
@@ -280,6 +322,54 @@ mod tests {
         assert_eq!(refused("/dev/cdp-none"), "open volume /dev/cdp-none: does not exist");
         assert!(refused("/dev/null").contains("is not a block device"));
         assert!(refused("/").contains("is not a block device"));
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a sysfs is made up on a real file system")]
+    fn the_paths_of_a_multipath_head_are_found_by_name() {
+        let sysfs = tempfile::tempdir().expect("a folder");
+        for name in ["nvme0n1", "nvme0c0n1", "nvme0c11n1", "nvme0c0n11", "nvme1c0n1", "nvme0cxn1", "sda"] {
+            std::fs::create_dir(sysfs.path().join(name)).expect("made");
+        }
+        let paths = |node: &str| multipath_paths(sysfs.path(), Path::new(node));
+        assert_eq!(paths("/dev/nvme0n1"), ["nvme0c0n1", "nvme0c11n1"]);
+        assert_eq!(paths("/dev/nvme1n1"), ["nvme1c0n1"]);
+        assert!(paths("/dev/nvme2n1").is_empty() && paths("/dev/sda").is_empty());
+    }
+
+    #[test]
+    fn no_disk_of_this_machine_has_paths_unless_it_is_a_head_without_a_queue() {
+        for disk in SystemStorage.list(Path::new("/sys/block")).expect("listed") {
+            let name = disk.file_name().expect("a name").to_owned();
+            let paths = multipath_paths(Path::new("/sys/block"), &Path::new("/dev").join(&name));
+            let has_queue = Path::new("/sys/block").join(&name).join("mq").exists();
+            assert!(paths.is_empty() || !has_queue, "{name:?} {paths:?}");
+        }
+    }
+
+    #[test]
+    fn devices_whose_writes_nobody_sees_are_refused() {
+        let device = Device {
+            path: "/dev/x".into(),
+            number: DeviceNumber { major: 8, minor: 0 },
+            disk: DeviceNumber { major: 8, minor: 0 },
+            disk_node: "/dev/x".into(),
+            start: Sectors(0),
+            length: Sectors(8),
+            diskseq: 1,
+            kind: DeviceKind::Request,
+            read_only: false,
+            zoned: false,
+            dax: false,
+            iostats: true,
+            paths: Vec::new(),
+        };
+        assert!(device.clone().usable().is_ok());
+        let refused = |device: Device| device.usable().expect_err("refused").to_string();
+        assert!(refused(Device { zoned: true, ..device.clone() }).contains("zoned"));
+        assert!(refused(Device { dax: true, ..device.clone() }).contains("DAX"));
+        assert!(refused(Device { disk_node: "/dev/pmem0".into(), ..device.clone() }).contains("persistent memory"));
+        assert!(refused(Device { length: Sectors(0), ..device }).contains("no size"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod device;
 pub mod ebpf;
 pub mod identity;
 mod instance;
+pub mod memory;
 mod pins;
 pub mod scan;
 mod trust;

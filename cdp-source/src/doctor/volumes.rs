@@ -1,0 +1,124 @@
+//! The volumes: what is protected, and each mounted file system that is not.
+//!
+//! Tells of every one what it is built of, which tracker serves it or would, and what the tracking takes of the kernel's
+//! memory. Does not open the tracking.
+
+use super::{Finding, SCAN_WORKS, ebpf_obstacle, tracker_for};
+use crate::config::{Config, TrackerChoice, VolumeConfig};
+use crate::mounts::{Mount, mounts};
+use crate::probe::{self, Probe};
+use crate::state::StateFolder;
+use crate::tracker::device::{Device, node_of};
+use crate::tracker::memory::kernel_memory_bytes;
+use cdp_seams::storage::Storage;
+use std::path::Path;
+
+const IOSTATS_ADVICE: &str = "echo 1 > /sys/block/DISK/queue/iostats: the kernel's own counts prove the tracker's; \
+    without them everything is read again whenever a write may have been missed";
+
+/// Every protected volume.
+pub(super) fn protected(state: &StateFolder, config: &Config) -> Vec<Finding> {
+    let findings: Vec<Finding> = volumes(config).map(|(group, volume)| volume_finding(state, group, volume)).collect();
+    if findings.is_empty() {
+        return vec![Finding::warn("volumes", "none is protected", "cdp-source protect NAME=DEVICE")];
+    }
+    findings
+}
+
+/// Kernel memory in bytes that tracking all of `config` takes at most.
+pub(super) fn tracking_memory_bytes(storage: &dyn Storage, config: &Config) -> u64 {
+    let of_group = |volumes: &[VolumeConfig]| {
+        let tracked = volumes.iter().filter_map(|volume| {
+            let probe = probe::probe(storage, &volume.device).ok()?;
+            let tracker = tracker_for(volume.tracker, ebpf_obstacle(storage, &probe).as_deref());
+            (tracker == Ok("ebpf")).then_some(probe.size_bytes)
+        });
+        kernel_memory_bytes(&tracked.collect::<Vec<_>>())
+    };
+    config.groups.values().map(|group| of_group(&group.volumes)).sum()
+}
+
+fn volumes(config: &Config) -> impl Iterator<Item = (&String, &VolumeConfig)> {
+    config.groups.iter().flat_map(|(group, config)| config.volumes.iter().map(move |volume| (group, volume)))
+}
+
+fn volume_finding(state: &StateFolder, group: &str, volume: &VolumeConfig) -> Finding {
+    let storage = &**state.storage();
+    let subject = format!("volume {group}/{}", volume.name);
+    let looked = probe::probe(storage, &volume.device).map_err(|error| {
+        let advice = error.hint().unwrap_or("bring the device back, or unprotect the volume");
+        Finding::fail(&subject, format!("{:#}", anyhow::Error::new(error)), advice)
+    });
+    let probe = match looked {
+        Ok(probe) => probe,
+        Err(finding) => return finding,
+    };
+    let obstacle = ebpf_obstacle(storage, &probe);
+    let tracker = match tracker_for(volume.tracker, obstacle.as_deref()) {
+        Ok(tracker) => tracker,
+        Err(reason) => return Finding::fail(&subject, reason, SCAN_WORKS),
+    };
+    let told = told(&probe, tracker);
+    if probe.holds(storage, state.root()) {
+        let advice = "every log line written there is part of the next point; better keep the state folder elsewhere";
+        return Finding::warn(&subject, format!("{told}; the state folder lies on it"), advice);
+    }
+    if let (TrackerChoice::Auto, Some(obstacle), true) = (volume.tracker, &obstacle, probe.is_block()) {
+        return Finding::warn(
+            &subject,
+            format!("{told}; eBPF cannot serve it: {obstacle}"),
+            "scan reads all of it at each cut",
+        );
+    }
+    if tracker == "ebpf" && !has_iostats(&probe.device) {
+        return Finding::warn(&subject, format!("{told}; its iostats are off"), IOSTATS_ADVICE);
+    }
+    Finding::ok(&subject, told)
+}
+
+/// Every mounted file system on a device that no protected volume covers.
+pub(super) fn unprotected(storage: &dyn Storage, config: &Config) -> Vec<Finding> {
+    let protected: Vec<Probe> =
+        volumes(config).filter_map(|(_, volume)| probe::probe(storage, &volume.device).ok()).collect();
+    let mut seen = Vec::new();
+    let mut findings = Vec::new();
+    for mount in mounts(storage) {
+        if seen.contains(&mount.number) {
+            continue;
+        }
+        seen.push(mount.number.clone());
+        let looked =
+            node_of(&mount.number).map_err(anyhow::Error::new).and_then(|node| Ok(probe::probe(storage, &node)?));
+        match looked {
+            Ok(probe) if protected.iter().any(|known| known.overlaps(&probe)) => {}
+            looked => findings.push(mount_finding(storage, &mount, looked)),
+        }
+    }
+    findings
+}
+
+fn mount_finding(storage: &dyn Storage, mount: &Mount, looked: anyhow::Result<Probe>) -> Finding {
+    let subject = format!("file system {}", mount.mounted_on);
+    let told = looked.map(|probe| {
+        let tracker = tracker_for(TrackerChoice::Auto, ebpf_obstacle(storage, &probe).as_deref());
+        told(&probe, tracker.unwrap_or("scan"))
+    });
+    match told {
+        Ok(told) => Finding::ok(&subject, format!("not protected: {} on {told}", mount.file_system)),
+        Err(error) => {
+            Finding::ok(&subject, format!("not protected: {} on {}: {error:#}", mount.file_system, mount.number))
+        }
+    }
+}
+
+fn told(probe: &Probe, tracker: &str) -> String {
+    let told = format!("{}: {}, tracker {tracker}", probe.device.display(), probe.describe());
+    if tracker == "ebpf" {
+        return format!("{told}, {} bytes of kernel memory", kernel_memory_bytes(&[probe.size_bytes]));
+    }
+    told
+}
+
+fn has_iostats(device: &Path) -> bool {
+    Device::inspect(device).is_ok_and(|device| device.iostats)
+}
