@@ -7,6 +7,7 @@ use crate::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, Journ
 use crate::receiver::{GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
+use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, OfficeId, Timestamp};
@@ -19,6 +20,8 @@ pub struct StoreGroups {
     /// Offices by name, as they were admitted.
     offices: Mutex<HashMap<String, OfficeId>>,
     views: Arc<Views>,
+    /// Held while a group is made: two threads are not both to find the last place free.
+    making: Mutex<()>,
 }
 
 /// What is durable of each open group.
@@ -41,7 +44,7 @@ impl StoreGroups {
     /// The groups of a store whose lock is held.
     #[must_use]
     pub fn new(store: Store) -> Self {
-        Self { store, offices: Mutex::default(), views: Arc::default() }
+        Self { store, offices: Mutex::default(), views: Arc::default(), making: Mutex::default() }
     }
 
     /// Lets an office's groups be opened: the receiver knows offices by name, the store by id.
@@ -106,6 +109,11 @@ impl GroupStore for StoreGroups {
         let known = self.store.groups(place.office).map_err(|error| StoreError::Failed(error.into()))?;
         if known.contains(&place) {
             return self.open_journal(place);
+        }
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let groups = self.store.groups(place.office).map_err(|error| StoreError::Failed(error.into()))?.len();
+        if groups >= OFFICE_GROUPS_MAX {
+            return Err(StoreError::TooMany(groups));
         }
         if is_taken(&self.store, place, &request.name)? {
             return Err(StoreError::NameTaken);

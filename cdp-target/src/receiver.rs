@@ -79,6 +79,13 @@ impl Receiver {
         groups.iter().map(|((office, group), entry)| (office.clone(), *group, copy(&entry.live))).collect()
     }
 
+    /// How many threads of groups run.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.values().filter(|group| !group.thread.is_finished()).count()
+    }
+
     /// Runs `work` on the group's own thread, with its writer: for commands that change something. Does not wait for it.
     pub async fn with_group(
         self: &Arc<Self>,
@@ -109,6 +116,8 @@ impl Receiver {
         if let Some(running) = groups.get(&key).filter(|running| !running.handle.commands.is_closed()) {
             return running.handle.clone();
         }
+        // Those of groups that were never made: an office that asks for one after the other is not to fill the memory.
+        groups.retain(|_, known| !known.thread.is_finished());
         let started = self.start(office, group);
         let handle = started.handle.clone();
         groups.insert(key, started);
@@ -130,6 +139,7 @@ impl Receiver {
             unsynced_bytes: 0,
             reopened: false,
             full: false,
+            unmade: false,
         };
         let name = format!("group-{}", &group.to_string()[..8]);
         let spawned = std::thread::Builder::new().name(name).spawn(move || state.run(queue));

@@ -3,6 +3,7 @@
 mod source_support;
 mod support;
 
+use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage, Verdict};
 use cdp_protocol::units::{Epoch, GroupId, Timestamp};
 use cdp_seams::clock::Clock;
@@ -155,4 +156,37 @@ async fn a_long_list_comes_in_pages() {
         }
     }
     assert_eq!((pages, listed, after), (3, 600, Some(Epoch(600))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_office_gets_no_more_groups_by_coming_back() {
+    let site = Site::start();
+    let (hostile, honest) = (site.office("hostile").await, site.office("honest").await);
+    let mut first = Group::new(1, "group1");
+    let mut refused = 0;
+    for ids in (1..=OFFICE_GROUPS_MAX as u8 + 20).collect::<Vec<_>>().chunks(21) {
+        let mut source = Source::connect(&hostile, site.clock.wall_ms()).await;
+        for id in ids {
+            match source.try_open(&Group::new(*id, &format!("group{id}"))).await {
+                Ok(opened) => assert_eq!(opened.verdict, Verdict::New),
+                Err(RefusalReason::Failed(reason)) => {
+                    assert_eq!(reason, format!("the office has {OFFICE_GROUPS_MAX} groups, and may have no more"));
+                    refused += 1;
+                }
+                Err(reason) => panic!("{reason:?}"),
+            }
+        }
+        source.line.close("next");
+    }
+    assert_eq!((refused, site.groups(&hostile).len()), (20, OFFICE_GROUPS_MAX), "across connections");
+
+    // What it has it keeps, another office is not touched, and what was refused leaves nothing behind.
+    let mut source = Source::connect(&hostile, site.clock.wall_ms()).await;
+    source.open(&mut first).await;
+    source.send_point(&mut first).await;
+    let mut theirs = Group::new(200, "main");
+    let mut other = Source::connect(&honest, site.clock.wall_ms()).await;
+    other.open(&mut theirs).await;
+    other.send_point(&mut theirs).await;
+    support::eventually("the threads of refused groups are gone", || site.threads() <= OFFICE_GROUPS_MAX + 1).await;
 }

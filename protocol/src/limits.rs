@@ -12,6 +12,8 @@ pub const EXTENTS_MAX: usize = 1024;
 pub const HOLE_BLOCKS_MAX: u32 = 16 * 1024;
 /// Bytes of one frame's payload: content that did not compress, its tag, the digests and their tag, or a commit.
 pub const PAYLOAD_BYTES_MAX: usize = CONTENT_BYTES_MAX + 8 * 1024;
+/// Groups of an office at the target, all connections and all time taken together: each has a folder and a thread.
+pub const OFFICE_GROUPS_MAX: usize = 64;
 /// Volumes in a group.
 pub const VOLUMES_MAX: usize = 64;
 /// Bytes of a name: office, group, volume, label.

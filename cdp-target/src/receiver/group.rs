@@ -101,6 +101,8 @@ pub(super) struct GroupThread {
     pub(super) reopened: bool,
     /// There was no room, and nothing was acked since.
     pub(super) full: bool,
+    /// The store refused to make the group: once the source is gone, the thread has nothing to own.
+    pub(super) unmade: bool,
 }
 
 impl GroupThread {
@@ -114,7 +116,13 @@ impl GroupThread {
                 commands.try_recv().ok()
             };
             match command {
-                Some(command) => self.apply(command),
+                Some(command) => {
+                    let closed = matches!(command, Command::Closed { .. });
+                    self.apply(command);
+                    if closed && self.unmade {
+                        return;
+                    }
+                }
                 None => self.sync(),
             }
             if self.unsynced_bytes >= SYNC_BYTES_MAX {
@@ -167,7 +175,16 @@ impl GroupThread {
         let refusal = match self.judge(session, request) {
             Ok(None) => return,
             Ok(Some(reason)) => TargetMessage::GroupRefused { group, reason },
-            Err(StoreError::NameTaken) => TargetMessage::GroupRefused { group, reason: RefusalReason::NameTaken },
+            Err(StoreError::NameTaken) => {
+                self.unmade = self.writer.is_none();
+                TargetMessage::GroupRefused { group, reason: RefusalReason::NameTaken }
+            }
+            Err(StoreError::TooMany(groups)) => {
+                self.unmade = true;
+                warn!(office = self.office, %group, groups, "the office wants more groups than it may have");
+                let reason = RefusalReason::Failed(text(&StoreError::TooMany(groups)));
+                TargetMessage::GroupRefused { group, reason }
+            }
             Err(StoreError::Full(reason)) => {
                 self.writer = None;
                 self.note_full(&reason);
@@ -232,6 +249,7 @@ impl GroupThread {
         let chain = self.writer.as_ref().expect("open").chain();
         let (head, parts) = (chain.head(), chain.parts());
         let resume = chain.open().map(|open| Resume { epoch: open.epoch, attempt: open.attempt, next: open.next });
+        self.unmade = false;
         let opened = GroupOpened { group: self.group, generation, verdict, head, parts, resume };
         session.outbox.send(TargetMessage::GroupOpened(opened));
         self.session = Some(session);

@@ -12,7 +12,8 @@ pub trait GroupStore: Send + Sync {
     /// Opens the group that `request` names, or makes it (with its name and envelope).
     ///
     /// # Errors
-    /// `NameTaken` where another group of the office has the name; `Full` where there is no room to make one.
+    /// `NameTaken` where another group of the office has the name; `TooMany` where the office may have no further one;
+    /// `Full` where there is no room to make one.
     fn open_or_create(&self, office: &str, request: &OpenGroup) -> Result<Box<dyn GroupWriter>, StoreError>;
 
     /// Opens a group that is there: after a failure, or for a command.
@@ -92,6 +93,9 @@ pub enum StoreError {
     /// Another group of the office has the name.
     #[error("the name is another group's")]
     NameTaken,
+    /// The office has as many groups as it may.
+    #[error("the office has {0} groups, and may have no more")]
+    TooMany(usize),
     /// Anything else: the writer can no longer be trusted.
     #[error(transparent)]
     Failed(Box<dyn std::error::Error + Send + Sync>),

@@ -88,6 +88,11 @@ impl Site {
         groups
     }
 
+    /// How many threads of groups run.
+    pub(crate) fn threads(&self) -> usize {
+        self.receiver.threads()
+    }
+
     pub(crate) fn live(&self, group: GroupId) -> LiveGroup {
         self.receiver.live().into_iter().find(|(_, of, _)| *of == group).expect("opened").2
     }
