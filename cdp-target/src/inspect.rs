@@ -3,7 +3,7 @@
 //! Reads the one file it is given and nothing else; changes nothing. Needs no key: content stays sealed.
 
 use crate::journal::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header};
-use crate::journal::walk::{Visit, walk_visited};
+use crate::journal::walk::{Visit, walk};
 use crate::journal::{Damage, JournalError, Manifest, manifest};
 use cdp_protocol::frame::{Frame, Kind};
 use cdp_protocol::record::Synced;
@@ -125,7 +125,7 @@ fn inspect_segment(
     let end = footer.as_ref().map_or(bytes, |footer| footer.frames_end);
     let mut list = List(Vec::new());
     let (head, generation) = (header.place.chain.head().map(|(head, _)| head), header.place.chain.generation());
-    let walked = walk_visited(file, end, header.group, header.number, start as u64, header.place, proven, &mut list)
+    let walked = walk(file, end, header.group, header.number, start as u64, Some(header.place), proven, &mut list)
         .map_err(JournalError::io("read", path))?;
     Ok(SegmentDescription {
         group: header.group,

@@ -2,13 +2,15 @@
 
 mod journal_support;
 
+use cdp_protocol::frame::{self, Kind};
 use cdp_protocol::units::Epoch;
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::SimStorage;
+use cdp_target::journal::segment::Header;
 use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
 use cdp_target::verify::verify;
-use journal_support::{ModelPoint, Source, damaged_blocks, identity, image_cells, key};
+use journal_support::{GROUP, ModelPoint, Source, damaged_blocks, identity, image_cells, key};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -68,8 +70,13 @@ impl Made {
     /// Opens the journal with one bit flipped, and holds what it serves against the model. Gives whether any block was lost.
     fn flip(&self, path: &Path, bit: u64, deep: usize) -> bool {
         let place = format!("{} byte {} bit {}", path.display(), bit / 8, bit % 8);
+        self.hurt(&place, bit, deep, |disk| disk.flip_bit(path, bit))
+    }
+
+    /// The same with any damage that `hurt` does; `number` tells one from another.
+    fn hurt(&self, place: &str, number: u64, deep: usize, hurt: impl FnOnce(&SimStorage)) -> bool {
         let disk = self.disk();
-        disk.flip_bit(path, bit);
+        hurt(&disk);
         let opened = GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), self.limits);
         let (journal, report) = opened.unwrap_or_else(|error| panic!("{place}: {error}"));
         let view = journal.view();
@@ -115,8 +122,8 @@ impl Made {
         assert_eq!(same, points, "{place}");
         let beside = GroupView::open(Arc::new(disk), Path::new(FOLDER)).expect("a view");
         assert_eq!(beside.points().count(), points.len(), "{place}");
-        if bit.is_multiple_of(5) {
-            self.go_on(again, &place);
+        if number.is_multiple_of(5) {
+            self.go_on(again, place);
         }
         lost
     }
@@ -159,6 +166,41 @@ fn every_byte_of_a_synced_journal() {
     }
     println!("{flips} flips, {lost} hit blocks");
     assert!(lost > 0 && lost < flips);
+}
+
+/// The frames of a segment of ours, in order: where each begins, and its bytes.
+fn frames_of(bytes: &[u8]) -> Vec<(usize, &[u8])> {
+    let mut at = Header::decode(bytes).expect("a header").1;
+    let mut frames = Vec::new();
+    while let Ok(frame) = frame::decode(&GROUP, &bytes[at..]) {
+        frames.push((at, frame.bytes));
+        at += frame.bytes.len();
+    }
+    frames
+}
+
+/// A disk may put a whole frame where another one belongs: valid, of this group, and out of its place.
+#[test]
+fn a_frame_that_went_astray_is_damage_and_no_torn_tail() {
+    let made = Made::new(5, 6_000, 10, true);
+    let (mut writes, mut lost) = (0, 0);
+    for (path, bytes) in made.files.iter().filter(|(path, _)| path.extension().is_some()) {
+        let frames = frames_of(bytes);
+        let is_proof = |bytes: &[u8]| frame::decode(&GROUP, bytes).is_ok_and(|frame| frame.header.kind == Kind::Synced);
+        let (last_proof, _) = *frames.iter().rev().find(|(_, bytes)| is_proof(bytes)).expect("a proof");
+        for (at, stray) in &frames {
+            for (over, _) in frames.iter().filter(|(over, _)| over != at && over + stray.len() <= last_proof) {
+                let place = format!("{}: the frame of {at} at {over}", path.display());
+                lost += u64::from(made.hurt(&place, writes, 4, |disk| {
+                    let file = disk.open_write(path).expect("opened");
+                    file.write_at(stray, *over as u64).and_then(|()| file.sync()).expect("written");
+                }));
+                writes += 1;
+            }
+        }
+    }
+    println!("{writes} stray frames, {lost} hit blocks");
+    assert!(lost > 0 && lost < writes);
 }
 
 #[test]

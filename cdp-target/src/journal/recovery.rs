@@ -7,6 +7,7 @@
 //! | nothing but synced records behind it | open segment | cut off, and a new one written |
 //! | bytes that are no frame, nothing behind them proves that they were durable | open segment | a torn tail: kept aside, cut off |
 //! | bytes that are no frame, a proof behind them | open segment | rot: never cut; noted in the manifest, the segment sealed as it is |
+//! | a whole frame that does not follow | open segment | the same two rows: what stood there is gone, and a proof behind it decides |
 //! | a whole index and footer | open segment | a crash before the manifest named it sealed: cut off, made anew at the next roll |
 //! | a segment that no manifest names | journal folder | a crash during a roll: replaced at the next roll |
 //! | a damaged header | open segment | the manifest has a copy; noted |
@@ -20,7 +21,7 @@
 use super::manifest::{Damage, Manifest, SealedSegment};
 use super::scan::FrameScan;
 use super::segment::{self, Header, Place};
-use super::walk::{Walked, walk};
+use super::walk::{Blind, Walked, walk};
 use super::writer::{OpenSegment, create_segment};
 use super::{GroupJournal, JournalError, JournalLimits};
 use cdp_protocol::units::Epoch;
@@ -155,7 +156,7 @@ pub(super) fn walk_open(file: &dyn StorageFile, manifest: &Manifest, place: Plac
     let mut on_disk = vec![0; header.len()];
     let read = file.read_at(&mut on_disk, 0)?;
     let start = header.len() as u64;
-    let mut walked = walk(file, len, group, number, start, place, 0)?;
+    let mut walked = walk(file, len, group, number, start, Some(place), 0, &mut Blind)?;
     if read < header.len() || on_disk != *header {
         let what = "the segment's header is damaged; the manifest has a copy".to_owned();
         walked.damages.push(Damage {

@@ -6,8 +6,8 @@ use super::index::{Summary, Tables};
 use super::listing::Tally;
 use super::manifest::SealedSegment;
 use super::scan::FrameScan;
-use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Place, Section};
-use super::walk::{Blind, Visit, Walked, walk_visited};
+use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Section};
+use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
 use cdp_protocol::units::GroupId;
 use cdp_seams::storage::{Storage, StorageFile};
@@ -169,14 +169,16 @@ impl Shelf<'_> {
         let end = file.len()?.min(sealed.frames_end);
         let (group, number, frames_end) = (self.group, sealed.number, sealed.frames_end);
         let (place, start, damaged) = match header {
-            Some((header, len)) => (header.place, len as u64, false),
-            None => (Place::default(), FrameScan::new(file, group, end).find(0)?.unwrap_or(end), true),
+            Some((header, len)) => (Some(header.place), len as u64, false),
+            None => (None, FrameScan::new(file, group, end).find(0)?.unwrap_or(end), true),
         };
-        let mut walked = walk_visited(file, end, group, number, start, place, frames_end, visitor)?;
+        let mut walked = walk(file, end, group, number, start, place, frames_end, visitor)?;
         if damaged {
             let what = "the segment's header is damaged".to_owned();
             let segment = sealed.number;
-            walked.damages.push(Damage { segment, offset: 0, len: start, first_epoch: None, any_block: false, what });
+            // The volumes of an attempt that began before are told by the header alone.
+            let first_epoch = walked.index.runs.first().filter(|run| run.continued).map(|run| run.epoch);
+            walked.damages.push(Damage { segment, offset: 0, len: start, first_epoch, any_block: false, what });
         }
         Ok(walked)
     }

@@ -8,7 +8,7 @@ use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
 use super::manifest::{Mark, SealedSegment};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
-use super::walk::{Visit, walk_visited};
+use super::walk::{Visit, walk};
 use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
 use crate::restore::point::PointImage;
 use cdp_protocol::record::{Meters, Volume};
@@ -265,7 +265,7 @@ impl GroupView {
         let (group, start) = (manifest.identity.group, manifest.open_header.len() as u64);
         let (file, limit) = (self.file(segment)?, self.limit);
         let path = segment::path(&self.facts.folder, segment);
-        let walked = walk_visited(file.as_ref().as_ref(), limit, group, segment, start, place, limit, visitor);
+        let walked = walk(file.as_ref().as_ref(), limit, group, segment, start, Some(place), limit, visitor);
         let walked = walked.map_err(JournalError::io("read", &path))?;
         Ok(WalkedSegment { damages: walked.damages, bytes: limit })
     }

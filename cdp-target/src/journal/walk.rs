@@ -57,7 +57,7 @@ struct Walk<'a> {
     group: GroupId,
     segment: u64,
     out: Walked,
-    /// Damage was met: frames are followed over gaps.
+    /// Damage was met, or the start is unknown: frames are followed over gaps.
     lenient: bool,
     proof_sought: bool,
     /// A gap nothing is known of yet: the damage and the lost range that the next frame may explain.
@@ -66,35 +66,23 @@ struct Walk<'a> {
     replaced: Option<(AttemptId, Vec<Volume>)>,
 }
 
-/// Walks the frames of segment `number` in `file` from `start`, which is the place `place`, up to `end`. `proven`: offset known to be durable already,
-/// the frames' end in a sealed segment, 0 in an open one.
+/// Walks the frames of segment `number` in `file` from `start` up to `end`, showing every valid frame to `visitor`. `place`: where the chain stands
+/// at `start`; `None` where that is damaged. `proven`: offset known to be durable already, the frames' end in a sealed segment, 0 in an open one.
+#[expect(clippy::too_many_arguments, reason = "a place in a file, named at each call")]
 pub(crate) fn walk(
     file: &dyn StorageFile,
     end: u64,
     group: GroupId,
     number: u64,
     start: u64,
-    place: Place,
-    proven: u64,
-) -> io::Result<Walked> {
-    walk_visited(file, end, group, number, start, place, proven, &mut Blind)
-}
-
-/// The same, showing every valid frame.
-#[expect(clippy::too_many_arguments, reason = "a place in a file, named at each call")]
-pub(crate) fn walk_visited(
-    file: &dyn StorageFile,
-    end: u64,
-    group: GroupId,
-    number: u64,
-    start: u64,
-    place: Place,
+    place: Option<Place>,
     proven: u64,
     visitor: &mut dyn Visit,
 ) -> io::Result<Walked> {
+    let lenient = place.is_none();
     let out = Walked {
         index: OpenIndex::default(),
-        place,
+        place: place.unwrap_or_default(),
         end: start,
         proven,
         source_end: start,
@@ -107,7 +95,7 @@ pub(crate) fn walk_visited(
         group,
         segment: number,
         out,
-        lenient: false,
+        lenient,
         proof_sought: false,
         gap: None,
         replaced: None,
@@ -125,7 +113,13 @@ impl Walk<'_> {
                     let bytes = bytes.to_vec();
                     let frame = frame::decode(&self.group, &bytes).expect("it was decoded to be found");
                     if !self.follow(&frame, offset) {
-                        break;
+                        // Whole, and of another place: only a proof behind it tells a torn tail from a write that went astray.
+                        self.seek_proof(offset)?;
+                        if offset >= self.out.proven {
+                            break;
+                        }
+                        self.lose_gap(offset, "a frame that belongs elsewhere stands here")?;
+                        continue;
                     }
                     self.visitor.frame(&frame, offset);
                     self.out.end += bytes.len() as u64;
@@ -138,6 +132,7 @@ impl Walk<'_> {
                     if offset >= self.out.proven {
                         break;
                     }
+                    let header = header.filter(|header| !self.is_stale(header));
                     self.damaged(offset, header)?;
                 }
             }
@@ -150,15 +145,19 @@ impl Walk<'_> {
         Ok(self.out)
     }
 
-    /// Takes in a valid frame; `false` where it does not follow and nothing proves that it was durable.
+    /// Takes in a valid frame; `false` where it does not belong here.
     fn follow(&mut self, frame: &Frame<'_>, offset: u64) -> bool {
         let header = &frame.header;
         if header.kind == Kind::Synced {
             self.synced(frame, offset);
             return true;
         }
+        let rises = header.generation > self.out.place.chain.generation();
+        if self.is_stale(header) || (rises && !self.lenient && header.kind != Kind::Begin) {
+            return false;
+        }
         self.explain_gap(header);
-        if header.generation > self.out.place.chain.generation() {
+        if rises {
             self.out.place.chain.grant(header.generation);
         }
         if self.lenient
@@ -168,27 +167,24 @@ impl Walk<'_> {
             self.name_predecessor(&commit, offset);
         }
         let hash = frame.hash();
-        let step = match self.out.place.chain.step(frame, hash) {
-            Ok(step) => step,
-            Err(_) if !self.lenient && offset >= self.out.proven => return false,
-            Err(error) => {
-                if !self.lenient {
-                    self.damage(
-                        offset,
-                        frame.bytes.len() as u64,
-                        Some(header.epoch),
-                        &format!("does not follow: {error}"),
-                    );
-                }
-                match self.out.place.chain.step_over_gap(frame, hash, &[]) {
-                    Ok(step) => step,
-                    Err(_) => return true,
-                }
-            }
+        let chain = &mut self.out.place.chain;
+        let followed = match chain.step(frame, hash) {
+            Err(_) if self.lenient => chain.step_over_gap(frame, hash, &[]),
+            followed => followed,
         };
+        let Ok(step) = followed else { return false };
         self.take(frame, offset, step);
         self.out.source_end = offset + frame.bytes.len() as u64;
         true
+    }
+
+    /// Whether a frame of a source was taken before, or fenced off before: then it was never written here, whatever is missing.
+    fn is_stale(&self, header: &Header) -> bool {
+        let chain = &self.out.place.chain;
+        let committed = chain.head().is_some_and(|(head, _)| header.epoch <= head.epoch);
+        let of_open = chain.open().filter(|open| open.attempt == header.attempt && open.epoch == header.epoch);
+        let taken = of_open.is_some_and(|open| header.sequence < open.next);
+        header.kind != Kind::Synced && (committed || taken || header.generation < chain.generation())
     }
 
     fn take(&mut self, frame: &Frame<'_>, offset: u64, step: Step) {
@@ -279,11 +275,17 @@ impl Walk<'_> {
                 self.damage(offset, len, Some(frame.header.epoch), "the header of a record is damaged");
                 self.follow(&frame, offset);
             }
-            None => {
-                self.lose_any(offset, len, "frames are damaged beyond telling");
-                self.gap = Some((self.out.damages.len() - 1, self.out.index.lost.len() - 1));
-            }
+            None => self.lose_gap(offset, "frames are damaged beyond telling")?,
         }
+        Ok(())
+    }
+
+    /// Nothing is known of what stood from `offset` up to the next valid frame; that one may tell.
+    fn lose_gap(&mut self, offset: u64, what: &str) -> io::Result<()> {
+        let next = self.scan.find(offset + 1)?.unwrap_or(self.scan.end()).max(offset + 1);
+        self.out.end = next;
+        self.lose_any(offset, next - offset, what);
+        self.gap = Some((self.out.damages.len() - 1, self.out.index.lost.len() - 1));
         Ok(())
     }
 
