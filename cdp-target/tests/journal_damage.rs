@@ -179,6 +179,10 @@ fn frames_of(bytes: &[u8]) -> Vec<(usize, &[u8])> {
     frames
 }
 
+fn is(kind: Kind, bytes: &[u8]) -> bool {
+    frame::decode(&GROUP, bytes).is_ok_and(|frame| frame.header.kind == kind)
+}
+
 /// A disk may put a whole frame where another one belongs: valid, of this group, and out of its place.
 #[test]
 fn a_frame_that_went_astray_is_damage_and_no_torn_tail() {
@@ -186,8 +190,7 @@ fn a_frame_that_went_astray_is_damage_and_no_torn_tail() {
     let (mut writes, mut lost) = (0, 0);
     for (path, bytes) in made.files.iter().filter(|(path, _)| path.extension().is_some()) {
         let frames = frames_of(bytes);
-        let is_proof = |bytes: &[u8]| frame::decode(&GROUP, bytes).is_ok_and(|frame| frame.header.kind == Kind::Synced);
-        let (last_proof, _) = *frames.iter().rev().find(|(_, bytes)| is_proof(bytes)).expect("a proof");
+        let (last_proof, _) = *frames.iter().rev().find(|(_, bytes)| is(Kind::Synced, bytes)).expect("a proof");
         for (at, stray) in &frames {
             for (over, _) in frames.iter().filter(|(over, _)| over != at && over + stray.len() <= last_proof) {
                 let place = format!("{}: the frame of {at} at {over}", path.display());
@@ -201,6 +204,48 @@ fn a_frame_that_went_astray_is_damage_and_no_torn_tail() {
     }
     println!("{writes} stray frames, {lost} hit blocks");
     assert!(lost > 0 && lost < writes);
+}
+
+/// The header of a frame is gone, its blocks are known: exactly the points that read one of them are named.
+#[test]
+fn without_the_header_of_a_frame_the_index_names_the_points() {
+    let made = Made::new(8, 6_000, 14, true);
+    let segments: Vec<_> = made.files.iter().filter(|(path, _)| path.extension().is_some()).collect();
+    let (_, sealed) = segments.split_last().expect("segments");
+    let (mut frames, mut partly) = (0, 0);
+    for (path, bytes) in sealed {
+        for (at, _) in frames_of(bytes).into_iter().filter(|(_, bytes)| is(Kind::Extents, bytes)) {
+            let disk = made.disk();
+            disk.flip_bit(path, (at as u64 + 33) * 8);
+            let journal = GroupJournal::open(Arc::new(disk), Path::new(FOLDER), made.limits).expect("opened").0;
+            let report = verify(&journal.view(), None, None, &mut |_| {}).expect("verified");
+            let named: BTreeSet<Epoch> = report.damages.iter().flat_map(|damage| &damage.points).copied().collect();
+            let needs = |point: &&ModelPoint| {
+                let cells = image_cells(&journal.view(), point.head.epoch).expect("an image");
+                !damaged_blocks(&cells, &point.cells).is_empty()
+            };
+            let hit: BTreeSet<Epoch> = made.points.iter().filter(needs).map(|point| point.head.epoch).collect();
+            assert_eq!(named, hit, "{} at {at}: {:?}", path.display(), report.damages);
+            assert!(!report.is_clean());
+            frames += 1;
+            partly += u32::from(made.points.last().is_some_and(|point| !hit.contains(&point.head.epoch)));
+        }
+    }
+    println!("{frames} frames, {partly} not needed by the newest point");
+    assert!(partly > 0 && frames > partly);
+
+    // Nothing tells in the open segment: then every later point is named, and the message says why.
+    let made = Made::new(8, 1 << 30, 6, true);
+    let open = made.files.iter().find(|(path, _)| path.extension().is_some()).expect("a segment");
+    let (at, _) = frames_of(&open.1).into_iter().find(|(_, bytes)| is(Kind::Extents, bytes)).expect("extents");
+    let disk = made.disk();
+    disk.flip_bit(&open.0, (at as u64 + 33) * 8);
+    let view = GroupView::open(Arc::new(disk), Path::new(FOLDER)).expect("a view");
+    let report = verify(&view, None, None, &mut |_| {}).expect("verified");
+    let newest = made.points.last().expect("a point").head.epoch;
+    let coarse = "frames are damaged beyond telling; extents unknown: every later point may be affected";
+    let says = |damage: &cdp_target::verify::Damage| damage.what == coarse && damage.points.contains(&newest);
+    assert!(report.damages.iter().any(says), "{:?}", report.damages);
 }
 
 #[test]

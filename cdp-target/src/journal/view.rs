@@ -6,6 +6,7 @@
 
 use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
 use super::manifest::{Mark, SealedSegment};
+use super::reach::{Seen, told_by_index};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
 use super::walk::{Visit, walk};
@@ -15,6 +16,7 @@ use cdp_protocol::record::{Meters, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -253,8 +255,11 @@ impl GroupView {
     pub(crate) fn walk(&self, segment: u64, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
         let manifest = &self.facts.manifest;
         if let Some(sealed) = manifest.sealed.iter().find(|sealed| sealed.number == segment) {
-            let mut damages = self.shelf().walk(sealed, visitor)?.damages;
-            if !self.shelf().index_is_whole(sealed)? {
+            let mut seen = Seen { visitor, frames: HashMap::new() };
+            let mut damages = self.shelf().walk(sealed, &mut seen)?.damages;
+            if self.shelf().index_is_whole(sealed)? {
+                damages = told_by_index(self, segment, damages, &seen.frames)?;
+            } else {
                 let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
                 let what = "the segment's index is damaged; it can be made anew from the frames".to_owned();
                 damages.push(Damage { segment, offset, len, first_epoch: None, any_block: false, what });
