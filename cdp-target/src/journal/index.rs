@@ -77,6 +77,10 @@ pub struct Run {
     pub end: RunEnd,
     /// Whether it began in an earlier segment.
     pub continued: bool,
+    /// Bytes of its frames here.
+    pub bytes: u64,
+    /// Blocks that its frames here call unreadable: few, so that who looks for them need not read every table.
+    pub unreadable_blocks: u64,
 }
 
 /// A point, as the index knows it.
@@ -181,6 +185,8 @@ impl OpenIndex {
                     attempt: header.attempt,
                     end: RunEnd::Open,
                     continued: !begins,
+                    bytes: 0,
+                    unreadable_blocks: 0,
                 });
             }
         }
@@ -194,6 +200,7 @@ impl OpenIndex {
             return;
         }
         let run = self.run_of(header, header.kind == Kind::Begin);
+        self.runs[run as usize].bytes += frame.bytes.len() as u64;
         match step {
             Step::PartEnded(..) => self.runs[run as usize].end = RunEnd::Part,
             Step::Committed(head, commit) => {
@@ -221,6 +228,9 @@ impl OpenIndex {
             Encoding::Hole => EntryKind::Hole,
             Encoding::Unreadable => EntryKind::Unreadable,
         };
+        if kind == EntryKind::Unreadable {
+            self.runs[run as usize].unreadable_blocks += header.blocks();
+        }
         let table = if kind == EntryKind::Content { &mut self.content } else { &mut self.bare };
         let mut content_block = 0;
         for extent in &header.extents {
@@ -393,6 +403,8 @@ fn put_run(out: &mut Vec<u8>, run: &Run) {
     out.extend_from_slice(&run.generation.0.to_le_bytes());
     out.extend_from_slice(&run.attempt.0);
     out.extend_from_slice(&[run.end as u8, u8::from(run.continued)]);
+    out.extend_from_slice(&run.bytes.to_le_bytes());
+    out.extend_from_slice(&run.unreadable_blocks.to_le_bytes());
 }
 
 fn take_run(input: &mut Input<'_>) -> Result<Run, FieldError> {
@@ -404,7 +416,8 @@ fn take_run(input: &mut Input<'_>) -> Result<Run, FieldError> {
         3 => RunEnd::Abandoned,
         _ => return Err(FieldError("run end")),
     };
-    Ok(Run { epoch, generation, attempt, end, continued: input.flag()? })
+    let (continued, bytes, unreadable_blocks) = (input.flag()?, input.u64()?, input.u64()?);
+    Ok(Run { epoch, generation, attempt, end, continued, bytes, unreadable_blocks })
 }
 
 fn put_lost(out: &mut Vec<u8>, lost: &Lost) {

@@ -110,6 +110,39 @@ impl GroupView {
         Ok(tally)
     }
 
+    /// Bytes of the parts that a commit takes in. A segment that cannot be read counts nothing.
+    pub(super) fn part_bytes(&self, commit: &CommitEntry) -> u64 {
+        let epoch = commit.head.epoch;
+        if commit.record.as_ref().is_none_or(|record| record.parts.is_none()) {
+            return 0;
+        }
+        let caches = self.shelf().caches;
+        if let Some(bytes) = caches.part_bytes(epoch) {
+            return bytes;
+        }
+        let newest = self.segment_of(epoch).unwrap_or(self.manifest().open);
+        let (mut bytes, mut all_read) = (0, true);
+        for number in self.segments().rev().skip_while(|number| *number > newest) {
+            let Ok(runs) = self.index(number).map(|index| index.runs().to_vec()) else {
+                all_read = false;
+                continue;
+            };
+            for (at, run) in runs.iter().enumerate() {
+                let is_part = run.epoch == epoch && run.attempt != commit.attempt;
+                let taken = is_part.then(|| self.includes(number, run, at + 1 == runs.len(), epoch));
+                all_read &= !matches!(taken, Some(Err(_)));
+                bytes += if matches!(taken, Some(Ok(true))) { run.bytes } else { 0 };
+            }
+            if runs.first().is_some_and(|run| run.epoch < epoch) {
+                break;
+            }
+        }
+        if all_read {
+            caches.keep_part_bytes(epoch, bytes);
+        }
+        bytes
+    }
+
     fn segments(&self) -> impl DoubleEndedIterator<Item = u64> + '_ {
         self.manifest().sealed.iter().map(|sealed| sealed.number).chain([self.manifest().open])
     }

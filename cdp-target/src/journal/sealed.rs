@@ -9,7 +9,7 @@ use super::scan::FrameScan;
 use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Section};
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
-use cdp_protocol::units::GroupId;
+use cdp_protocol::units::{Epoch, GroupId};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::HashMap;
 use std::io;
@@ -41,11 +41,21 @@ pub(crate) struct Caches {
     files: Mutex<Cache<Box<dyn StorageFile>>>,
     /// Two numbers a segment: never dropped.
     tallies: Mutex<HashMap<u64, Tally>>,
+    /// Bytes of the parts of a point, by its epoch, where it has any: the first copy, and long outages.
+    part_bytes: Mutex<HashMap<Epoch, u64>>,
 }
 
 impl Caches {
     pub(super) fn tally(&self, number: u64) -> Option<Tally> {
         locked(&self.tallies).get(&number).copied()
+    }
+
+    pub(super) fn part_bytes(&self, epoch: Epoch) -> Option<u64> {
+        locked(&self.part_bytes).get(&epoch).copied()
+    }
+
+    pub(super) fn keep_part_bytes(&self, epoch: Epoch, bytes: u64) {
+        locked(&self.part_bytes).insert(epoch, bytes);
     }
 
     pub(super) fn keep_tally(&self, number: u64, tally: Tally) {

@@ -55,7 +55,7 @@ pub struct Point {
     pub label: Option<String>,
     /// Whether it is kept from pruning.
     pub pinned: bool,
-    /// Bytes its epoch takes in the journal.
+    /// Bytes its epoch takes in the journal, with the parts it stands on.
     pub bytes: u64,
     /// What the cut and the epoch amounted to.
     pub meters: Meters,
@@ -368,7 +368,7 @@ impl GroupView {
                 None => record.and_then(|record| record.label.clone()),
             },
             pinned,
-            bytes: meters.frame_bytes + u64::from(commit.frame_len),
+            bytes: meters.frame_bytes + u64::from(commit.frame_len) + self.part_bytes(commit),
             meters,
             generation: commit.generation,
             first_epoch: record.map_or(epoch, |record| record.first_epoch),

@@ -75,12 +75,15 @@ pub struct ModelPoint {
     pub attempt: AttemptId,
     pub cells: Arc<Cells>,
     pub received: Timestamp,
+    /// Of all its frames, those of its parts too.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug)]
 pub struct ModelPart {
     pub chain: PartChain,
     pub delta: Delta,
+    pub bytes: u64,
 }
 
 /// The attempt that is being sent.
@@ -162,7 +165,10 @@ impl Source {
                 after_rollback_to: None,
                 class: Class::Crash,
                 cut_time: Timestamp(self.time),
-                meters: Meters::default(),
+                meters: Meters {
+                    frame_bytes: frames.iter().map(|frame| frame.len() as u64).sum(),
+                    ..Meters::default()
+                },
                 label: None,
             };
             sealer.record(Kind::Commit, sequence, commit.encode())
@@ -225,9 +231,10 @@ impl Source {
     }
 
     fn note_end(&mut self, attempt: &Attempt, hash: FrameHash) {
+        let bytes = attempt.frames.iter().map(|frame| frame.len() as u64).sum();
         if attempt.is_part {
             let chain = PartChain { count: self.parts.len() as u32 + 1, hash };
-            self.parts.push(ModelPart { chain, delta: attempt.delta.clone() });
+            self.parts.push(ModelPart { chain, delta: attempt.delta.clone(), bytes });
             self.parts_epoch = Some(attempt.epoch);
             return;
         }
@@ -238,7 +245,8 @@ impl Source {
         }
         let head = Head { epoch: attempt.epoch, hash };
         let received = Timestamp(self.time);
-        self.points.push(ModelPoint { head, attempt: attempt.id, cells: Arc::new(cells), received });
+        let bytes = self.parts.iter().map(|part| part.bytes).sum::<u64>() + bytes;
+        self.points.push(ModelPoint { head, attempt: attempt.id, cells: Arc::new(cells), received, bytes });
         self.parts.clear();
         self.acked_parts = 0;
         self.parts_epoch = None;
@@ -388,6 +396,7 @@ pub fn check(view: &Arc<GroupView>, points: &[ModelPoint], deep: impl Fn(usize) 
     for (at, (listed, point)) in listed.iter().zip(points).enumerate() {
         assert_eq!(listed.damaged, None);
         assert_eq!(listed.received, point.received, "receive time of {}", point.head.epoch);
+        assert_eq!(listed.bytes, point.bytes, "bytes of {}", point.head.epoch);
         if deep(at) {
             let cells = image_cells(view, point.head.epoch).expect("an image");
             assert_eq!(cells, *point.cells, "point {}", point.head.epoch);
