@@ -203,13 +203,12 @@ impl Group {
         points_of(&self.view)
     }
 
-    /// How many recovery points it has, and the newest: without listing them.
+    /// How many recovery points it has, and the newest with its time: without listing them.
     ///
     /// # Errors
     /// Where a segment cannot be read.
-    pub fn overview(&self) -> Result<(u64, Option<PointInfo>), JournalError> {
-        let Overview { points, newest } = self.view.overview()?;
-        Ok((points, newest.map(|(point, time)| info(point, time))))
+    pub fn overview(&self) -> Result<Overview, JournalError> {
+        self.view.overview()
     }
 }
 
@@ -219,18 +218,23 @@ impl Group {
 /// Where a segment cannot be read.
 pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
     let mut before = None;
+    let unreadable = view.unreadable();
     let points = view.points().map(|point| {
         let point = point?;
+        let mut blocks = 0;
+        if unreadable.any(point.epoch) {
+            blocks = unreadable.blocks(point.epoch, &view.volumes(point.epoch)?);
+        }
         let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
         before = Some(time);
-        Ok(info(point, time))
+        Ok(info(point, time, blocks))
     });
     points.collect()
 }
 
-fn info(point: Point, time: Timestamp) -> PointInfo {
+/// `unreadable`: blocks of it that the source's device could not read, in its own cut or in one before.
+fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
     let rollback = point.after_rollback_to.map(|to| format!("after rollback to {to}"));
-    let unreadable = point.meters.unreadable_blocks;
     let unreadable = (unreadable > 0).then(|| format!("{unreadable} blocks unreadable at the source"));
     let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
     let warnings: Vec<String> = [damaged, unreadable, rollback].into_iter().flatten().collect();

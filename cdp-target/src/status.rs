@@ -4,8 +4,8 @@
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
 use crate::catalog::{Catalog, CatalogError, Group, open_group};
-use crate::journal::{GroupView, JournalError};
-use crate::points::{Instant, PointInfo};
+use crate::journal::{GroupView, JournalError, Overview};
+use crate::points::Instant;
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
@@ -182,8 +182,8 @@ fn group_status(
     used_bytes: u64,
     now: Timestamp,
 ) -> Result<GroupStatus, JournalError> {
-    let (points, newest) = group.overview()?;
-    let newest = newest.as_ref();
+    let Overview { points, newest } = group.overview()?;
+    let newest = newest.map(|(point, time)| NewestTimes { epoch: point.epoch, time, received: point.received });
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
     let frozen = group.view().manifest().frozen.clone();
     let (state, reason) = match (&live, frozen) {
@@ -232,9 +232,16 @@ fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u
     }
 }
 
+/// What the figures are computed from.
+#[derive(Clone, Copy)]
+struct NewestTimes {
+    epoch: Epoch,
+    time: Timestamp,
+    received: Timestamp,
+}
+
 /// Now minus the later of the newest point and "unchanged since" that point; never below zero.
-#[must_use]
-pub fn live_rpo_ms(newest: &PointInfo, unchanged: Option<(Epoch, Timestamp)>, now: Timestamp) -> i64 {
+fn live_rpo_ms(newest: NewestTimes, unchanged: Option<(Epoch, Timestamp)>, now: Timestamp) -> i64 {
     let unchanged = unchanged.filter(|(epoch, _)| *epoch == newest.epoch).map(|(_, as_of)| as_of);
     let fresh = unchanged.map_or(newest.time, |as_of| as_of.max(newest.time));
     now.0.saturating_sub(fresh.0).max(0)
@@ -254,26 +261,11 @@ fn used_bytes(store: &Store, folder: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cdp_protocol::units::Class;
 
     #[test]
     fn the_live_rpo_counts_from_the_later_of_point_and_unchanged() {
-        let newest = PointInfo {
-            epoch: Epoch(9),
-            first_epoch: Epoch(9),
-            time: Timestamp(1000),
-            cut_time: Timestamp(1000),
-            received: Timestamp(1200),
-            class: Class::Crash,
-            label: None,
-            pinned: false,
-            bytes: 0,
-            cut_us: 0,
-            cut_rounds: 1,
-            damaged: None,
-            warning: None,
-        };
-        let rpo = |unchanged, now| live_rpo_ms(&newest, unchanged, Timestamp(now));
+        let newest = NewestTimes { epoch: Epoch(9), time: Timestamp(1000), received: Timestamp(1200) };
+        let rpo = |unchanged, now| live_rpo_ms(newest, unchanged, Timestamp(now));
         assert_eq!(rpo(None, 5000), 4000);
         assert_eq!(rpo(Some((Epoch(9), Timestamp(4500))), 5000), 500);
         assert_eq!(rpo(Some((Epoch(9), Timestamp(10))), 5000), 4000, "an old one does not count");

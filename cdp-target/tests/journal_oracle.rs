@@ -136,3 +136,38 @@ fn a_real_file_system_keeps_a_history_and_a_reader_beside_the_writer_sees_what_w
     assert_eq!((report.torn_bytes, report.damages.len()), (0, 0));
     check(&journal.view(), &source.points, |_| true);
 }
+
+/// A block that could not be read is a warning of every point up to the one before it was written again.
+#[test]
+fn a_point_warns_of_blocks_that_stand_unreadable() {
+    for segment_bytes_max in [600, 1 << 20] {
+        let disk = SimStorage::new(1);
+        let limits = JournalLimits { segment_bytes_max };
+        let made = GroupJournal::create(Arc::new(disk), Path::new(FOLDER), identity(), limits);
+        let (mut journal, mut source) = (made.expect("made"), Source::new(1));
+        source.grant(&mut journal).expect("granted");
+        for epoch in 1..=10_u64 {
+            let cells = match epoch {
+                5 => vec![(0, 3, Cell::Unreadable), (1, 4, Cell::Unreadable), (0, 3, Cell::Unreadable)],
+                6 => vec![(0, 4, Cell::Filled(6)), (1, 3, Cell::Zero)],
+                7 => vec![(1, 4, Cell::Zero)],
+                8 => vec![(0, 3, Cell::Filled(8))],
+                _ => vec![(0, 9, Cell::Filled(epoch))],
+            };
+            // Those of 5 come in a part: no meter of a commit counts them.
+            if epoch == 5 {
+                source.make_of(true, &cells);
+                source.send(&mut journal, 0, usize::MAX).expect("sent");
+            }
+            source.make_of(false, if epoch == 5 { &[] } else { &cells });
+            source.send(&mut journal, 0, usize::MAX).expect("sent");
+            source.sync(&mut journal).expect("synced");
+        }
+        check(&journal.view(), &source.points, |_| true);
+        let points = cdp_target::catalog::points_of(&journal.view()).expect("listed");
+        let warned: Vec<_> =
+            points.iter().filter_map(|point| Some((point.epoch.0, point.warning.as_deref()?))).collect();
+        let blocks = |count: u64| format!("{count} blocks unreadable at the source");
+        assert_eq!(warned, [(5, blocks(2).as_str()), (6, blocks(2).as_str()), (7, blocks(1).as_str())]);
+    }
+}

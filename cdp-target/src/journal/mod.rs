@@ -5,7 +5,8 @@
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `resolve`: which frame holds a
-//!   block at a point; `reach`: which points a damage hits.
+//!   block at a point; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
+//!   not be read.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
@@ -19,6 +20,7 @@ pub(crate) mod resolve;
 mod scan;
 mod sealed;
 pub mod segment;
+mod unreadable;
 pub mod view;
 pub(crate) mod walk;
 pub mod writer;
@@ -33,6 +35,7 @@ pub use bytes::FieldError;
 pub use listing::Overview;
 pub use manifest::{Damage, Manifest};
 pub use recovery::RecoveryReport;
+pub use unreadable::Unreadable;
 pub use view::{GroupView, Point};
 pub use writer::GroupJournal;
 

@@ -147,6 +147,37 @@ impl Source {
         for sequence in 1..=self.below(frames_max + 1) {
             frames.push(self.extents_frame(&sealer, Sequence(sequence), &mut delta));
         }
+        self.attempt = Some(self.ended(&sealer, (epoch, attempt), frames, delta, is_part));
+    }
+
+    /// Makes the frames of an attempt that writes `cells`, a frame each.
+    pub fn make_of(&mut self, is_part: bool, cells: &[(usize, u32, Cell)]) {
+        let epoch =
+            self.parts_epoch.unwrap_or_else(|| Epoch(self.points.last().map_or(0, |point| point.head.epoch.0) + 1));
+        let attempt = AttemptId(array(&self.random));
+        let sealer = Sealer::new(GROUP, epoch, self.generation, attempt, &key());
+        let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: volumes() })];
+        for (at, (volume, block, cell)) in cells.iter().enumerate() {
+            let (slot, sequence) = (VolumeSlot(*volume as u16), Sequence(at as u64 + 1));
+            let extents = vec![Extent { start: Block(*block), count: 1 }];
+            frames.push(match cell {
+                Cell::Filled(fill) => sealer.content(slot, sequence, extents, &block_of(*fill)),
+                Cell::Zero => sealer.bare(Encoding::Hole, slot, sequence, extents),
+                Cell::Unreadable => sealer.bare(Encoding::Unreadable, slot, sequence, extents),
+                Cell::NotCovered | Cell::Damaged => panic!("nobody writes {cell:?}"),
+            });
+        }
+        self.attempt = Some(self.ended(&sealer, (epoch, attempt), frames, cells.to_vec(), is_part));
+    }
+
+    fn ended(
+        &self,
+        sealer: &Sealer,
+        (epoch, attempt): (Epoch, AttemptId),
+        mut frames: Vec<Vec<u8>>,
+        delta: Delta,
+        is_part: bool,
+    ) -> Attempt {
         let mut list = FrameListHasher::default();
         for bytes in &frames {
             list.push(&frame::hash(bytes));
@@ -174,7 +205,7 @@ impl Source {
             sealer.record(Kind::Commit, sequence, commit.encode())
         };
         frames.push(end);
-        self.attempt = Some(Attempt { id: attempt, epoch, frames, delta, is_part });
+        Attempt { id: attempt, epoch, frames, delta, is_part }
     }
 
     fn extents_frame(&self, sealer: &Sealer, sequence: Sequence, delta: &mut Delta) -> Vec<u8> {
@@ -393,9 +424,12 @@ pub fn check(view: &Arc<GroupView>, points: &[ModelPoint], deep: impl Fn(usize) 
     let heads: Vec<Head> = listed.iter().map(|point| Head { epoch: point.epoch, hash: point.hash }).collect();
     assert_eq!(heads, points.iter().map(|point| point.head).collect::<Vec<_>>());
     check_overview(view, &listed);
+    let unreadable = view.unreadable();
     for (at, (listed, point)) in listed.iter().zip(points).enumerate() {
         assert_eq!(listed.damaged, None);
         assert_eq!(listed.received, point.received, "receive time of {}", point.head.epoch);
+        let standing = point.cells.iter().flatten().filter(|cell| **cell == Cell::Unreadable).count() as u64;
+        assert_eq!(unreadable.blocks(listed.epoch, &volumes()), standing, "unreadable at {}", point.head.epoch);
         assert_eq!(listed.bytes, point.bytes, "bytes of {}", point.head.epoch);
         if deep(at) {
             let cells = image_cells(view, point.head.epoch).expect("an image");
