@@ -14,7 +14,7 @@ use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
 use crate::metrics;
 use crate::receiver::{GroupWriter, Receiver, StoreError};
 use crate::restore::image::one_line;
-use crate::status::{Live, LiveGroup, StatusReport, Watermarks, report};
+use crate::status::{KnownGroups, Live, LiveGroup, StatusReport, Watermarks, report};
 use crate::store::{GroupPlace, Store, StoreLock};
 use anyhow::Context as _;
 use cdp_protocol::units::{Epoch, Timestamp};
@@ -109,7 +109,16 @@ impl Server {
         }
         let groups = Arc::new(StoreGroups::new(self.store.clone()));
         let receiver = Receiver::new(Arc::clone(&groups) as Arc<_>, Arc::clone(&clock), SOFTWARE);
-        let desk = Arc::new(Desk { store: self.store, authority, groups, receiver, listener, address, clock });
+        let desk = Arc::new(Desk {
+            store: self.store,
+            authority,
+            groups,
+            receiver,
+            listener,
+            address,
+            clock,
+            known: KnownGroups::default(),
+        });
 
         let running = Arc::clone(&desk);
         let mut running =
@@ -162,9 +171,14 @@ struct Desk {
     listener: Listener,
     address: SocketAddr,
     clock: Arc<dyn Clock>,
+    known: KnownGroups,
 }
 
 impl Live for Desk {
+    fn known(&self) -> &KnownGroups {
+        &self.known
+    }
+
     fn listening(&self) -> String {
         self.address.to_string()
     }

@@ -4,14 +4,15 @@
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
 use crate::catalog::{Catalog, CatalogError, Group, open_group};
-use crate::journal::{GroupView, JournalError, Overview};
+use crate::journal::{GroupView, JournalError, Manifest, Overview, segment};
 use crate::points::Instant;
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What a store holds and does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -133,6 +134,69 @@ pub trait Live {
     fn listening(&self) -> String;
     /// What it knows of a group.
     fn group(&self, office: &str, place: GroupPlace) -> LiveGroup;
+    /// What was read of the groups it has not open.
+    fn known(&self) -> &KnownGroups;
+}
+
+/// What a report tells of a group's files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupFacts {
+    /// The group's name.
+    pub name: String,
+    /// Why nothing is taken any more, where that is so.
+    pub frozen: Option<String>,
+    /// Its points in short.
+    pub overview: Overview,
+}
+
+impl GroupFacts {
+    fn of(group: &Group) -> Result<Self, JournalError> {
+        let frozen = group.view().manifest().frozen.clone();
+        Ok(Self { name: group.name().to_owned(), frozen, overview: group.overview()? })
+    }
+}
+
+/// What was read of groups that no writer has open, kept for as long as their files are what they were: a report every few seconds is not to walk
+/// every open segment. The manifest and the length of the open segment tell.
+#[derive(Default)]
+pub struct KnownGroups(Mutex<HashMap<GroupPlace, (FilesState, GroupFacts)>>);
+
+/// Hash of the manifest, and bytes of the open segment.
+type FilesState = (blake3::Hash, u64);
+
+impl KnownGroups {
+    /// What a group's files say: read where they changed since they were read last.
+    ///
+    /// # Errors
+    /// Where the group cannot be read; its name, as far as it is known, and why.
+    pub fn facts(&self, store: &Store, place: GroupPlace) -> Result<GroupFacts, (String, JournalError)> {
+        let unnamed = |error| (place.group.to_string(), error);
+        // Looked at before the group is read: what changes meanwhile is read once more.
+        let state = files_state(store, place).map_err(unnamed)?;
+        if let Some((known, facts)) = self.lock().get(&place)
+            && *known == state
+        {
+            return Ok(facts.clone());
+        }
+        let group = open_group(store, place).map_err(unnamed)?;
+        let facts = GroupFacts::of(&group).map_err(|error| (group.name().to_owned(), error))?;
+        self.lock().insert(place, (state, facts.clone()));
+        Ok(facts)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<GroupPlace, (FilesState, GroupFacts)>> {
+        // Every change is one insert: nothing is half done after a panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn files_state(store: &Store, place: GroupPlace) -> Result<FilesState, JournalError> {
+    let (storage, folder) = (store.storage(), store.group_folder(place));
+    let (manifest, _) = Manifest::read(storage.as_ref(), &folder)?;
+    let segment = segment::path(&folder, manifest.open);
+    // One that is missing is met when the group is read.
+    let len = storage.open(&segment).and_then(|file| file.len()).unwrap_or(0);
+    Ok((blake3::hash(&manifest.encode()), len))
 }
 
 /// Reports on a whole store at `now`.
@@ -145,6 +209,8 @@ pub fn report(
     live: Option<&dyn Live>,
     now: Timestamp,
 ) -> Result<StatusReport, CatalogError> {
+    let none = KnownGroups::default();
+    let known = live.map_or(&none, Live::known);
     let mut offices = Vec::new();
     for office in catalog.offices() {
         let mut groups = Vec::new();
@@ -152,11 +218,16 @@ pub fn report(
             let used_bytes = used_bytes(store, &store.group_folder(place));
             let live = live.map(|live| live.group(&office.name, place));
             let served = live.as_ref().and_then(|live| live.view.clone());
-            let group = served.map_or_else(|| open_group(store, place), |view| Ok(Group::served(place, view)));
-            groups.push(match group {
-                Ok(group) => group_status(&group, live, used_bytes, now)
-                    .unwrap_or_else(|error| unreadable(place, group.name(), &error, used_bytes)),
-                Err(error) => unreadable(place, &place.group.to_string(), &error, used_bytes),
+            let facts = match served {
+                Some(view) => {
+                    let group = Group::served(place, view);
+                    GroupFacts::of(&group).map_err(|error| (group.name().to_owned(), error))
+                }
+                None => known.facts(store, place),
+            };
+            groups.push(match facts {
+                Ok(facts) => group_status(place, facts, live, used_bytes, now),
+                Err((name, error)) => unreadable(place, &name, &error, used_bytes),
             });
         }
         let state = serde_json::to_value(office.state(now)).ok();
@@ -177,15 +248,15 @@ pub fn report(
 }
 
 fn group_status(
-    group: &Group,
+    place: GroupPlace,
+    facts: GroupFacts,
     live: Option<LiveGroup>,
     used_bytes: u64,
     now: Timestamp,
-) -> Result<GroupStatus, JournalError> {
-    let Overview { points, newest } = group.overview()?;
+) -> GroupStatus {
+    let GroupFacts { name, frozen, overview: Overview { points, newest } } = facts;
     let newest = newest.map(|(point, time)| NewestTimes { epoch: point.epoch, time, received: point.received });
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
-    let frozen = group.view().manifest().frozen.clone();
     let (state, reason) = match (&live, frozen) {
         (_, Some(reason)) => (GroupState::Frozen, Some(reason)),
         (None, None) => (GroupState::NotServed, None),
@@ -193,9 +264,9 @@ fn group_status(
         (Some(live), None) if live.connected => (GroupState::Connected, None),
         (Some(_), None) => (GroupState::Disconnected, None),
     };
-    Ok(GroupStatus {
-        id: group.place().group,
-        name: group.name().to_owned(),
+    GroupStatus {
+        id: place.group,
+        name,
         state,
         reason,
         points,
@@ -211,7 +282,7 @@ fn group_status(
         watermarks: live.map(|live| live.watermarks),
         quota_bytes: None,
         last_drill: None,
-    })
+    }
 }
 
 fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u64) -> GroupStatus {
