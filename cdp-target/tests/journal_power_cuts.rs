@@ -113,55 +113,35 @@ fn standing(journal: &GroupJournal) -> Standing {
     (points, chain.head().map(|(head, _)| head), parts, chain.open().map(|open| open.next.0))
 }
 
-/// A disk that says it made names durable and did not.
-#[derive(Clone)]
-struct NoFolderSync(SimStorage);
-
-impl Storage for NoFolderSync {
-    fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        self.0.create_new(path)
-    }
-    fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        self.0.open(path)
-    }
-    fn open_write(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        self.0.open_write(path)
-    }
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.0.rename(from, to)
-    }
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        self.0.remove(path)
-    }
-    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
-        self.0.create_dir_all(path)
-    }
-    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
-        self.0.list(path)
-    }
-    fn sync_dir(&self, _path: &Path) -> io::Result<()> {
-        Ok(())
-    }
-    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
-        self.0.free_bytes(path)
-    }
+/// What is done wrong between the journal and the disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wrong {
+    /// Names are said to be durable and are not.
+    NoFolderSync,
+    /// A failed sync is tried again, and the second one is believed.
+    SyncRetried,
 }
 
-/// A program that tries a failed sync again, and believes what the second one says.
 #[derive(Clone)]
-struct SyncRetried(SimStorage);
+struct Sabotaged(SimStorage, Wrong);
 
 struct RetriedFile(Box<dyn StorageFile>);
 
-impl Storage for SyncRetried {
+impl Sabotaged {
+    fn file(&self, file: Box<dyn StorageFile>) -> Box<dyn StorageFile> {
+        if self.1 == Wrong::SyncRetried { Box::new(RetriedFile(file)) } else { file }
+    }
+}
+
+impl Storage for Sabotaged {
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        Ok(Box::new(RetriedFile(self.0.create_new(path)?)))
+        self.0.create_new(path).map(|file| self.file(file))
     }
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         self.0.open(path)
     }
     fn open_write(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        Ok(Box::new(RetriedFile(self.0.open_write(path)?)))
+        self.0.open_write(path).map(|file| self.file(file))
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.0.rename(from, to)
@@ -176,7 +156,7 @@ impl Storage for SyncRetried {
         self.0.list(path)
     }
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.0.sync_dir(path)
+        if self.1 == Wrong::NoFolderSync { Ok(()) } else { self.0.sync_dir(path) }
     }
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         self.0.free_bytes(path)
@@ -205,11 +185,11 @@ impl StorageFile for RetriedFile {
 }
 
 fn without_folder_sync(disk: SimStorage) -> Arc<dyn Storage> {
-    Arc::new(NoFolderSync(disk))
+    Arc::new(Sabotaged(disk, Wrong::NoFolderSync))
 }
 
 fn with_sync_retried(disk: SimStorage) -> Arc<dyn Storage> {
-    Arc::new(SyncRetried(disk))
+    Arc::new(Sabotaged(disk, Wrong::SyncRetried))
 }
 
 /// The first seed at which the simulation finds the fault.

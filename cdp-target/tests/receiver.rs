@@ -7,19 +7,25 @@ use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage, Verdict};
 use cdp_protocol::units::{Epoch, GroupId, Timestamp};
 use cdp_seams::clock::Clock;
-use source_support::{Group, Site, Source};
+use source_support::{Enrolled, Group, Site, Source};
 use support::{now_ms, within};
 
 const HOUR_MS: i64 = 3_600_000;
+
+/// A source of `office`, and its group with one point.
+async fn with_a_point(site: &Site, office: &Enrolled) -> (Source, Group) {
+    let mut group = Group::new(1, "main");
+    let mut source = Source::connect(office, site.clock.wall_ms()).await;
+    source.open(&mut group).await;
+    source.send_point(&mut group).await;
+    (source, group)
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_office_reaches_no_group_of_another() {
     let site = Site::start();
     let (north, south) = (site.office("north").await, site.office("south").await);
-    let mut theirs = Group::new(1, "main");
-    let mut owner = Source::connect(&north, site.clock.wall_ms()).await;
-    owner.open(&mut theirs).await;
-    owner.send_point(&mut theirs).await;
+    let (mut owner, mut theirs) = with_a_point(&site, &north).await;
 
     let mut thief = Source::connect(&south, site.clock.wall_ms()).await;
     let mut same_id = Group::new(1, "main");
@@ -47,10 +53,7 @@ async fn an_office_reaches_no_group_of_another() {
 async fn a_group_that_was_not_opened_cannot_be_listed() {
     let site = Site::start();
     let (north, south) = (site.office("north").await, site.office("south").await);
-    let mut theirs = Group::new(1, "main");
-    let mut owner = Source::connect(&north, site.clock.wall_ms()).await;
-    owner.open(&mut theirs).await;
-    owner.send_point(&mut theirs).await;
+    let (mut owner, mut theirs) = with_a_point(&site, &north).await;
     let mut thief = Source::connect(&south, site.clock.wall_ms()).await;
     thief.say(&SourceMessage::ListPoints { request: 1, group: theirs.id, after: None }).await;
     within(thief.line.closed()).await;
@@ -80,10 +83,7 @@ async fn clocks_hours_apart_connect_and_make_points() {
 async fn the_newer_connection_takes_over_and_the_older_is_told() {
     let site = Site::start();
     let office = site.office("north").await;
-    let mut group = Group::new(1, "main");
-    let mut first = Source::connect(&office, site.clock.wall_ms()).await;
-    first.open(&mut group).await;
-    first.send_point(&mut group).await;
+    let (mut first, mut group) = with_a_point(&site, &office).await;
     let mut stranger = Group::new(1, "main");
     let mut second = Source::connect(&office, site.clock.wall_ms()).await;
     let refused = second.try_open(&stranger).await.expect_err("it does not know the generation");
@@ -184,9 +184,6 @@ async fn an_office_gets_no_more_groups_by_coming_back() {
     let mut source = Source::connect(&hostile, site.clock.wall_ms()).await;
     source.open(&mut first).await;
     source.send_point(&mut first).await;
-    let mut theirs = Group::new(200, "main");
-    let mut other = Source::connect(&honest, site.clock.wall_ms()).await;
-    other.open(&mut theirs).await;
-    other.send_point(&mut theirs).await;
+    with_a_point(&site, &honest).await;
     support::eventually("the threads of refused groups are gone", || site.threads() <= OFFICE_GROUPS_MAX + 1).await;
 }
