@@ -138,3 +138,44 @@ fn the_top_level_is_what_was_agreed() {
         assert!(hidden || agreed.contains(&name.as_str()) || more.contains(&name.as_str()), "{name} is not agreed");
     }
 }
+
+#[test]
+fn every_field_of_a_shown_document_is_described() {
+    let page = std::fs::read_to_string(root().join("docs/json.md")).expect("docs");
+    let mut documents = 0;
+    for section in page.split("\n## ").skip(1) {
+        let (described, shown): (Vec<_>, Vec<_>) =
+            section.split("```").enumerate().partition(|(at, _)| at.is_multiple_of(2));
+        let described: String = described.into_iter().map(|(_, text)| text).collect();
+        let words: Vec<&str> = described
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+            .filter(|word| !word.is_empty())
+            .collect();
+        for (_, block) in shown {
+            let (command, document) = block.trim_start().split_once('\n').expect("a command and its document");
+            let document: serde_json::Value =
+                serde_json::from_str(document).unwrap_or_else(|error| panic!("{command}: {error}"));
+            let mut fields = Vec::new();
+            fields_of(&document, &mut fields);
+            for field in fields {
+                assert!(words.contains(&field.as_str()), "{command}: nothing says what {field} is");
+            }
+            documents += 1;
+        }
+    }
+    assert!(documents >= 11, "{documents} documents");
+}
+
+/// Names of all fields, but for those that are numbers: keys of a map.
+fn fields_of(value: &serde_json::Value, fields: &mut Vec<String>) {
+    match value {
+        serde_json::Value::Object(object) => {
+            for (name, value) in object {
+                fields.extend(Some(name.clone()).filter(|name| name.parse::<u64>().is_err()));
+                fields_of(value, fields);
+            }
+        }
+        serde_json::Value::Array(values) => values.iter().for_each(|value| fields_of(value, fields)),
+        _ => {}
+    }
+}

@@ -209,7 +209,7 @@ pub struct PointSummary {
     pub class: Class,
     /// Its label.
     pub label: Option<String>,
-    /// Bytes it took on the line.
+    /// Bytes its epoch takes in the target's journal, with the parts it stands on.
     pub bytes: u64,
     /// Duration of the cut in microseconds.
     pub cut_us: u64,
