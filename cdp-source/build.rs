@@ -5,14 +5,26 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const SOURCE: &str = "bpf/tracker.bpf.c";
+/// What the programs can be built to do wrong, for tests that must notice.
+const FAULTS: [&str; 4] = ["ISSUE_ONLY", "COMPLETION_ONLY", "DROP", "HOLD"];
 const PACKAGES: &str = "hint: apt-get install clang llvm libbpf-dev linux-libc-dev";
 
 fn main() {
     println!("cargo::rerun-if-changed=bpf");
     println!("cargo::rerun-if-env-changed=CLANG");
+    build("tracker", None);
+    if env::var_os("CARGO_FEATURE_SABOTAGE").is_some() {
+        for fault in FAULTS {
+            build(&format!("tracker_{}", fault.to_lowercase()), Some(fault));
+        }
+    }
+}
+
+fn build(name: &str, fault: Option<&str>) {
     let clang = env::var("CLANG").unwrap_or_else(|_| "clang".to_owned());
-    let object = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("tracker.bpf.o");
-    match compile(&clang, &object).output() {
+    let folder = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let object = folder.join(format!("{name}.bpf.o"));
+    match compile(&clang, &object).args(fault.map(|fault| format!("-DSABOTAGE_{fault}"))).output() {
         Err(error) => fail(&format!("run {clang}: {error}")),
         Ok(output) if !output.status.success() => {
             fail(&format!("compile {SOURCE}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));

@@ -29,18 +29,24 @@ struct control {
 struct gate {
 	__u64 entries[2];
 	__u64 exits[2];
-	__u64 issued;
-	__u64 completed;
 	__u64 blind; // passthrough writes: without a range
 	__u64 lost; // marks that could not be made: never, unless there is a bug
+	__u64 unremembered; // bios whose range could not be kept until they complete
+	__u64 unknown; // bios that completed without a range kept
 };
 
-// One a possible CPU and disk, in sectors: completed, as /sys/block/X/stat counts them, and issued.
+// One a possible CPU and disk; a cache line. In sectors: completed, as /sys/block/X/stat counts them, and issued.
+// `zeroed` is what WRITE_ZEROES and SECURE_ERASE completed, which the kernel counts as written, or not at all.
+// No atomics: a CPU runs one program at a time that writes a field, and a second one that comes in an interrupt is
+// passed over by the kernel and counted as missed (before Linux 6.2: may lose a count, which is taken for a loss).
 struct tally {
 	__u64 written;
 	__u64 discarded;
+	__u64 zeroed;
+	__u64 completed_events;
 	__u64 issued;
-	__u64 reserved;
+	__u64 issued_events;
+	__u64 reserved[2];
 };
 
 // A window of a disk, in sectors; `word_base` is where its words begin in `dirty`.

@@ -13,8 +13,9 @@
 use super::bitmap::{drain, filter_has, peek};
 use super::device::{Device, read_text};
 use super::identity::{Identity, LAYOUT, VolumeIdentity};
-use super::instance::{Instance, MEMO_BYTES_MAX, disks_of, program_hash};
+use super::instance::{Instance, MEMO_BYTES_MAX, disks_of};
 use super::pins;
+use super::programs::Programs;
 use super::trust::{Suspects, Trust};
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
@@ -30,6 +31,8 @@ use std::time::Duration;
 
 pub use super::instance::EventCounts;
 pub use super::pins::{BPFFS, supported};
+#[cfg(feature = "sabotage")]
+pub use super::programs::Sabotage;
 
 /// How long a flip waits for runs that were counted into the old parity.
 const STRAGGLERS_MS: u64 = 250;
@@ -50,6 +53,9 @@ pub struct EbpfOptions {
     pub storage: Arc<dyn Storage>,
     /// Where the kernel tells the boot's id.
     pub boot_id_path: PathBuf,
+    /// What it is to do wrong, for a test that must notice.
+    #[cfg(feature = "sabotage")]
+    pub sabotage: Option<Sabotage>,
 }
 
 impl EbpfOptions {
@@ -63,7 +69,24 @@ impl EbpfOptions {
     ) -> Self {
         let bpffs = PathBuf::from(BPFFS);
         let boot_id_path = PathBuf::from("/proc/sys/kernel/random/boot_id");
-        Self { group, volumes, bpffs, state_folder, storage, boot_id_path }
+        Self {
+            group,
+            volumes,
+            bpffs,
+            state_folder,
+            storage,
+            boot_id_path,
+            #[cfg(feature = "sabotage")]
+            sabotage: None,
+        }
+    }
+
+    fn programs(&self) -> Programs {
+        #[cfg(feature = "sabotage")]
+        if let Some(sabotage) = self.sabotage {
+            return sabotage.programs();
+        }
+        Programs::PLAIN
     }
 
     fn record(&self) -> PathBuf {
@@ -85,6 +108,7 @@ pub struct EbpfTracker {
     issue_misses_at_flip: u64,
     marks_lost: u64,
     completions_lost: u64,
+    programs: Programs,
     clock: SystemClock,
     _lock: pins::Lock,
 }
@@ -117,8 +141,8 @@ impl EbpfTracker {
         let wanted = identity(options, &devices, boot);
         let (instance, recovered, started_over) = match find(options, &folder, &wanted)? {
             Found::Same(instance) => (*instance, None, None),
-            Found::Other(old) => succeed(&folder, wanted, &devices, &old)?,
-            Found::Nothing(reason) => begin(&folder, wanted, &devices, reason)?,
+            Found::Other(old) => succeed(options, wanted, &devices, &old)?,
+            Found::Nothing(reason) => begin(options, wanted, &devices, reason)?,
         };
         let record = serde_json::to_vec_pretty(&instance.identity).expect("an identity has only plain fields");
         let kept = options.storage.create_dir_all(&options.state_folder);
@@ -129,6 +153,7 @@ impl EbpfTracker {
         let trust = Trust::new(&instance, &disks_of(&devices), clock.monotonic()).map_err(failed("read the counts"))?;
         let mut tracker = Self::assemble(instance, devices, trust, lock, clock).map_err(failed("read the counts"))?;
         tracker.started_over = started_over;
+        tracker.programs = options.programs();
         tracker.recover(recovered)?;
         Ok(tracker)
     }
@@ -159,6 +184,7 @@ impl EbpfTracker {
             issue_misses_at_flip: counts.issue_misses,
             marks_lost: counts.lost,
             completions_lost: 0,
+            programs: Programs::PLAIN,
             clock,
             _lock: lock,
         })
@@ -212,7 +238,7 @@ impl EbpfTracker {
     /// The straggler barrier of `parity`.
     fn pass(&self, parity: usize) -> Result<(), TrackerError> {
         let deadline = self.clock.monotonic() + Duration::from_millis(STRAGGLERS_MS);
-        while !self.instance.is_passed(parity) {
+        while !self.programs.skips_barrier && !self.instance.is_passed(parity) {
             if self.clock.monotonic() > deadline {
                 let reason = format!("runs that mark parity {parity} did not end within {STRAGGLERS_MS} ms");
                 return Err(TrackerError::Stragglers(reason));
@@ -301,7 +327,7 @@ impl Tracker for EbpfTracker {
         // The block's content was read before this: a write that shows in it was marked before it was sent to the disk.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         let issued = &self.instance.issued[self.instance.active()];
-        filter_has(issued, &self.instance.places[volume], block)
+        !self.programs.skips_validation && filter_has(issued, &self.instance.places[volume], block)
     }
 
     fn settle(&mut self) -> Result<bool, TrackerError> {
@@ -383,7 +409,7 @@ fn identity(options: &EbpfOptions, devices: &[Device], boot: String) -> Identity
     Identity {
         layout: LAYOUT,
         tracker,
-        program: program_hash(),
+        program: options.programs().hash(),
         boot,
         group: options.group,
         volumes: volumes.collect(),
@@ -422,8 +448,8 @@ fn find(options: &EbpfOptions, folder: &Path, wanted: &Identity) -> Result<Found
 type Begun = (Instance, Option<Vec<RoaringBitmap>>, Option<String>);
 
 /// A new instance with every volume dirty.
-fn begin(folder: &Path, wanted: Identity, devices: &[Device], reason: String) -> Result<Begun, TrackerError> {
-    let instance = Instance::create(&folder.join(&wanted.tracker), wanted, devices)?;
+fn begin(options: &EbpfOptions, wanted: Identity, devices: &[Device], reason: String) -> Result<Begun, TrackerError> {
+    let instance = create(options, wanted, devices)?;
     Ok(all_dirty(instance, reason))
 }
 
@@ -437,10 +463,15 @@ fn all_dirty(instance: Instance, reason: String) -> Begun {
     (instance, Some(all), Some(reason))
 }
 
+fn create(options: &EbpfOptions, wanted: Identity, devices: &[Device]) -> Result<Instance, TrackerError> {
+    let folder = pins::group_folder(&options.bpffs, options.group).join(&wanted.tracker);
+    Instance::create(&folder, wanted, devices, options.programs().object)
+}
+
 /// A new instance that takes over the marks of `old` for the volumes that are the same.
-fn succeed(folder: &Path, wanted: Identity, devices: &[Device], old: &Instance) -> Result<Begun, TrackerError> {
+fn succeed(options: &EbpfOptions, wanted: Identity, devices: &[Device], old: &Instance) -> Result<Begun, TrackerError> {
     let differences = wanted.differences(&old.identity);
-    let instance = Instance::create(&folder.join(&wanted.tracker), wanted, devices)?;
+    let instance = create(options, wanted, devices)?;
     // Runs of the old programs that began before the new ones were attached end before the old marks are read. Where
     // that cannot be waited for, the old marks may lack a write, and nothing is carried over.
     if let Err(error) = pins::wait_for_runs() {

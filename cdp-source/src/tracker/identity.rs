@@ -8,7 +8,7 @@ use cdp_protocol::units::{GroupId, Sectors, VolumeSlot};
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout of the pinned maps (`docs/format/tracker-maps.md`). Maps of another one are not read.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// What a tracking is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,6 +162,6 @@ mod tests {
         assert_eq!(before.unusable("b", GroupId([1; 16])), None);
         assert!(before.unusable("c", GroupId([1; 16])).is_some());
         assert!(before.unusable("b", GroupId([2; 16])).is_some());
-        assert!(Identity { layout: 2, ..before }.unusable("b", GroupId([1; 16])).is_some());
+        assert!(Identity { layout: LAYOUT + 1, ..before }.unusable("b", GroupId([1; 16])).is_some());
     }
 }

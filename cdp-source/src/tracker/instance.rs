@@ -20,8 +20,6 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.bpf.o"));
-
 /// Each program and the tracepoint it is attached to.
 const PROGRAMS: [(&str, &str); 2] = [("issue", "block_bio_queue"), ("complete", "block_rq_complete")];
 /// Maps the programs look into; the first two the issue program alone.
@@ -40,19 +38,14 @@ const MAPS_OF_PROGRAMS: [&str; 11] = [
 ];
 /// Words of a record of `gates`, `tallies`, `volumes`.
 const GATE_WORDS: usize = 8;
-const TALLY_WORDS: usize = 4;
+const TALLY_WORDS: usize = 8;
 const VOLUME_WORDS: usize = 4;
 /// Bytes of an identity, and of a memo.
 const IDENTITY_BYTES_MAX: usize = 16376;
 pub(super) const MEMO_BYTES_MAX: usize = 1024;
 const MEMO_WORDS: usize = 1 + MEMO_BYTES_MAX / 8;
 
-/// The programs' hash, as it stands in an identity.
-pub(super) fn program_hash() -> String {
-    blake3::hash(OBJECT).to_hex().to_string()
-}
-
-/// Events counted by the programs, summed over CPUs.
+/// Events counted by the programs, summed over CPUs and disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EventCounts {
     /// Writes issued to a tracked disk.
@@ -63,6 +56,10 @@ pub struct EventCounts {
     pub blind: u64,
     /// Marks that could not be made.
     pub lost: u64,
+    /// Writes to bio-based disks whose range could not be kept until they complete.
+    pub unremembered: u64,
+    /// Writes to bio-based disks that completed without a range kept.
+    pub unknown: u64,
     /// Runs of the issue program the kernel passed over.
     pub issue_misses: u64,
     /// Runs of the completion program the kernel passed over.
@@ -74,7 +71,16 @@ pub struct EventCounts {
 pub(super) struct Tally {
     pub(super) written: u64,
     pub(super) discarded: u64,
+    /// By WRITE_ZEROES and SECURE_ERASE.
+    pub(super) zeroed: u64,
     pub(super) issued: u64,
+}
+
+impl Tally {
+    /// Sectors completed, by whatever operation.
+    pub(super) fn completed(&self) -> u64 {
+        self.written.wrapping_add(self.discarded).wrapping_add(self.zeroed)
+    }
 }
 
 /// A loaded, attached and pinned tracker.
@@ -107,7 +113,12 @@ fn places(identity: &Identity) -> Vec<Place> {
 
 impl Instance {
     /// Loads a new instance with empty maps into `folder`, which is made, and attaches it.
-    pub(super) fn create(folder: &Path, identity: Identity, devices: &[Device]) -> Result<Self, TrackerError> {
+    pub(super) fn create(
+        folder: &Path,
+        identity: Identity,
+        devices: &[Device],
+        object: &[u8],
+    ) -> Result<Self, TrackerError> {
         let failed = |step: &str| {
             let step = format!("{step} for {}", folder.display());
             move |source: io::Error| TrackerError::Io { step, source }
@@ -116,7 +127,7 @@ impl Instance {
         let cpus = possible_cpus().map_err(failed("count CPUs"))?;
         rustix::fs::mkdir(folder, rustix::fs::Mode::RWXU)
             .map_err(|error| failed("make the pin folder")(error.into()))?;
-        let mut ebpf = load(&places, cpus).map_err(failed("load the tracker's programs and maps"))?;
+        let mut ebpf = load(object, &places, cpus).map_err(failed("load the tracker's programs and maps"))?;
         fill_tables(&mut ebpf, &places, devices).map_err(failed("fill the tracker's tables"))?;
         for (name, map) in ebpf.maps() {
             map.pin(folder.join(name)).map_err(|error| failed("pin a map")(other(error)))?;
@@ -193,11 +204,17 @@ impl Instance {
     /// What the programs counted.
     pub(super) fn counts(&self) -> io::Result<EventCounts> {
         let sum = |field: usize| (0..self.cpus).map(|cpu| self.gates.load(cpu * GATE_WORDS + field)).sum();
+        let events = |field: usize| {
+            let rows = 0..self.cpus * VOLUMES_MAX;
+            rows.map(|row| self.tallies.load(row * TALLY_WORDS + field)).sum()
+        };
         Ok(EventCounts {
-            issued: sum(4),
-            completed: sum(5),
-            blind: sum(6),
-            lost: sum(7),
+            issued: events(5),
+            completed: events(3),
+            blind: sum(4),
+            lost: sum(5),
+            unremembered: sum(6),
+            unknown: sum(7),
             issue_misses: recursion_misses(&self.programs[0])?,
             complete_misses: recursion_misses(&self.programs[1])?,
         })
@@ -208,7 +225,7 @@ impl Instance {
         let sum = |field: usize| {
             (0..self.cpus).map(|cpu| self.tallies.load((cpu * VOLUMES_MAX + index) * TALLY_WORDS + field)).sum()
         };
-        Tally { written: sum(0), discarded: sum(1), issued: sum(2) }
+        Tally { written: sum(0), discarded: sum(1), zeroed: sum(2), issued: sum(4) }
     }
 
     /// The memo; empty where none was kept.
@@ -258,7 +275,7 @@ fn words_of(places: &[Place]) -> usize {
     places.iter().map(Place::words).sum()
 }
 
-fn load(places: &[Place], cpus: usize) -> io::Result<Ebpf> {
+fn load(object: &[u8], places: &[Place], cpus: usize) -> io::Result<Ebpf> {
     let too_large = |_| io::Error::other("the volumes are too large together");
     let words = u32::try_from(words_of(places)).map_err(too_large)?;
     let spans = words / SPAN_WORDS as u32;
@@ -271,7 +288,7 @@ fn load(places: &[Place], cpus: usize) -> io::Result<Ebpf> {
     }
     loader.map_max_entries("gates", cpus as u32);
     loader.map_max_entries("tallies", (cpus * VOLUMES_MAX) as u32);
-    loader.load(OBJECT).map_err(other)
+    loader.load(object).map_err(other)
 }
 
 /// The kernel's table of windows, sorted by disk, and where each disk's begin in it.

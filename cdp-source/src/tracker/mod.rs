@@ -11,6 +11,7 @@ pub mod identity;
 mod instance;
 pub mod memory;
 mod pins;
+mod programs;
 pub mod scan;
 mod trust;
 

@@ -66,7 +66,7 @@ impl DiskTrust {
 
     fn judge(&mut self, kernel: &DiskCounts, issued: u64, counted: &Tally, now: Duration) -> Verdict {
         let completed = kernel.written.wrapping_add(kernel.discarded);
-        let ahead = completed.wrapping_sub(counted.written.wrapping_add(counted.discarded)) as i64;
+        let ahead = completed.wrapping_sub(counted.completed()) as i64;
         let outstanding = issued.wrapping_sub(completed) as i64;
         let lost = ahead > self.ahead;
         self.ahead = self.ahead.max(ahead);
@@ -83,7 +83,7 @@ impl DiskTrust {
     /// Whether the kernel is not ahead of the program by more than it ever was, though it was asked after it.
     fn is_clean(&self, kernel_after: &DiskCounts, counted: &Tally) -> bool {
         let completed = kernel_after.written.wrapping_add(kernel_after.discarded);
-        completed.wrapping_sub(counted.written.wrapping_add(counted.discarded)) as i64 <= self.ahead
+        completed.wrapping_sub(counted.completed()) as i64 <= self.ahead
     }
 }
 
@@ -187,7 +187,7 @@ mod tests {
     }
 
     fn tally(written: u64, issued: u64) -> Tally {
-        Tally { written, discarded: 0, issued }
+        Tally { written, issued, ..Tally::default() }
     }
 
     fn verdict(lost: bool, quiet: bool) -> Verdict {

@@ -1,0 +1,64 @@
+//! The tracker's compiled programs, and, for tests, the ways of being wrong on purpose.
+//!
+//! Owns which object is loaded. Without the feature `sabotage` there is one object and nothing to choose: a build that
+//! protects anything cannot be wrong this way. Does not load it.
+
+static PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.bpf.o"));
+
+/// Which programs run, and what user space leaves out.
+#[derive(Clone, Copy)]
+pub(super) struct Programs {
+    pub(super) object: &'static [u8],
+    /// A flip does not wait for runs of the old parity.
+    pub(super) skips_barrier: bool,
+    /// No block is ever conflicted.
+    pub(super) skips_validation: bool,
+}
+
+impl Programs {
+    /// As they are meant to be.
+    pub(super) const PLAIN: Self = Self { object: PLAIN, skips_barrier: false, skips_validation: false };
+
+    /// The object's hash, as it stands in an identity.
+    pub(super) fn hash(&self) -> String {
+        blake3::hash(self.object).to_hex().to_string()
+    }
+}
+
+/// A tracker that is wrong in one way, so that a test can show that it would notice.
+#[cfg(feature = "sabotage")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    /// Completions mark nothing.
+    IssueOnly,
+    /// Issues mark nothing; completions mark `dirty`, and are what conflicts.
+    CompletionOnly,
+    /// One issue in 64 is held up for half a millisecond before its marks. Not wrong: the barrier waits for it.
+    HoldIssues,
+    /// Issues are held up, and a flip does not wait for them.
+    NoBarrier,
+    /// No block is ever conflicted.
+    NoValidation,
+    /// One completion in a thousand is not seen.
+    DropCompletions,
+}
+
+#[cfg(feature = "sabotage")]
+impl Sabotage {
+    pub(super) fn programs(self) -> Programs {
+        static ISSUE_ONLY: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_issue_only.bpf.o"));
+        static COMPLETION_ONLY: &[u8] =
+            aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_completion_only.bpf.o"));
+        static DROP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_drop.bpf.o"));
+        static HOLD: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_hold.bpf.o"));
+        let plain = Programs::PLAIN;
+        match self {
+            Self::IssueOnly => Programs { object: ISSUE_ONLY, ..plain },
+            Self::CompletionOnly => Programs { object: COMPLETION_ONLY, ..plain },
+            Self::HoldIssues => Programs { object: HOLD, ..plain },
+            Self::NoBarrier => Programs { object: HOLD, skips_barrier: true, ..plain },
+            Self::NoValidation => Programs { skips_validation: true, ..plain },
+            Self::DropCompletions => Programs { object: DROP, ..plain },
+        }
+    }
+}
