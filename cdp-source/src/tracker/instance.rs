@@ -6,6 +6,7 @@
 //! what becomes of marks (`ebpf` does). The layout of the maps is in `docs/format/tracker-maps.md`.
 
 use super::TrackerError;
+use super::barrier::{self, Gates};
 use super::bitmap::{ISSUED_WORDS, Place, SPAN_WORDS, SharedWords, Unacked};
 use super::device::{Device, DeviceNumber, read_text};
 use super::identity::Identity;
@@ -192,13 +193,9 @@ impl Instance {
         self.control.store(0, parity as u64);
     }
 
-    /// Whether every run that was counted into `parity` has left it. All exits are read before all entries: a run that
-    /// leaves in between cannot make up for one that came in.
+    /// Whether every run that was counted into `parity` has left it.
     pub(super) fn is_passed(&self, parity: usize) -> bool {
-        let gate = |cpu: usize, field: usize| self.gates.load(cpu * GATE_WORDS + field + parity);
-        let exits: Vec<u64> = (0..self.cpus).map(|cpu| gate(cpu, 2)).collect();
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-        (0..self.cpus).zip(exits).all(|(cpu, exits)| gate(cpu, 0) == exits)
+        barrier::is_passed(self, parity)
     }
 
     /// What the programs counted.
@@ -240,6 +237,24 @@ impl Instance {
         let place = 1 - (self.memo.load(0) & 1);
         self.memo.put_counted_bytes(1 + place as usize * MEMO_WORDS, memo);
         self.memo.store(0, place);
+    }
+}
+
+impl Gates for Instance {
+    fn cpus(&self) -> usize {
+        self.cpus
+    }
+
+    fn exits(&self, cpu: usize, parity: usize) -> u64 {
+        self.gates.load(cpu * GATE_WORDS + 2 + parity)
+    }
+
+    fn entries(&self, cpu: usize, parity: usize) -> u64 {
+        self.gates.load(cpu * GATE_WORDS + parity)
+    }
+
+    fn full_barrier(&self) {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
     }
 }
 

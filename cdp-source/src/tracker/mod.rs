@@ -4,6 +4,7 @@
 //! durable at the target (`retain_unacked`); whatever it cannot vouch for is dirty. It is owned by the one thread
 //! that cuts.
 
+mod barrier;
 pub mod bitmap;
 pub mod device;
 pub mod ebpf;
