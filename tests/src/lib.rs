@@ -10,6 +10,7 @@ pub mod image;
 pub mod loop_device;
 pub mod process;
 pub mod site;
+pub mod slow_disk;
 pub mod sqlite;
 
 /// Whether the privileged tests can run here; says on stderr why not.

@@ -46,6 +46,15 @@ impl LoopDevice {
         Ok(node)
     }
 
+    /// Makes partition `number` of `sectors` from sector `start` on without any table, by the call a partitioning tool makes.
+    pub fn add_partition(&self, number: u32, start: u64, sectors: u64) -> Result<PathBuf> {
+        let (number_text, start, sectors) = (number.to_string(), start.to_string(), sectors.to_string());
+        tool("addpart", &[&self.node.display().to_string(), &number_text, &start, &sectors])?;
+        let node = PathBuf::from(format!("{}p{number}", self.node.display()));
+        wait_for("the partition's node", Duration::from_secs(10), || Ok(node.exists().then_some(())))?;
+        Ok(node)
+    }
+
     /// Takes the file away, and waits until it is gone: nobody may hold the device open.
     pub fn detach(&self) -> Result<()> {
         let node = self.node.to_str().context("a path of text")?;
