@@ -3,7 +3,6 @@
 // The layout of the pinned maps, as docs/format/tracker-maps.md gives it. src/tracker/{instance,bitmap}.rs hold the
 // same numbers; whoever changes one raises LAYOUT in src/tracker/identity.rs.
 
-#define BLOCK_SECTORS 8
 #define VOLUMES_MAX 64
 // Bios of one merged request; the kernel merges at most max_discard_segments of them.
 #define BIOS_MAX 65536
@@ -12,17 +11,25 @@
 #define SUMMARY_GROUP_SHIFT 6
 #define SUMMARY_SPAN_SHIFT 12
 
-// The filter of issued writes: 2^21 bits. A word of `dirty` has one word in it; the bit stays where it is.
-#define ISSUED_BITS_LOG2 21
-#define ISSUED_WORDS (1 << (ISSUED_BITS_LOG2 - 6))
-#define ISSUED_INDEX(word) ((__u64)(word) * 0x9e3779b97f4a7c15ULL >> (64 - (ISSUED_BITS_LOG2 - 6)))
+// The filter of issued writes: 2^21 bits. A word of `dirty` has one word in it; the bit stays where it is. Within 2^15
+// words (8 GiB at a block a bit) words keep their order, so that what is near in `dirty` is near here, in few cache lines
+// and pages; each such region is turned by a number of its own, so that what repeats on a disk does not meet itself.
+#define ISSUED_WORDS_LOG2 15
+#define ISSUED_WORDS (1 << ISSUED_WORDS_LOG2)
+#define ISSUED_TURN(word) (((word) >> ISSUED_WORDS_LOG2) * 0x9e3779b97f4a7c15ULL >> (64 - ISSUED_WORDS_LOG2))
+#define ISSUED_INDEX(word) (((word) ^ ISSUED_TURN(word)) & (ISSUED_WORDS - 1))
 
 #define OPERATION_WRITE 1
 #define OPERATION_DISCARD 3
+#define OPERATION_WRITE_ZEROES 9
 #define OPERATION_PASSTHROUGH_OUT 35
+#define FLAG_PREFLUSH (1U << 18)
+// Bit of bi_flags: the bio is a clone, or a part that was split off.
+#define BIO_CLONED 1
 
 struct control {
 	__u64 active; // parity that is marked now
+	__u64 discards; // entries of `discards` that are in use
 };
 
 // One a possible CPU; a cache line.
@@ -46,15 +53,18 @@ struct tally {
 	__u64 completed_events;
 	__u64 issued;
 	__u64 issued_events;
-	__u64 reserved[2];
+	__u64 remapped; // writes a stacked driver sent on to this disk: issued ones again, or for the first time
+	__u64 reserved;
 };
 
-// A window of a disk, in sectors; `word_base` is where its words begin in `dirty`.
+// A window of a disk, in sectors; `word_base` is where its words begin in `dirty`; a bit stands for 2^bit_shift sectors.
 struct volume {
 	__u64 start;
 	__u64 sectors;
-	__u64 blocks;
+	__u64 bits;
 	__u64 word_base;
+	__u64 bit_shift;
+	__u64 reserved[3];
 };
 
 // Key of `disks` is the kernel's dev_t of the whole disk.
@@ -62,7 +72,27 @@ struct disk {
 	__u32 first_volume;
 	__u32 volumes;
 	__u32 index; // of its tally
-	__u32 reserved;
+	__u32 bio_based;
+};
+
+// What a bio that is on its way was issued for; key of `ranges` is the bio's address.
+struct bio_range {
+	__u64 sector;
+	__u64 sectors;
+	__u32 dev;
+	__u32 operation;
+};
+
+// A discard or write-zeroes on its way. `left` is 0 where the entry is free, RESERVED while it is being filled in.
+#define DISCARDS_MAX 32
+#define RESERVED ~0ULL
+struct discard {
+	__u64 left; // sectors not completed
+	__u64 start;
+	__u64 end;
+	__u64 dev;
+	__u64 touched; // another write was issued or completed within it
+	__u64 reserved[3];
 };
 
 struct identity {

@@ -6,8 +6,35 @@
 // Invariant: a mark is made before `exits` counts the run that makes it, and a run counts itself in `entries` before
 // it looks which parity is active. Whoever flips `active`, and then sees all exits and all entries of the old parity
 // agree, holds every mark made in it.
-// Does not: know bio-based devices (block_bio_complete), holes, or trust sums over them. Those are separate programs
-// and maps, to stand beside these.
+// Does not: decide what the counts mean, nor what a hole bit is worth (user space does).
+//
+// Which completion counts is chosen by the kind of disk, never both. A request-based disk completes its requests
+// (block_rq_complete, found by the request's queue). A bio-based one (device-mapper, LVM, md, zram) ends its bios
+// (block_bio_complete). Linux' block/, 5.17 to 6.18, was read for what follows; only zram and loop were run.
+// * block_bio_queue comes once for a bio, when it is submitted first: the flag BIO_TRACE_COMPLETION is set then
+//   (submit_bio_noacct_nocheck), and a bio that has it is not announced again. By completion its bi_iter may have been
+//   advanced, trimmed or remapped, so the range is kept at issue, under the bio's address.
+// * bio_endio announces the completion of a bio that has that flag, before anybody who waits for the bio is told.
+//   A request that completes clears it first (blk_update_request: "already been traced"): a bio of a request-based disk
+//   is never counted here, and its range never kept.
+// * A bio that is split (bio_split) goes on as two: the front is a clone that was never announced and ends with
+//   BIO_CLONED set, chained to the rest; the rest is the bio that was announced, and ends, all of it once, when every
+//   part has (bio_remaining_done). So a clone without a range is a part, whose whole will end. Parents of a chain
+//   (bio_chain) are bios like any other. What device-mapper sends down is new clones; they are announced for the lower disk.
+// * A stacked driver may send the same bio on to another disk (bio_set_dev: md without accounting, NVMe multipath heads).
+//   That is announced as block_bio_remap alone: the issue mark of the lower disk is made there. blk_partition_remap
+//   announces itself too, with the device the bio is on already; it comes before block_bio_queue, and needs nothing.
+//   If the lower disk is request-based, the upper bio's completion is never announced (see above) and its range stays
+//   until the bio's address is used again: such an upper disk never agrees with the kernel's counts, or fills the table,
+//   and both put it in doubt.
+//
+// Discards and write-zeroes. `holes` has a bit where the last mark was the successful completion of one. A write that is
+// in flight together with a discard may land before or after it, and its completion run may come before or after the
+// discard's, so the bit may be set only if no such write was seen: a discard on its way has an entry in `discards`, and
+// every other write says there, first, that it touched it, and clears the bit then; the discard's completion sets the
+// bits first, and looks then whether it was touched. Each of these is a full barrier, so either the discard sees the touch and takes its
+// bits back, or the write clears the bits after they were set. A write that is submitted before the discard's completion and
+// completes after it clears the bit when it does; in between it is in flight, and zeros are what was there without it.
 //
 // CO-RE without vmlinux.h: only the fields that are used are declared, and found by name at load.
 
@@ -21,6 +48,7 @@ typedef __u64 sector_t;
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 struct block_device {
+	sector_t bd_start_sect;
 	__u32 bd_dev;
 	struct gendisk *bd_disk;
 };
@@ -35,6 +63,8 @@ struct bio {
 	struct bio *bi_next;
 	struct block_device *bi_bdev;
 	unsigned int bi_opf;
+	unsigned short bi_flags;
+	__u8 bi_status;
 	struct bvec_iter bi_iter;
 };
 struct request_queue {
@@ -44,6 +74,7 @@ struct request {
 	struct request_queue *q;
 	unsigned int cmd_flags;
 	sector_t __sector;
+	unsigned int __data_len;
 	struct bio *bio;
 };
 #pragma clang attribute pop
@@ -72,6 +103,7 @@ WORDS(summary_0, 1);
 WORDS(summary_1, 1);
 WORDS(issued_0, ISSUED_WORDS);
 WORDS(issued_1, ISSUED_WORDS);
+WORDS(holes, 1);
 // Written by user space alone; the programs never look at them. They are here so that one loader makes all maps.
 WORDS(unacked, 1);
 RECORDS(identity, struct identity, 1);
@@ -87,6 +119,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct disk);
 } disks SEC(".maps");
+RECORDS(discards, struct discard, DISCARDS_MAX);
+// Preallocated; as large as the loader says, and of one entry where no disk is bio-based.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, __u64);
+	__type(value, struct bio_range);
+} ranges SEC(".maps");
 
 // What a run marks: sectors of a disk, for the windows of `volumes` that begin at `first_volume`.
 struct range {
@@ -98,6 +138,9 @@ struct range {
 	__u32 issue;
 	__u64 next_bio;
 	__u32 lost;
+	__u32 dev;
+	__u32 hole; // its completion makes holes
+	__u32 takes_holes_back;
 };
 
 // What it marks in one volume: blocks, counted from the volume's start.
@@ -118,15 +161,21 @@ static __always_inline void count(__u64 *counter)
 	__sync_fetch_and_add(counter, 1);
 }
 
-// Sets the bits of `mask`, unless all are set: nobody clears them while this run is counted in.
-static __always_inline int set_bits(__u64 *word, __u64 mask)
+// Sets the bits of `mask` in a word that held `seen`, unless all were set: nobody clears them while this run is
+// counted in.
+static __always_inline void set_bits(__u64 *word, __u64 seen, __u64 mask)
 {
-	if (!word)
-		return 0;
-	if ((*(volatile __u64 *)word & mask) != mask)
+	if ((seen & mask) != mask)
 		CONSUME(__sync_fetch_and_or(word, mask));
-	return 1;
 }
+
+static __always_inline void clear_bits(__u64 *word, __u64 seen, __u64 mask)
+{
+	if (seen & mask)
+		CONSUME(__sync_fetch_and_and(word, ~mask));
+}
+
+#define SEEN(word) (*(volatile __u64 *)(word))
 
 // A write is marked in both filters where a build wants conflicts from completions.
 #ifdef SABOTAGE_COMPLETION_ONLY
@@ -140,21 +189,32 @@ static __always_inline int set_bits(__u64 *word, __u64 mask)
 #define MARKS_DIRTY(issue) 1
 #endif
 
+// The words of a mark are spread over memory. All are looked at before the first is changed, so that waiting for one is
+// waiting for all: an atomic waits for what is before it and holds up what comes after.
 #define MARK_IN(parity)                                                                                                \
 	static __always_inline int mark_in_##parity(__u64 word, __u64 mask, __u32 issue)                               \
 	{                                                                                                              \
-		__u32 dirty_index = word;                                                                              \
-		__u32 summary_index = word >> SUMMARY_SPAN_SHIFT;                                                      \
-		__u32 issued_index = ISSUED_INDEX(word);                                                               \
-		int well = 1;                                                                                          \
+		__u32 index = word, summary_index = word >> SUMMARY_SPAN_SHIFT, issued_index = ISSUED_INDEX(word);     \
+		__u64 *issued = bpf_map_lookup_elem(&issued_##parity, &issued_index);                                  \
+		__u64 *dirty = bpf_map_lookup_elem(&dirty_##parity, &index);                                           \
+		__u64 *hole = bpf_map_lookup_elem(&holes, &index);                                                     \
+		__u64 *summary = bpf_map_lookup_elem(&summary_##parity, &summary_index);                               \
+		__u64 group = 1ULL << ((word >> SUMMARY_GROUP_SHIFT) & 63);                                            \
+		__u64 issued_seen, dirty_seen, hole_seen, summary_seen;                                                \
+		if (!issued || !dirty || !hole || !summary)                                                            \
+			return 0;                                                                                      \
+		issued_seen = MARKS_ISSUED(issue) ? SEEN(issued) : 0;                                                  \
+		dirty_seen = SEEN(dirty);                                                                              \
+		hole_seen = SEEN(hole);                                                                                \
+		summary_seen = SEEN(summary);                                                                          \
+		clear_bits(hole, hole_seen, mask);                                                                     \
 		if (MARKS_DIRTY(issue)) {                                                                              \
-			well &= set_bits(bpf_map_lookup_elem(&dirty_##parity, &dirty_index), mask);                    \
-			well &= set_bits(bpf_map_lookup_elem(&summary_##parity, &summary_index),                       \
-					 1ULL << ((word >> SUMMARY_GROUP_SHIFT) & 63));                                \
+			set_bits(dirty, dirty_seen, mask);                                                             \
+			set_bits(summary, summary_seen, group);                                                        \
 		}                                                                                                      \
 		if (MARKS_ISSUED(issue))                                                                               \
-			well &= set_bits(bpf_map_lookup_elem(&issued_##parity, &issued_index), mask);                  \
-		return well;                                                                                           \
+			set_bits(issued, issued_seen, mask);                                                           \
+		return 1;                                                                                              \
 	}
 MARK_IN(0)
 MARK_IN(1)
@@ -200,9 +260,9 @@ static __always_inline int mark_window(__u32 index, struct range *range)
 	to = to < end ? to : end;
 	if (from >= to)
 		return 1;
-	first = (from - volume->start) / BLOCK_SECTORS;
-	last = (to - volume->start - 1) / BLOCK_SECTORS;
-	if (last >= volume->blocks)
+	first = (from - volume->start) >> (volume->bit_shift & 63);
+	last = (to - volume->start - 1) >> (volume->bit_shift & 63);
+	if (last >= volume->bits)
 		return 0;
 	if (first >> 6 == last >> 6) {
 		__u64 mask = ~0ULL << (first & 63) & ~0ULL >> (63 - (last & 63));
@@ -235,6 +295,197 @@ static __always_inline void mark_range(struct range *range)
 		range->lost = 1;
 }
 
+// Bits of blocks wholly inside the range are set in `holes`, or taken back. A volume's last block may be a part of one.
+static long hole_step(__u32 step, struct span *span)
+{
+	__u64 first = span->first_block >> 6, last = span->last_block >> 6;
+	__u64 word = first + step;
+	__u32 index = span->word_base + word;
+	__u64 mask = ~0ULL;
+
+	if (word == first)
+		mask &= ~0ULL << (span->first_block & 63);
+	if (word == last)
+		mask &= ~0ULL >> (63 - (span->last_block & 63));
+	__u64 *hole = bpf_map_lookup_elem(&holes, &index);
+
+	if (!hole)
+		return 1;
+	if (span->issue)
+		clear_bits(hole, SEEN(hole), mask);
+	else
+		set_bits(hole, SEEN(hole), mask);
+	return 0;
+}
+
+static long hole_window(__u32 step, struct range *range)
+{
+	__u32 index = range->first_volume + step;
+	struct volume *volume = bpf_map_lookup_elem(&volumes, &index);
+	__u64 from = range->sector, to = range->sector + range->sectors;
+	struct span span = {.issue = range->takes_holes_back};
+	__u64 end, round;
+
+	if (!volume)
+		return 1;
+	end = volume->start + volume->sectors;
+	round = (1ULL << (volume->bit_shift & 63)) - 1;
+	from = from > volume->start ? from : volume->start;
+	if (from >= end || to <= volume->start)
+		return 0;
+	to = to < end ? to : end + round;
+	span.first_block = (from - volume->start + round) >> (volume->bit_shift & 63);
+	span.last_block = (to - volume->start) >> (volume->bit_shift & 63);
+	if (span.first_block >= span.last_block || span.last_block > volume->bits)
+		return 0;
+	span.last_block--;
+	span.word_base = volume->word_base;
+	bpf_loop((span.last_block >> 6) - (span.first_block >> 6) + 1, hole_step, &span, 0);
+	return 0;
+}
+
+// What a run finds among the discards on their way.
+struct search {
+	__u64 start;
+	__u64 end;
+	__u64 dev;
+	__u32 contained;
+	__u32 touched;
+	__u64 completed; // sectors, to be taken off the entries that contain the range
+};
+
+static __always_inline int is_live(struct discard *discard)
+{
+	__u64 left = *(volatile __u64 *)&discard->left;
+
+	return left && left != RESERVED;
+}
+
+// Another write tells the discards that it overlaps.
+static long touch_step(__u32 index, struct search *search)
+{
+	struct discard *discard = bpf_map_lookup_elem(&discards, &index);
+
+	if (!discard)
+		return 1;
+	if (is_live(discard) && discard->dev == search->dev && discard->start < search->end &&
+	    discard->end > search->start)
+		CONSUME(__sync_fetch_and_or(&discard->touched, 1));
+	return 0;
+}
+
+static long find_step(__u32 index, struct search *search)
+{
+	struct discard *discard = bpf_map_lookup_elem(&discards, &index);
+
+	if (!discard)
+		return 1;
+	if (is_live(discard) && discard->dev == search->dev && discard->start <= search->start &&
+	    discard->end >= search->end) {
+		search->contained = 1;
+		if (*(volatile __u64 *)&discard->touched)
+			search->touched = 1;
+	}
+	return 0;
+}
+
+// Takes what has completed off the first entry that contains it and has that much left, and frees it when none is left.
+static long release_step(__u32 index, struct search *search)
+{
+	struct discard *discard = bpf_map_lookup_elem(&discards, &index);
+	__u32 zero = 0;
+	struct control *switches = bpf_map_lookup_elem(&control, &zero);
+	__u64 left;
+
+	if (!discard || !switches)
+		return 1;
+	if (!is_live(discard) || discard->dev != search->dev || discard->start > search->start ||
+	    discard->end < search->end)
+		return 0;
+	left = *(volatile __u64 *)&discard->left;
+	for (int attempt = 0; attempt < 8; attempt++) {
+		__u64 found;
+
+		if (left == RESERVED || left < search->completed)
+			return 0;
+		found = __sync_val_compare_and_swap(&discard->left, left, left - search->completed);
+		if (found == left) {
+			if (left == search->completed)
+				CONSUME(__sync_fetch_and_add(&switches->discards, -1));
+			return 1;
+		}
+		left = found;
+	}
+	return 0;
+}
+
+static long reserve_step(__u32 index, struct search *search)
+{
+	struct discard *discard = bpf_map_lookup_elem(&discards, &index);
+	__u32 zero = 0;
+	struct control *switches = bpf_map_lookup_elem(&control, &zero);
+
+	if (!discard || !switches)
+		return 1;
+	if (__sync_val_compare_and_swap(&discard->left, 0, RESERVED) != 0)
+		return 0;
+	discard->start = search->start;
+	discard->end = search->end;
+	discard->dev = search->dev;
+	discard->touched = 0;
+	CONSUME(__sync_fetch_and_add(&switches->discards, 1));
+	CONSUME(__sync_lock_test_and_set(&discard->left, search->end - search->start));
+	return 1;
+}
+
+static __always_inline struct search search_for(struct range *range)
+{
+	struct search search = {
+		.start = range->sector,
+		.end = range->sector + range->sectors,
+		.dev = range->dev,
+		.completed = range->sectors,
+	};
+
+	return search;
+}
+
+// A discard is issued: from here on it is told who touches it. Without a free entry it makes no holes.
+static __always_inline void begin_discard(struct range *range)
+{
+	struct search search = search_for(range);
+
+	bpf_loop(DISCARDS_MAX, reserve_step, &search, 0);
+}
+
+// A write that is no discard tells those on their way, before it is marked.
+static __always_inline void touch_discards(struct range *range, struct control *switches)
+{
+	if (*(volatile __u64 *)&switches->discards) {
+		struct search search = search_for(range);
+
+		bpf_loop(DISCARDS_MAX, touch_step, &search, 0);
+	}
+}
+
+// A discard, or a part of one, has completed; it is marked already.
+static __always_inline void end_discard(struct range *range)
+{
+	struct search search = search_for(range);
+
+	bpf_loop(DISCARDS_MAX, find_step, &search, 0);
+	if (range->hole && search.contained && !search.touched) {
+		range->takes_holes_back = 0;
+		bpf_loop(range->volumes, hole_window, range, 0);
+		bpf_loop(DISCARDS_MAX, find_step, &search, 0);
+		if (search.touched) {
+			range->takes_holes_back = 1;
+			bpf_loop(range->volumes, hole_window, range, 0);
+		}
+	}
+	bpf_loop(DISCARDS_MAX, release_step, &search, 0);
+}
+
 // Merged discards hold bios that are not contiguous: each has its own range.
 static long mark_bio(__u32 step, struct range *range)
 {
@@ -246,6 +497,7 @@ static long mark_bio(__u32 step, struct range *range)
 	range->sectors = (BPF_CORE_READ(bio, bi_iter.bi_size) + 511) >> 9;
 	range->next_bio = (__u64)BPF_CORE_READ(bio, bi_next);
 	mark_range(range);
+	end_discard(range);
 	return 0;
 }
 
@@ -302,11 +554,16 @@ static __always_inline unsigned int operation(unsigned int operation_flags)
 	return operation_flags & 0xff;
 }
 
-static __always_inline struct disk *disk_of(struct gendisk *gendisk)
+// Discards and write-zeroes leave zeros, or are defined to. What SECURE_ERASE leaves is for the device to say.
+static __always_inline int makes_holes(unsigned int op)
 {
-	__u32 dev = gendisk->part0->bd_dev;
+	return op == OPERATION_DISCARD || op == OPERATION_WRITE_ZEROES;
+}
 
-	return bpf_map_lookup_elem(&disks, &dev);
+static __always_inline struct disk *disk_of(struct gendisk *gendisk, __u32 *dev)
+{
+	*dev = gendisk->part0->bd_dev;
+	return bpf_map_lookup_elem(&disks, dev);
 }
 
 static __always_inline struct tally *tally_of(struct disk *disk, __u32 cpu)
@@ -316,9 +573,32 @@ static __always_inline struct tally *tally_of(struct disk *disk, __u32 cpu)
 	return bpf_map_lookup_elem(&tallies, &index);
 }
 
-SEC("tp_btf/block_bio_queue")
-int BPF_PROG(issue, struct bio *bio)
+static __always_inline void count_completed(struct tally *tally, unsigned int op, __u64 sectors)
 {
+	if (!tally)
+		return;
+	if (op == OPERATION_WRITE)
+		tally->written += sectors;
+	else if (op == OPERATION_DISCARD)
+		tally->discarded += sectors;
+	else
+		tally->zeroed += sectors;
+	tally->completed_events++;
+}
+
+// Keeps what the bio was issued for until it completes.
+static __always_inline void remember(struct gate *gate, struct bio *bio, struct range *range, unsigned int op)
+{
+	struct bio_range kept = {.sector = range->sector, .sectors = range->sectors, .dev = range->dev, .operation = op};
+	__u64 key = (__u64)bio;
+
+	if (bpf_map_update_elem(&ranges, &key, &kept, BPF_ANY) < 0)
+		count(&gate->unremembered);
+}
+
+static __always_inline int issue_to(struct bio *bio, __u64 sector, int remapped)
+{
+	unsigned int op = operation(bio->bi_opf);
 	struct range range = {.issue = 1};
 	__u32 zero = 0, cpu = bpf_get_smp_processor_id();
 	struct control *switches;
@@ -326,22 +606,38 @@ int BPF_PROG(issue, struct bio *bio)
 	struct disk *disk;
 	struct gate *gate;
 
-	if (!is_write(bio->bi_opf) || !bio->bi_iter.bi_size)
+	disk = disk_of(bio->bi_bdev->bd_disk, &range.dev);
+	if (!disk)
 		return 0;
-	disk = disk_of(bio->bi_bdev->bd_disk);
 	switches = bpf_map_lookup_elem(&control, &zero);
 	gate = bpf_map_lookup_elem(&gates, &cpu);
-	if (!disk || !switches || !gate)
+	if (!switches || !gate)
 		return 0;
-	range.sector = bio->bi_iter.bi_sector;
-	range.sectors = (bio->bi_iter.bi_size + 511) >> 9;
+	range.sector = sector;
+	range.sectors = ((__u64)bio->bi_iter.bi_size + 511) >> 9;
 	range.first_volume = disk->first_volume;
 	range.volumes = disk->volumes;
 	range.parities = enter(gate, switches);
 	hold_up();
+	if (!makes_holes(op))
+		touch_discards(&range, switches);
 	mark_range(&range);
+	if (makes_holes(op) && !remapped)
+		begin_discard(&range);
+	if (disk->bio_based) {
+		// A bio that is on its way through two tracked disks has one place only.
+		__u64 key = (__u64)bio;
+		struct bio_range *kept = remapped ? bpf_map_lookup_elem(&ranges, &key) : 0;
+
+		if (kept && kept->dev != range.dev)
+			count(&gate->unremembered);
+		else
+			remember(gate, bio, &range, op);
+	}
 	tally = tally_of(disk, cpu);
-	if (tally) {
+	if (tally && remapped) {
+		tally->remapped += range.sectors;
+	} else if (tally) {
 		tally->issued += range.sectors;
 		tally->issued_events++;
 	}
@@ -349,6 +645,23 @@ int BPF_PROG(issue, struct bio *bio)
 		count(&gate->lost);
 	leave(gate, range.parities);
 	return 0;
+}
+
+SEC("tp_btf/block_bio_queue")
+int BPF_PROG(issue, struct bio *bio)
+{
+	if (!is_write(bio->bi_opf) || !bio->bi_iter.bi_size)
+		return 0;
+	return issue_to(bio, bio->bi_iter.bi_sector, 0);
+}
+
+// A bio that is sent on to another disk as it is. `dev` is where it comes from; a partition's bio comes from where it is.
+SEC("tp_btf/block_bio_remap")
+int BPF_PROG(remap, struct bio *bio, __u32 dev, sector_t from)
+{
+	if (!is_write(bio->bi_opf) || !bio->bi_iter.bi_size || dev == bio->bi_bdev->bd_dev)
+		return 0;
+	return issue_to(bio, bio->bi_iter.bi_sector + bio->bi_bdev->bd_start_sect, 1);
 }
 
 // The request's queue names the disk: a path of a multipath device completes on a queue of its own.
@@ -359,16 +672,17 @@ int BPF_PROG(complete, struct request *rq, int error, unsigned int bytes)
 	__u32 zero = 0, cpu = bpf_get_smp_processor_id();
 	unsigned int op = operation(rq->cmd_flags);
 	struct control *switches;
-	struct tally *tally;
 	struct disk *disk;
 	struct gate *gate;
 
 	if (!is_write(op) || (!bytes && op != OPERATION_PASSTHROUGH_OUT))
 		return 0;
-	disk = disk_of(rq->q->disk);
+	disk = disk_of(rq->q->disk, &range.dev);
+	if (!disk || disk->bio_based)
+		return 0;
 	switches = bpf_map_lookup_elem(&control, &zero);
 	gate = bpf_map_lookup_elem(&gates, &cpu);
-	if (!disk || !switches || !gate)
+	if (!switches || !gate)
 		return 0;
 	if (op == OPERATION_PASSTHROUGH_OUT) {
 		count(&gate->blind);
@@ -384,22 +698,70 @@ int BPF_PROG(complete, struct request *rq, int error, unsigned int bytes)
 	if (op == OPERATION_WRITE) {
 		range.sector = rq->__sector;
 		range.sectors = ((__u64)bytes + 511) >> 9;
+		touch_discards(&range, switches);
 		mark_range(&range);
 	} else {
+		// A part of a request completes its first bios; which ones is not worth finding out.
+		range.hole = makes_holes(op) && !error && bytes >= rq->__data_len;
 		range.next_bio = (__u64)rq->bio;
 		if (bpf_loop(BIOS_MAX, mark_bio, &range, 0) < 0 || range.next_bio)
 			range.lost = 1;
 	}
-	tally = tally_of(disk, cpu);
-	if (tally) {
-		if (op == OPERATION_WRITE)
-			tally->written += bytes >> 9;
-		else if (op == OPERATION_DISCARD)
-			tally->discarded += bytes >> 9;
-		else
-			tally->zeroed += bytes >> 9;
-		tally->completed_events++;
+	count_completed(tally_of(disk, cpu), op, bytes >> 9);
+	if (range.lost)
+		count(&gate->lost);
+	leave(gate, range.parities);
+	return 0;
+}
+
+SEC("tp_btf/block_bio_complete")
+int BPF_PROG(bio_complete, struct request_queue *queue, struct bio *bio)
+{
+	struct range range = {};
+	__u32 zero = 0, cpu = bpf_get_smp_processor_id();
+	struct bio_range *kept, was;
+	__u64 key = (__u64)bio;
+	struct control *switches;
+	struct disk *disk;
+	struct gate *gate;
+
+	if (!is_write(bio->bi_opf))
+		return 0;
+	kept = bpf_map_lookup_elem(&ranges, &key);
+	switches = bpf_map_lookup_elem(&control, &zero);
+	gate = bpf_map_lookup_elem(&gates, &cpu);
+	if (!switches || !gate)
+		return 0;
+	if (!kept) {
+		disk = disk_of(bio->bi_bdev->bd_disk, &range.dev);
+		// Clones are parts of a bio that is yet to end, and flushes without data have no range.
+		if (disk && disk->bio_based && !(bio->bi_flags & 1 << BIO_CLONED) &&
+		    (bio->bi_iter.bi_size || !(bio->bi_opf & FLAG_PREFLUSH)))
+			count(&gate->unknown);
+		return 0;
 	}
+	was = *kept;
+	bpf_map_delete_elem(&ranges, &key);
+	disk = bpf_map_lookup_elem(&disks, &was.dev);
+	if (!disk)
+		return 0;
+#ifdef SABOTAGE_DROP
+	if (bpf_get_prandom_u32() % 1000 == 0)
+		return 0;
+#endif
+	range.dev = was.dev;
+	range.sector = was.sector;
+	range.sectors = was.sectors;
+	range.first_volume = disk->first_volume;
+	range.volumes = disk->volumes;
+	range.hole = makes_holes(was.operation) && !bio->bi_status;
+	range.parities = enter(gate, switches);
+	if (!makes_holes(was.operation))
+		touch_discards(&range, switches);
+	mark_range(&range);
+	if (makes_holes(was.operation))
+		end_discard(&range);
+	count_completed(tally_of(disk, cpu), was.operation, was.sectors);
 	if (range.lost)
 		count(&gate->lost);
 	leave(gate, range.parities);

@@ -1,7 +1,7 @@
 //! The content of a cut: which blocks, and what each of them holds.
 //!
 //! Owns the memory: content lies in chunks that are never moved, a block has a slot in them, and a block that is read again
-//! keeps its slot. Zeros take no memory. Whether the content is one of an instant is not known here (`cut`).
+//! keeps its slot. Zeros take no memory but a bit each: a trimmed file system is millions of them. Whether the content is one of an instant is not known here (`cut`).
 
 use cdp_protocol::codec;
 use cdp_protocol::record::Meters;
@@ -27,6 +27,9 @@ pub struct Capture {
 #[derive(Debug, Default)]
 pub struct CapturedVolume {
     blocks: RoaringBitmap,
+    /// Those of them that are zeros.
+    zeros: RoaringBitmap,
+    /// What the others hold.
     holdings: BTreeMap<u32, Holding>,
     chunks: Vec<Box<[u8]>>,
     /// Slots given out so far.
@@ -38,7 +41,6 @@ pub struct CapturedVolume {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holding {
     Slot(u32),
-    Zero,
     Unreadable,
 }
 
@@ -74,11 +76,11 @@ impl Capture {
 
     /// Counts what is held into the meters.
     pub(crate) fn count(&mut self) {
-        let (mut content, mut holes, mut unreadable) = (0, 0, 0);
+        let (mut content, mut unreadable) = (0, 0);
+        let holes = self.volumes.iter().map(|volume| volume.zeros.len()).sum();
         for holding in self.volumes.iter().flat_map(|volume| volume.holdings.values()) {
             match holding {
                 Holding::Slot(_) => content += 1,
-                Holding::Zero => holes += 1,
                 Holding::Unreadable => unreadable += 1,
             }
         }
@@ -99,18 +101,31 @@ impl CapturedVolume {
     /// What a block that is held holds.
     #[must_use]
     pub fn block(&self, block: Block) -> BlockContent<'_> {
+        if self.zeros.contains(block.0) {
+            return BlockContent::Zero;
+        }
         self.content(*self.holdings.get(&block.0).expect("the block is one of `blocks`"))
     }
 
     /// Everything held, in block order.
     pub fn iter(&self) -> impl Iterator<Item = (Block, BlockContent<'_>)> {
-        self.holdings.iter().map(|(block, holding)| (Block(*block), self.content(*holding)))
+        let (mut zeros, mut held) = (self.zeros.iter().peekable(), self.holdings.iter().peekable());
+        std::iter::from_fn(move || {
+            let zero_first = match (zeros.peek(), held.peek()) {
+                (Some(zero), Some((block, _))) => zero < *block,
+                (zero, _) => zero.is_some(),
+            };
+            if zero_first {
+                return zeros.next().map(|block| (Block(block), BlockContent::Zero));
+            }
+            held.next().map(|(block, holding)| (Block(*block), self.content(*holding)))
+        })
     }
 
     /// Takes a block's content, in the place of what it held before.
     pub(crate) fn put(&mut self, block: Block, bytes: &[u8]) {
         if codec::is_zero(bytes) {
-            self.hold(block, Holding::Zero);
+            self.put_zero(block);
             return;
         }
         let slot = match self.holdings.get(&block.0) {
@@ -122,6 +137,15 @@ impl CapturedVolume {
         self.hold(block, Holding::Slot(slot));
     }
 
+    /// Notes that a block is zeros, without having read it.
+    pub(crate) fn put_zero(&mut self, block: Block) {
+        self.blocks.insert(block.0);
+        self.zeros.insert(block.0);
+        if let Some(Holding::Slot(before)) = self.holdings.remove(&block.0) {
+            self.free.push(before);
+        }
+    }
+
     /// Notes that the device could not read a block.
     pub(crate) fn put_unreadable(&mut self, block: Block) {
         self.hold(block, Holding::Unreadable);
@@ -129,6 +153,7 @@ impl CapturedVolume {
 
     fn hold(&mut self, block: Block, holding: Holding) {
         self.blocks.insert(block.0);
+        self.zeros.remove(block.0);
         if let Some(Holding::Slot(before)) = self.holdings.insert(block.0, holding)
             && holding != Holding::Slot(before)
         {
@@ -149,7 +174,6 @@ impl CapturedVolume {
 
     fn content(&self, holding: Holding) -> BlockContent<'_> {
         match holding {
-            Holding::Zero => BlockContent::Zero,
             Holding::Unreadable => BlockContent::Unreadable,
             Holding::Slot(slot) => {
                 let (chunk, within) = place(slot);

@@ -28,7 +28,7 @@ pub struct CutLimits {
     /// How long blocks that failed are read again: from the end of the first round, which takes as long as reading all
     /// changed blocks takes, to the start of the last. 250 ms at an interval of a second.
     pub bound: Duration,
-    /// Blocks that may be held in memory.
+    /// Blocks that may be held in memory. Known holes are not counted: they are not read, and take a bit each.
     pub blocks_max: u64,
 }
 
@@ -87,7 +87,7 @@ pub fn cut(
     let mut round = Round { tracker, sizes, cut_time: Timestamp(0) };
     carry.resize_with(round.sizes.len(), RoaringBitmap::new);
     round.clip(carry);
-    if len(carry) > limits.blocks_max {
+    if round.content_len(carry) > limits.blocks_max {
         // Without a flip, which may cost a pass over the volumes: parts go on from the same marks.
         return Ok(Cut::TooLarge);
     }
@@ -102,11 +102,11 @@ pub fn cut(
     let mut heat = Heat::default();
     let mut deadline = None;
     loop {
-        if len(carry) > limits.blocks_max {
+        if round.content_len(carry) > limits.blocks_max {
             return Ok(Cut::TooLarge);
         }
         capture.meters.cut_rounds += 1;
-        let failed = round.read(reader, &heat.requests(&due), &mut capture)?;
+        let failed = round.read(reader, &due, &heat, &mut capture)?;
         if len(&failed) == 0 && round.tracker.settle()? {
             break;
         }
@@ -128,17 +128,26 @@ pub fn cut(
     Ok(Cut::Captured(capture))
 }
 
-/// Reads up to `blocks_max` of the lowest blocks of `carry` without validation: a part, of no instant. Removes nothing from
-/// `carry`. Whatever is being written meanwhile is marked when it completes, and so comes with a later flip.
+/// Takes known holes of `carry`, and reads up to `blocks_max` of its lowest other blocks, without validation: a part, of no
+/// instant. Removes nothing from `carry`. Whatever is being written meanwhile is marked when it completes, and so comes
+/// with a later flip.
 ///
 /// # Errors
 /// Where the reader cannot go on.
-pub fn read_part(reader: &mut dyn BlockReader, carry: &[RoaringBitmap], blocks_max: u64) -> Result<Capture, CutError> {
+pub fn read_part(
+    tracker: &dyn Tracker,
+    reader: &mut dyn BlockReader,
+    carry: &[RoaringBitmap],
+    blocks_max: u64,
+) -> Result<Capture, CutError> {
     let mut capture = Capture::new(carry.len());
     let mut left = blocks_max;
     let mut requests = Vec::new();
     for (volume, blocks) in carry.iter().enumerate() {
-        let lowest = blocks.iter().take(usize::try_from(left).unwrap_or(usize::MAX));
+        let holes = tracker.holes(volume, blocks);
+        holes.iter().for_each(|block| capture.volumes[volume].put_zero(Block(block)));
+        let content = blocks - holes;
+        let lowest = content.iter().take(usize::try_from(left).unwrap_or(usize::MAX));
         let extents = reader::runs(lowest, READ_BLOCKS_MAX);
         left -= extents.iter().map(|extent| u64::from(extent.count)).sum::<u64>();
         requests.extend(extents.into_iter().map(|extent| ReadRequest { volume, extent }));
@@ -183,15 +192,34 @@ impl Round<'_> {
         }
     }
 
-    /// Reads into the capture and gives the blocks that failed: a write to them may have been issued after τ.
+    /// Blocks that have to be read, as far as is known now.
+    fn content_len(&self, blocks: &[RoaringBitmap]) -> u64 {
+        let holes = |(volume, blocks)| self.tracker.holes(volume, blocks).len();
+        len(blocks) - blocks.iter().enumerate().map(holes).sum::<u64>()
+    }
+
+    /// Takes `due` into the capture, holes first, the hottest of the others next, and gives the blocks that failed: a
+    /// write to them may have been issued after τ.
     fn read(
         &mut self,
         reader: &mut dyn BlockReader,
-        requests: &[ReadRequest],
+        due: &[RoaringBitmap],
+        heat: &Heat,
         capture: &mut Capture,
     ) -> Result<Blocks, CutError> {
         let mut failed = vec![RoaringBitmap::new(); self.sizes.len()];
-        read_into(reader, requests, capture, &mut |volume, block| {
+        let mut content = due.to_vec();
+        for (volume, blocks) in content.iter_mut().enumerate() {
+            let holes = self.tracker.holes(volume, blocks);
+            *blocks -= &holes;
+            for block in &holes {
+                capture.volumes[volume].put_zero(Block(block));
+                if self.tracker.is_conflicted(volume, Block(block)) {
+                    failed[volume].insert(block);
+                }
+            }
+        }
+        read_into(reader, &heat.requests(&content), capture, &mut |volume, block| {
             if self.tracker.is_conflicted(volume, block) {
                 failed[volume].insert(block.0);
             }
@@ -323,7 +351,7 @@ mod tests {
         assert!(matches!(outcome, Ok(Cut::TooLarge)));
         let carried = len(&driver.carry);
         assert!(carried > 3);
-        let part = read_part(&mut driver.reader, &driver.carry, 3).expect("a part");
+        let part = read_part(&driver.tracker, &mut driver.reader, &driver.carry, 3).expect("a part");
         let lowest: Vec<u32> = driver.carry[0].iter().take(3).collect();
         assert_eq!(part.volumes[0].blocks().iter().collect::<Vec<_>>(), lowest);
         assert_eq!((part.volumes[1].blocks().len(), part.cut_time), (0, Timestamp(0)));

@@ -91,8 +91,7 @@ pub fn ebpf_obstacle(storage: &dyn Storage, probe: &Probe) -> Option<String> {
     if let Some(finding) = of_machine {
         return Some(format!("{}: {}", finding.subject, finding.found));
     }
-    let device = Device::inspect(&probe.device).and_then(|device| device.trackable());
-    device.err().map(|error| format!("{:#}", anyhow::Error::new(error)))
+    Device::inspect(&probe.device).err().map(|error| format!("{:#}", anyhow::Error::new(error)))
 }
 
 /// Name of the tracker that will serve a volume which `obstacle` keeps from eBPF.

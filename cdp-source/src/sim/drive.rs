@@ -90,7 +90,8 @@ impl Driver {
     /// # Errors
     /// Where the reader cannot go on.
     pub fn part(&mut self, blocks_max: u64) -> Result<(), String> {
-        let part = read_part(&mut self.reader, &self.carry, blocks_max).map_err(|error| error.to_string())?;
+        let part =
+            read_part(&self.tracker, &mut self.reader, &self.carry, blocks_max).map_err(|error| error.to_string())?;
         self.apply(&part);
         for (carry, part) in self.carry.iter_mut().zip(&part.volumes) {
             *carry -= part.blocks();

@@ -8,13 +8,19 @@
 use cdp_protocol::units::Block;
 use memmap2::{MmapOptions, MmapRaw};
 use roaring::RoaringBitmap;
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Blocks in a word.
-const WORD_BLOCKS: u64 = 64;
-/// Words a summary word stands for: a span, 1 GiB of a volume.
+/// Bits in a word.
+const WORD_BITS: u64 = 64;
+/// A block has 2^3 sectors, a granule 2^2 blocks.
+const SECTORS_A_BLOCK_SHIFT: u32 = 3;
+const GRANULE_SHIFT: u32 = 2;
+/// 8 TiB; a larger volume has granules.
+const BLOCKS_BEFORE_GRANULES: u64 = 1 << 31;
+/// Words a summary word stands for: a span, 1 GiB of a volume at a block a bit.
 pub(super) const SPAN_WORDS: usize = 4096;
 /// Words a summary bit stands for.
 const GROUP_WORDS: usize = 64;
@@ -93,6 +99,11 @@ impl SharedWords {
         self.store(index, bytes.len() as u64);
     }
 
+    /// Clears bits of the word at `index`.
+    pub(super) fn unset(&self, index: usize, bits: u64) {
+        self.word(index).fetch_and(!bits, Ordering::SeqCst);
+    }
+
     /// Moves the word at `index` out, having put it into `unacked` first.
     fn take_word(&self, index: usize, unacked: &Self) -> u64 {
         let mut found = self.load(index);
@@ -108,6 +119,9 @@ impl SharedWords {
 }
 
 /// Where a volume's words are in the group's bitmaps. It begins and ends with a span, so that no summary word is shared.
+///
+/// A bit stands for a block; for four of them (a granule of 16 KiB) where the volume is larger than 8 TiB. Outside of
+/// this file there are only blocks: what comes out is all blocks of a granule, what goes in is rounded outward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     /// First word; a multiple of `SPAN_WORDS`.
@@ -119,7 +133,21 @@ pub(super) struct Place {
 impl Place {
     /// Words it takes, a multiple of `SPAN_WORDS`.
     pub(super) fn words(&self) -> usize {
-        (self.blocks.div_ceil(WORD_BLOCKS) as usize).next_multiple_of(SPAN_WORDS)
+        (self.bits().div_ceil(WORD_BITS) as usize).next_multiple_of(SPAN_WORDS)
+    }
+
+    /// Bits it takes.
+    pub(super) fn bits(&self) -> u64 {
+        self.blocks.div_ceil(1 << self.granule_shift())
+    }
+
+    /// A bit stands for 2 to this many sectors.
+    pub(super) const fn bit_shift(&self) -> u32 {
+        SECTORS_A_BLOCK_SHIFT + self.granule_shift()
+    }
+
+    const fn granule_shift(&self) -> u32 {
+        if self.blocks > BLOCKS_BEFORE_GRANULES { GRANULE_SHIFT } else { 0 }
     }
 
     fn spans(&self) -> std::ops::Range<usize> {
@@ -127,9 +155,9 @@ impl Place {
         first..first + self.words() / SPAN_WORDS
     }
 
-    /// First block of a span, counted from the volume's start.
-    fn first_block(&self, span: usize) -> u64 {
-        ((span * SPAN_WORDS) - self.word_base) as u64 * WORD_BLOCKS
+    /// First bit of a span, counted from the volume's start.
+    fn first_bit(&self, span: usize) -> u64 {
+        ((span * SPAN_WORDS) - self.word_base) as u64 * WORD_BITS
     }
 
     /// All blocks of the volume.
@@ -140,13 +168,81 @@ impl Place {
         }
         all
     }
+
+    fn to_blocks(self, bits: RoaringBitmap) -> RoaringBitmap {
+        let shift = self.granule_shift();
+        if shift == 0 {
+            return bits;
+        }
+        let mut blocks = RoaringBitmap::new();
+        let mut runs = bits.iter();
+        while let Some(run) = runs.next_range() {
+            let end = ((u64::from(*run.end()) + 1) << shift).min(self.blocks);
+            blocks.insert_range(run.start() << shift..=(end - 1) as u32);
+        }
+        blocks
+    }
+
+    fn to_bits(self, blocks: &RoaringBitmap) -> Cow<'_, RoaringBitmap> {
+        let shift = self.granule_shift();
+        if shift == 0 {
+            return Cow::Borrowed(blocks);
+        }
+        let mut bits = RoaringBitmap::new();
+        let mut runs = blocks.iter();
+        while let Some(run) = runs.next_range() {
+            bits.insert_range(run.start() >> shift..=run.end() >> shift);
+        }
+        Cow::Owned(bits)
+    }
+
+    /// The word and the bit in it that stand for a block.
+    fn bit(&self, block: Block) -> (usize, u32) {
+        let bit = block.0 >> self.granule_shift();
+        (self.word_base + bit as usize / WORD_BITS as usize, bit % WORD_BITS as u32)
+    }
 }
 
-/// Whether the filter has the block: its word is hashed, its bit stays.
+/// Whether the filter has the block: its word is turned, its bit stays.
 pub(super) fn filter_has(issued: &SharedWords, place: &Place, block: Block) -> bool {
-    let word = place.word_base as u64 + u64::from(block.0) / WORD_BLOCKS;
-    let index = word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - ISSUED_WORDS.trailing_zeros());
-    issued.load(index as usize) >> (u64::from(block.0) % WORD_BLOCKS) & 1 != 0
+    let (word, bit) = place.bit(block);
+    issued.load(issued_index(word)) >> bit & 1 != 0
+}
+
+fn issued_index(word: usize) -> usize {
+    let region = (word / ISSUED_WORDS) as u64;
+    let turn = region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - ISSUED_WORDS.trailing_zeros());
+    (word ^ turn as usize) % ISSUED_WORDS
+}
+
+/// Takes the bits of `blocks` out of `words`.
+pub(super) fn forget(words: &SharedWords, place: &Place, blocks: &RoaringBitmap) {
+    let bits = place.to_bits(blocks);
+    for span in place.spans() {
+        if let Some(gone) = span_words(&bits, place.first_bit(span)) {
+            for (word, gone) in gone.iter().enumerate() {
+                if words.load(span * SPAN_WORDS + word) & gone != 0 {
+                    words.unset(span * SPAN_WORDS + word, *gone);
+                }
+            }
+        }
+    }
+}
+
+/// Which of `blocks` have their bit in `words`.
+pub(super) fn which_have(words: &SharedWords, place: &Place, blocks: &RoaringBitmap) -> RoaringBitmap {
+    let bits = place.to_bits(blocks);
+    let mut found = RoaringBitmap::new();
+    for span in place.spans() {
+        let Some(mut asked) = span_words(&bits, place.first_bit(span)) else { continue };
+        for (word, asked) in asked.iter_mut().enumerate().filter(|(_, asked)| **asked != 0) {
+            *asked &= words.load(span * SPAN_WORDS + word);
+        }
+        if asked.iter().any(|word| *word != 0) {
+            found |= bits_of(&asked, place.first_bit(span));
+        }
+    }
+    place.to_blocks(found) & blocks
 }
 
 /// Moves what `dirty` holds of the volume into `unacked`, and gives it. Nothing marks `dirty` meanwhile.
@@ -165,9 +261,9 @@ pub(super) fn drain(dirty: &SharedWords, summary: &SharedWords, unacked: &Unacke
             }
         }
         summary.word(span).fetch_and(!groups, Ordering::SeqCst);
-        drained |= blocks_of(&words, place.first_block(span));
+        drained |= bits_of(&words, place.first_bit(span));
     }
-    drained
+    place.to_blocks(drained)
 }
 
 /// What `dirty` holds of the volume, left where it is.
@@ -176,15 +272,15 @@ pub(super) fn peek(dirty: &SharedWords, place: &Place) -> RoaringBitmap {
     for span in place.spans() {
         let words: Vec<u64> = (0..SPAN_WORDS).map(|word| dirty.load(span * SPAN_WORDS + word)).collect();
         if words.iter().any(|word| *word != 0) {
-            found |= blocks_of(&words, place.first_block(span));
+            found |= bits_of(&words, place.first_bit(span));
         }
     }
-    found
+    place.to_blocks(found)
 }
 
-fn blocks_of(words: &[u64], first_block: u64) -> RoaringBitmap {
+fn bits_of(words: &[u64], first_bit: u64) -> RoaringBitmap {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    RoaringBitmap::from_lsb0_bytes(first_block as u32, &bytes)
+    RoaringBitmap::from_lsb0_bytes(first_bit as u32, &bytes)
 }
 
 /// The pinned bitmap of what was drained and is not acked. Only this process writes it.
@@ -204,8 +300,9 @@ impl Unacked {
 
     /// Adds blocks of the volume.
     pub(super) fn add(&self, place: &Place, blocks: &RoaringBitmap) {
+        let bits = place.to_bits(blocks);
         for span in place.spans() {
-            if let Some(words) = span_words(blocks, place.first_block(span)) {
+            if let Some(words) = span_words(&bits, place.first_bit(span)) {
                 for (word, bits) in words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
                     self.words.set(span * SPAN_WORDS + word, *bits);
                 }
@@ -215,8 +312,9 @@ impl Unacked {
 
     /// Makes it exactly `blocks` for the volume.
     pub(super) fn retain(&self, place: &Place, blocks: &RoaringBitmap) {
+        let bits = place.to_bits(blocks);
         for span in place.spans() {
-            let words = span_words(blocks, place.first_block(span));
+            let words = span_words(&bits, place.first_bit(span));
             for word in 0..SPAN_WORDS {
                 let wanted = words.as_ref().map_or(0, |words| words[word]);
                 let index = span * SPAN_WORDS + word;
@@ -230,19 +328,19 @@ impl Unacked {
 }
 
 /// The words of a span; `None` where no bit of it is set.
-fn span_words(blocks: &RoaringBitmap, first_block: u64) -> Option<Vec<u64>> {
-    let first = first_block as u32;
-    let last = (first_block + SPAN_WORDS as u64 * WORD_BLOCKS - 1) as u32;
-    let count = blocks.range_cardinality(first..=last);
+fn span_words(bits: &RoaringBitmap, first_bit: u64) -> Option<Vec<u64>> {
+    let first = first_bit as u32;
+    let last = (first_bit + SPAN_WORDS as u64 * WORD_BITS - 1) as u32;
+    let count = bits.range_cardinality(first..=last);
     if count == 0 {
         return None;
     }
-    if count == SPAN_WORDS as u64 * WORD_BLOCKS {
+    if count == SPAN_WORDS as u64 * WORD_BITS {
         return Some(vec![u64::MAX; SPAN_WORDS]);
     }
     let mut words = vec![0; SPAN_WORDS];
-    for block in blocks.range(first..=last) {
-        let offset = block - first;
+    for bit in bits.range(first..=last) {
+        let offset = bit - first;
         words[offset as usize / 64] |= 1 << (offset % 64);
     }
     Some(words)
@@ -254,7 +352,7 @@ mod tests {
     use proptest::prelude::{Strategy, prop_assert, prop_assert_eq, proptest};
     use std::collections::BTreeSet;
 
-    const SPAN_BLOCKS: u64 = SPAN_WORDS as u64 * WORD_BLOCKS;
+    const SPAN_BLOCKS: u64 = SPAN_WORDS as u64 * WORD_BITS;
 
     struct Record {
         dirty: SharedWords,
@@ -325,6 +423,41 @@ mod tests {
         assert_eq!(place.all().len(), SPAN_BLOCKS + 77);
         record.unacked.retain(&place, &RoaringBitmap::new());
         assert!(record.unacked.blocks(&place).is_empty());
+    }
+
+    #[test]
+    fn a_volume_above_8_tib_has_granules_of_four_blocks() {
+        let place = Place { word_base: 0, blocks: (1 << 31) + 2 };
+        assert_eq!((place.bits(), place.bit_shift()), ((1 << 29) + 1, 5));
+        assert_eq!(Place { word_base: 0, blocks: 1 << 31 }.bit_shift(), 3);
+        assert_eq!(place.to_bits(&RoaringBitmap::from([3, 4, 9])).as_ref(), &RoaringBitmap::from([0, 1, 2]));
+        let blocks = place.to_blocks(RoaringBitmap::from([1, 1 << 29]));
+        assert_eq!(blocks, RoaringBitmap::from([4, 5, 6, 7, 1 << 31, (1 << 31) + 1]), "clipped to the volume");
+        assert_eq!(place.to_blocks(place.to_bits(&place.all()).into_owned()), place.all());
+    }
+
+    #[test]
+    fn the_filter_gives_each_word_of_a_region_one_of_its_own() {
+        for region in [0, 1, 77] {
+            let indexes: BTreeSet<usize> =
+                (0..ISSUED_WORDS).map(|word| issued_index(region * ISSUED_WORDS + word)).collect();
+            assert_eq!(indexes.len(), ISSUED_WORDS);
+        }
+        assert_eq!(issued_index(5), 5);
+        assert_ne!(issued_index(ISSUED_WORDS + 5), 5);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_found() {
+        let place = Place { word_base: SPAN_WORDS, blocks: SPAN_BLOCKS };
+        let words = SharedWords::anonymous(2 * SPAN_WORDS);
+        for block in [0, 1, 70] {
+            words.set(SPAN_WORDS + block / 64, 1 << (block % 64));
+        }
+        let asked = RoaringBitmap::from([0, 1, 2, 70, 71]);
+        assert_eq!(which_have(&words, &place, &asked), RoaringBitmap::from([0, 1, 70]));
+        forget(&words, &place, &RoaringBitmap::from([1, 2]));
+        assert_eq!(which_have(&words, &place, &asked), RoaringBitmap::from([0, 70]));
     }
 
     #[test]

@@ -142,20 +142,6 @@ impl Device {
         Ok(self)
     }
 
-    /// Whether the eBPF tracker can watch it.
-    ///
-    /// # Errors
-    /// Where it cannot, with the reason.
-    pub fn trackable(&self) -> Result<(), TrackerError> {
-        let refuse = |reason: &str| Err(unsupported(&self.path, reason));
-        if self.kind == DeviceKind::Bio {
-            return refuse(
-                "is bio-based (device-mapper, LVM, md, zram); `ebpf` tracks request-based devices, `scan` tracks this",
-            );
-        }
-        Ok(())
-    }
-
     /// Size in bytes.
     #[must_use]
     pub const fn size_bytes(&self) -> u64 {

@@ -10,7 +10,7 @@
 //! Place of what is to come: bio-based devices get programs of their own beside `issue` and `complete`; holes a bitmap
 //! beside `dirty`; doubt follows from `trust`.
 
-use super::bitmap::{drain, filter_has, peek};
+use super::bitmap::{drain, filter_has, forget, peek, which_have};
 use super::device::{Device, read_text};
 use super::identity::{Identity, LAYOUT, VolumeIdentity};
 use super::instance::{Instance, MEMO_BYTES_MAX, disks_of};
@@ -280,9 +280,11 @@ impl EbpfTracker {
         }
     }
 
+    /// Adds what has to be captured again, from the device: what a hole bit says of it is not believed either.
     fn carry(&mut self, blocks: &[RoaringBitmap]) {
         for ((place, pending), blocks) in self.instance.places.iter().zip(&mut self.pending).zip(blocks) {
             self.instance.unacked.add(place, blocks);
+            forget(&self.instance.holes, place, blocks);
             *pending |= blocks;
         }
     }
@@ -328,6 +330,18 @@ impl Tracker for EbpfTracker {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         let issued = &self.instance.issued[self.instance.active()];
         !self.programs.skips_validation && filter_has(issued, &self.instance.places[volume], block)
+    }
+
+    /// The last mark of a block with its hole bit set was the successful completion of a discard or write-zeroes. Asked
+    /// before the filter of issued writes is: if a write to it was issued after τ and its run cleared the bit, the block
+    /// is read; if the bit was seen before that run, the filter has the write or the write had not been sent to the disk.
+    /// A write issued before τ and not completed at τ was in flight: zeros are what a crash at τ may leave. One completed
+    /// before τ, after the discard, has cleared the bit, and the barrier has waited for the run that did. If that run went
+    /// missing, the counts tell, and the bits of what it can hurt are cleared (`carry`).
+    fn holes(&self, volume: usize, blocks: &RoaringBitmap) -> RoaringBitmap {
+        let holes = which_have(&self.instance.holes, &self.instance.places[volume], blocks);
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        holes
     }
 
     fn settle(&mut self) -> Result<bool, TrackerError> {
@@ -395,12 +409,7 @@ fn inspect(volumes: &[(VolumeSlot, PathBuf)]) -> Result<Vec<Device>, TrackerErro
         let reason = format!("a group has 1 to {VOLUMES_MAX} volumes, not {}", volumes.len());
         return Err(TrackerError::Unsupported { step: "track a group".to_owned(), reason });
     }
-    let inspect = |(_, path): &(VolumeSlot, PathBuf)| {
-        let device = Device::inspect(path)?;
-        device.trackable()?;
-        Ok(device)
-    };
-    volumes.iter().map(inspect).collect()
+    volumes.iter().map(|(_, path)| Device::inspect(path)).collect()
 }
 
 fn identity(options: &EbpfOptions, devices: &[Device], boot: String) -> Identity {

@@ -8,7 +8,7 @@
 use super::TrackerError;
 use super::barrier::{self, Gates};
 use super::bitmap::{ISSUED_WORDS, Place, SPAN_WORDS, SharedWords, Unacked};
-use super::device::{Device, DeviceNumber, read_text};
+use super::device::{Device, DeviceKind, DeviceNumber, read_text};
 use super::identity::Identity;
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -22,11 +22,18 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 
 /// Each program and the tracepoint it is attached to.
-const PROGRAMS: [(&str, &str); 2] = [("issue", "block_bio_queue"), ("complete", "block_rq_complete")];
-/// Maps the programs look into; the first two the issue program alone.
-const MAPS_OF_PROGRAMS: [&str; 11] = [
+const PROGRAMS: [(&str, &str); 4] = [
+    ("issue", "block_bio_queue"),
+    ("remap", "block_bio_remap"),
+    ("complete", "block_rq_complete"),
+    ("bio_complete", "block_bio_complete"),
+];
+/// Maps every program looks into.
+const MAPS_OF_PROGRAMS: [&str; 13] = [
     "issued_0",
     "issued_1",
+    "holes",
+    "discards",
     "dirty_0",
     "dirty_1",
     "summary_0",
@@ -40,7 +47,9 @@ const MAPS_OF_PROGRAMS: [&str; 11] = [
 /// Words of a record of `gates`, `tallies`, `volumes`.
 const GATE_WORDS: usize = 8;
 const TALLY_WORDS: usize = 8;
-const VOLUME_WORDS: usize = 4;
+const VOLUME_WORDS: usize = 8;
+/// Bios of bio-based disks that may be on their way at once: their ranges take about 2 MiB.
+const RANGES_MAX: u32 = 16 * 1024;
 /// Bytes of an identity, and of a memo.
 const IDENTITY_BYTES_MAX: usize = 16376;
 pub(super) const MEMO_BYTES_MAX: usize = 1024;
@@ -72,9 +81,11 @@ pub struct EventCounts {
 pub(super) struct Tally {
     pub(super) written: u64,
     pub(super) discarded: u64,
-    /// By WRITE_ZEROES and SECURE_ERASE.
+    /// By `WRITE_ZEROES` and `SECURE_ERASE`.
     pub(super) zeroed: u64,
     pub(super) issued: u64,
+    /// Sent on to this disk by a stacked driver: issued ones again, or ones that are not among them.
+    pub(super) remapped: u64,
 }
 
 impl Tally {
@@ -92,12 +103,13 @@ pub(super) struct Instance {
     pub(super) dirty: [SharedWords; 2],
     pub(super) summary: [SharedWords; 2],
     pub(super) issued: [SharedWords; 2],
+    pub(super) holes: SharedWords,
     pub(super) unacked: Unacked,
     control: SharedWords,
     gates: SharedWords,
     tallies: SharedWords,
     memo: SharedWords,
-    programs: [ProgramFd; 2],
+    programs: Vec<ProgramFd>,
     cpus: usize,
 }
 
@@ -128,7 +140,7 @@ impl Instance {
         let cpus = possible_cpus().map_err(failed("count CPUs"))?;
         rustix::fs::mkdir(folder, rustix::fs::Mode::RWXU)
             .map_err(|error| failed("make the pin folder")(error.into()))?;
-        let mut ebpf = load(object, &places, cpus).map_err(failed("load the tracker's programs and maps"))?;
+        let mut ebpf = load(object, &places, devices, cpus).map_err(failed("load the tracker's programs and maps"))?;
         fill_tables(&mut ebpf, &places, devices).map_err(failed("fill the tracker's tables"))?;
         for (name, map) in ebpf.maps() {
             map.pin(folder.join(name)).map_err(|error| failed("pin a map")(other(error)))?;
@@ -170,6 +182,7 @@ impl Instance {
             dirty: pair("dirty", words)?,
             summary: pair("summary", spans)?,
             issued: pair("issued", ISSUED_WORDS)?,
+            holes: map("holes", words)?,
             unacked: Unacked::new(map("unacked", words)?),
             control: map("control", 1)?,
             gates: map("gates", cpus * GATE_WORDS)?,
@@ -212,8 +225,8 @@ impl Instance {
             lost: sum(5),
             unremembered: sum(6),
             unknown: sum(7),
-            issue_misses: recursion_misses(&self.programs[0])?,
-            complete_misses: recursion_misses(&self.programs[1])?,
+            issue_misses: recursion_misses(&self.programs[0])? + recursion_misses(&self.programs[1])?,
+            complete_misses: recursion_misses(&self.programs[2])? + recursion_misses(&self.programs[3])?,
         })
     }
 
@@ -222,7 +235,7 @@ impl Instance {
         let sum = |field: usize| {
             (0..self.cpus).map(|cpu| self.tallies.load((cpu * VOLUMES_MAX + index) * TALLY_WORDS + field)).sum()
         };
-        Tally { written: sum(0), discarded: sum(1), zeroed: sum(2), issued: sum(4) }
+        Tally { written: sum(0), discarded: sum(1), zeroed: sum(2), issued: sum(4), remapped: sum(6) }
     }
 
     /// The memo; empty where none was kept.
@@ -290,16 +303,19 @@ fn words_of(places: &[Place]) -> usize {
     places.iter().map(Place::words).sum()
 }
 
-fn load(object: &[u8], places: &[Place], cpus: usize) -> io::Result<Ebpf> {
+fn load(object: &[u8], places: &[Place], devices: &[Device], cpus: usize) -> io::Result<Ebpf> {
     let too_large = |_| io::Error::other("the volumes are too large together");
     let words = u32::try_from(words_of(places)).map_err(too_large)?;
     let spans = words / SPAN_WORDS as u32;
     let mut loader = EbpfLoader::new();
-    for name in ["dirty_0", "dirty_1", "unacked"] {
+    for name in ["dirty_0", "dirty_1", "holes", "unacked"] {
         loader.map_max_entries(name, words);
     }
     for name in ["summary_0", "summary_1"] {
         loader.map_max_entries(name, spans);
+    }
+    if devices.iter().any(|device| device.kind == DeviceKind::Bio) {
+        loader.map_max_entries("ranges", RANGES_MAX);
     }
     loader.map_max_entries("gates", cpus as u32);
     loader.map_max_entries("tallies", (cpus * VOLUMES_MAX) as u32);
@@ -318,11 +334,13 @@ fn fill_tables(ebpf: &mut Ebpf, places: &[Place], devices: &[Device]) -> io::Res
     for (index, disk) in disks_of(devices).into_iter().enumerate() {
         let first = row;
         for (device, place) in devices.iter().zip(places).filter(|(device, _)| device.disk == disk) {
-            let record = [device.start.0, device.length.0, place.blocks, place.word_base as u64];
+            let bit_shift = u64::from(place.bit_shift());
+            let record = [device.start.0, device.length.0, place.bits(), place.word_base as u64, bit_shift];
             record.iter().enumerate().for_each(|(field, value)| table.store(row * VOLUME_WORDS + field, *value));
             row += 1;
         }
-        let record = [first as u32, (row - first) as u32, index as u32, 0];
+        let bio_based = devices.iter().any(|device| device.disk == disk && device.kind == DeviceKind::Bio);
+        let record = [first as u32, (row - first) as u32, index as u32, u32::from(bio_based)];
         disks.insert(disk.to_kernel(), record, 0).map_err(other)?;
     }
     Ok(())
@@ -363,23 +381,22 @@ fn map_words(folder: &Path, name: &str, words: usize) -> Result<SharedWords, Str
 }
 
 /// The pinned programs, if their links are live and they use the pinned maps.
-fn live_programs(folder: &Path) -> Result<[ProgramFd; 2], String> {
+fn live_programs(folder: &Path) -> Result<Vec<ProgramFd>, String> {
     let mut maps = Vec::new();
     for name in MAPS_OF_PROGRAMS {
         let info =
             pinned_map(folder, name)?.info().map_err(|error| format!("the pinned map {name} is strange: {error}"))?;
         maps.push(info.id());
     }
-    let program = |name: &str, looked_into: &[u32]| {
+    let program = |(name, _): &(&str, &str)| {
         let (program, used) = live_program(folder, name)?;
-        if looked_into.iter().all(|map| used.contains(map)) {
+        if maps.iter().all(|map| used.contains(map)) {
             Ok(program)
         } else {
             Err(format!("the pinned {name} program marks other maps than the pinned ones"))
         }
     };
-    let (issued, others) = maps.split_at(2);
-    Ok([program("issue", &[issued, others].concat())?, program("complete", others)?])
+    PROGRAMS.iter().map(program).collect()
 }
 
 fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, Vec<u32>), String> {

@@ -48,6 +48,12 @@ pub trait Tracker: Send {
     /// Whether a write to the block may have been issued after the last flip. To be asked when its read has returned.
     fn is_conflicted(&self, volume: usize, block: Block) -> bool;
 
+    /// Which of `blocks` are known to be zeros without being read: wholly discarded or zeroed, and not written since. To
+    /// be asked instead of reading them; after it, `is_conflicted` is asked as after a read.
+    fn holes(&self, _volume: usize, _blocks: &RoaringBitmap) -> RoaringBitmap {
+        RoaringBitmap::new()
+    }
+
     /// Ends a round: whether what was read since the last flip and is not conflicted stands. (A tracker that has no
     /// marks of issued writes compares the volume once more here.)
     ///

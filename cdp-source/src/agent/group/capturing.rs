@@ -30,7 +30,7 @@ impl Group {
                 Err(error) => return Err(error.into()),
             }
         }
-        let capture = cut::read_part(&mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
+        let capture = cut::read_part(&*devices.tracker, &mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
         if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
             self.fail("every block read came back with an error".into());
             return Ok(());

@@ -71,6 +71,47 @@ impl Drop for LoopDevice {
     }
 }
 
+/// A zram device: bio-based.
+pub(crate) struct ZramDevice {
+    number: u32,
+    node: PathBuf,
+}
+
+impl ZramDevice {
+    /// Makes a device of its own.
+    pub(crate) fn new(bytes: u64) -> Self {
+        let number = std::fs::read_to_string("/sys/class/zram-control/hot_add").expect("added").trim().to_owned();
+        let node = PathBuf::from(format!("/dev/zram{number}"));
+        std::fs::write(format!("/sys/block/zram{number}/disksize"), bytes.to_string()).expect("sized");
+        if !node.exists() {
+            make_node(&node);
+        }
+        Self { number: number.parse().expect("a number"), node }
+    }
+
+    /// Whether there can be any here.
+    pub(crate) fn is_supported() -> bool {
+        Path::new("/sys/class/zram-control/hot_add").exists()
+    }
+
+    /// Its node.
+    pub(crate) fn node(&self) -> &Path {
+        &self.node
+    }
+
+    /// Something in its folder of sysfs.
+    pub(crate) fn set(&self, name: &str, value: &str) {
+        std::fs::write(format!("/sys/block/zram{}/{name}", self.number), value).expect("set");
+    }
+}
+
+impl Drop for ZramDevice {
+    fn drop(&mut self) {
+        drop(std::fs::write(format!("/sys/block/zram{}/reset", self.number), "1"));
+        drop(std::fs::write("/sys/class/zram-control/hot_remove", self.number.to_string()));
+    }
+}
+
 /// A device opened to write past the page cache.
 pub(crate) struct RawDisk(OwnedFd);
 

@@ -2,6 +2,7 @@
 #![expect(clippy::disallowed_methods, reason = "a test works on real files and devices")]
 
 mod loop_device;
+mod strange;
 
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
 use cdp_seams::random::{SimRandom, SystemRandom, array};

@@ -1,0 +1,197 @@
+//! The eBPF tracker on what is not a plain disk being written: bio-based devices, discards, granules, and trackers that
+//! are wrong on purpose.
+
+use crate::loop_device::{self, LoopDevice, RawDisk, ZramDevice};
+use cdp_protocol::units::{Block, GroupId, VolumeSlot};
+use cdp_seams::clock::SystemClock;
+use cdp_seams::random::{SimRandom, SystemRandom, array};
+use cdp_seams::storage::SystemStorage;
+use cdp_source::capture::Capture;
+use cdp_source::cut::{Cut, CutLimits, cut};
+use cdp_source::reader::pread::PreadReader;
+use cdp_source::tracker::Tracker;
+use cdp_source::tracker::ebpf::{BPFFS, EbpfOptions, EbpfTracker, remove, supported};
+use roaring::RoaringBitmap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+const BYTES: u64 = 64 * MIB;
+const LIMITS: CutLimits = CutLimits { bound: Duration::from_secs(5), blocks_max: 100 };
+
+/// A group and its tracker, whose pins go when the test ends, however it ends.
+struct Group {
+    id: GroupId,
+    folder: tempfile::TempDir,
+    nodes: Vec<PathBuf>,
+}
+
+impl Group {
+    /// `None` where this machine cannot track; the reason is printed.
+    fn new(nodes: &[&Path]) -> Option<Self> {
+        if let Err(error) = supported() {
+            eprintln!("skipped: {error}");
+            return None;
+        }
+        let nodes = nodes.iter().map(|node| node.to_path_buf()).collect();
+        Some(Self { id: GroupId(array(&SystemRandom)), folder: tempfile::tempdir().expect("a folder"), nodes })
+    }
+
+    fn options(&self) -> EbpfOptions {
+        let slot = |(slot, node): (usize, &PathBuf)| (VolumeSlot(slot as u16), node.clone());
+        let volumes = self.nodes.iter().enumerate().map(slot).collect();
+        EbpfOptions::new(self.id, volumes, self.folder.path().join("state"), Arc::new(SystemStorage))
+    }
+
+    /// Opened, everything acked, and nothing left of what came before.
+    fn open_clean(&self) -> EbpfTracker {
+        self.open_clean_with(&self.options())
+    }
+
+    fn open_clean_with(&self, options: &EbpfOptions) -> EbpfTracker {
+        let mut tracker = EbpfTracker::open(options).expect("tracked");
+        tracker.take_recovered();
+        tracker.flip().expect("flipped");
+        tracker.retain_unacked(&vec![RoaringBitmap::new(); self.nodes.len()]).expect("acked");
+        tracker
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let removed = remove(Path::new(BPFFS), &self.folder.path().join("state"), &SystemStorage, self.id);
+        if !std::thread::panicking() {
+            removed.expect("removed");
+        }
+    }
+}
+
+fn loop_of(folder: &tempfile::TempDir, bytes: u64) -> LoopDevice {
+    let file = folder.path().join("disk");
+    std::fs::File::create_new(&file).and_then(|file| file.set_len(bytes)).expect("a file");
+    LoopDevice::attach(&file)
+}
+
+/// Blocks of a range of bytes, rounded outward.
+fn touched(offset: u64, len: u64) -> RoaringBitmap {
+    ((offset / 4096) as u32..(offset + len).div_ceil(4096) as u32).collect()
+}
+
+fn discard(node: &Path, offset: u64, len: u64) {
+    let (offset, len) = (offset.to_string(), len.to_string());
+    loop_device::run("blkdiscard", &["-o", &offset, "-l", &len, &node.to_string_lossy()]);
+}
+
+fn capture(tracker: &mut EbpfTracker) -> Capture {
+    let targets: Vec<_> = tracker.devices().iter().map(|device| device.read_target()).collect();
+    let mut reader = PreadReader::open(&targets).expect("opened");
+    match cut(tracker, &mut reader, &SystemClock::new(), &mut Vec::new(), &LIMITS) {
+        Ok(Cut::Captured(capture)) => capture,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_bio_based_device_is_tracked_at_issue_and_at_completion() {
+    if !ZramDevice::is_supported() {
+        eprintln!("skipped: no zram here");
+        return;
+    }
+    let device = ZramDevice::new(BYTES);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mut tracker = group.open_clean();
+    let disk = RawDisk::open(device.node());
+    let random = SimRandom::new(3);
+    for _ in 0..20 {
+        let mut oracle = RoaringBitmap::new();
+        for _ in 0..random.below(40) {
+            let len = 4096 * (1 + random.below(80));
+            let offset = 4096 * random.below((BYTES - len) / 4096 + 1);
+            disk.write(offset, len, 0xaa);
+            oracle |= touched(offset, len);
+        }
+        assert_eq!(tracker.flip().expect("flipped"), [oracle]);
+    }
+    let counts = tracker.counts().expect("counts");
+    assert!(counts.issued > 0);
+    assert_eq!((counts.completed, counts.unremembered, counts.unknown), (counts.issued, 0, 0), "{counts:?}");
+    assert_eq!(tracker.completions_lost(), 0);
+    discard(device.node(), MIB, MIB);
+    assert_eq!(tracker.flip().expect("flipped"), [touched(MIB, MIB)]);
+    assert_eq!(tracker.holes(0, &touched(0, 4 * MIB)), touched(MIB, MIB));
+}
+
+#[test]
+fn whole_blocks_of_a_discard_are_holes_until_they_are_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, BYTES);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mut tracker = group.open_clean();
+    let disk = RawDisk::open(device.node());
+    disk.write(0, 16 * MIB, 0xaa);
+    tracker.flip().expect("flipped");
+    // One and a half blocks in, to half a block short of the end.
+    discard(device.node(), 6144, 8 * MIB - 8192);
+    assert_eq!(tracker.flip().expect("flipped"), [touched(6144, 8 * MIB - 8192)]);
+    let everything = touched(0, BYTES);
+    assert_eq!(tracker.holes(0, &everything), touched(8192, 8 * MIB - 12288));
+    disk.write(MIB, 512, 1);
+    assert_eq!(tracker.holes(0, &everything), touched(8192, 8 * MIB - 12288) - touched(MIB, 512));
+    loop_device::run("blkdiscard", &["-z", "-o", "16777216", "-l", "1048576", &device.node().to_string_lossy()]);
+    assert!(tracker.holes(0, &everything).contains(4096));
+}
+
+#[test]
+fn a_cut_takes_holes_without_reading_them_and_what_was_written_after_from_the_device() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, BYTES);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mut tracker = group.open_clean();
+    discard(device.node(), 0, 32 * MIB);
+    RawDisk::open(device.node()).write(40960, 4096, 7);
+    // 8,192 blocks, of which 100 may be held in memory.
+    let capture = capture(&mut tracker);
+    let meters = capture.meters;
+    assert_eq!((meters.dirty_blocks, meters.hole_blocks, meters.content_blocks), (8192, 8191, 1));
+    assert_eq!(capture.volumes[0].blocks(), &touched(0, 32 * MIB));
+}
+
+#[test]
+fn a_hole_of_a_partition_is_whole_blocks_of_the_partition() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, BYTES);
+    let partition = device.partition(63, 10 * 2048 + 3);
+    let Some(group) = Group::new(&[device.node(), &partition]) else { return };
+    let mut tracker = group.open_clean();
+    discard(device.node(), 0, 32 * MIB);
+    let flipped = tracker.flip().expect("flipped");
+    assert_eq!(flipped, [touched(0, 32 * MIB), touched(0, 10 * MIB + 1536)]);
+    assert_eq!(tracker.holes(1, &flipped[1]), flipped[1], "its last block is a part of one");
+    RawDisk::open(device.node()).write(63 * 512, 512, 1);
+    assert_eq!(tracker.holes(0, &flipped[0]), &flipped[0] - touched(63 * 512, 512));
+    assert_eq!(tracker.holes(1, &flipped[1]), &flipped[1] - touched(0, 512));
+}
+
+#[test]
+fn a_volume_above_8_tib_is_tracked_in_granules() {
+    const TIB: u64 = 1 << 40;
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, 9 * TIB + 512);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mut tracker = EbpfTracker::open(&group.options()).expect("tracked");
+    let disk = RawDisk::open(device.node());
+    let blocks = (9 * TIB / 4096) as u32 + 1;
+    assert_eq!(tracker.take_recovered()[0].len(), u64::from(blocks));
+    tracker.flip().expect("flipped");
+    disk.write(9 * TIB - 4096, 4608, 1);
+    let last = tracker.flip().expect("flipped");
+    assert_eq!(last, [(blocks - 5..blocks).collect()], "the granule before the end, and the part of one at the end");
+    disk.write(5 * 4096, 4096, 2);
+    assert!(tracker.is_conflicted(0, Block(4)) && tracker.is_conflicted(0, Block(7)));
+    assert!(!tracker.is_conflicted(0, Block(8)) && !tracker.is_conflicted(0, Block(3)));
+    assert_eq!(tracker.flip().expect("flipped"), [(4..8).collect()]);
+    discard(device.node(), 4096, 40 * 4096);
+    assert_eq!(tracker.flip().expect("flipped"), [(0..44).collect()]);
+    assert_eq!(tracker.holes(0, &(0..60).collect()), (4..40).collect::<RoaringBitmap>());
+}
