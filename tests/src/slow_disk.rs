@@ -1,8 +1,9 @@
-//! A disk on which reads overtake writes: a loop device over a file whose writes land late.
+//! A disk that takes its time for writes, and none for reads: a loop device over a file that is answered late.
 //!
-//! Owns a FUSE file system of one file, kept in memory. A write (and a hole punched) lands and is answered a fixed time after
-//! it came in; a read is answered at once from what has landed. So what was issued last is read as it was before, for
-//! milliseconds: what a busy disk does rarely, this one does with every write.
+//! Owns a FUSE file system of one file, kept in memory. A write (and a hole punched) is answered a fixed time after it came in;
+//! a read is answered at once from what has landed. Where writes land when they are answered, what was issued last is read
+//! as it was before, for milliseconds; where they land when they come in, it is read long before it completes. What a busy disk
+//! does rarely, this one does with every write.
 
 use crate::loop_device::LoopDevice;
 use anyhow::{Context, Result};
@@ -28,28 +29,37 @@ const BACKGROUND_MAX: u16 = 512;
 /// Threads that take requests.
 const THREADS: usize = 2;
 
+/// When a write lands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landing {
+    /// When it is answered: reads overtake it.
+    WithAnswer,
+    /// When it comes in: it is read before it has completed.
+    AtOnce,
+}
+
 /// The loop device, the file system below it, and the line that delays writes.
 pub struct SlowDisk {
     device: Option<LoopDevice>,
     session: Option<BackgroundSession>,
-    landing: Option<JoinHandle<()>>,
+    line: Option<JoinHandle<()>>,
 }
 
 impl SlowDisk {
-    /// A disk of `size_bytes` zeros whose writes take `latency`, below `folder`.
-    pub fn new(folder: &Path, size_bytes: u64, latency: Duration) -> Result<Self> {
+    /// A disk of `size_bytes` zeros whose writes take `latency` and land when `landing` says, below `folder`.
+    pub fn new(folder: &Path, size_bytes: u64, latency: Duration, landing: Landing) -> Result<Self> {
         let content = Arc::new(RwLock::new(vec![0; size_bytes as usize]));
         let (sender, receiver) = channel();
         let landed = Arc::clone(&content);
-        let landing = std::thread::spawn(move || land(&receiver, &landed, latency));
-        let file = SlowFile { content, size_bytes, line: sender };
+        let line = std::thread::spawn(move || land(&receiver, &landed, latency));
+        let file = SlowFile { content, size_bytes, landing, line: sender };
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("cdp-slow-disk".to_owned())];
         config.n_threads = Some(THREADS);
         let mounted = folder.join("slow");
         std::fs::create_dir_all(&mounted)?;
         let session = fuser::spawn_mount(file, &mounted, &config).context("mount the slow file system")?;
-        let mut disk = Self { device: None, session: Some(session), landing: Some(landing) };
+        let mut disk = Self { device: None, session: Some(session), line: Some(line) };
         disk.device = Some(LoopDevice::attach(&mounted.join(FILE_NAME))?);
         Ok(disk)
     }
@@ -70,45 +80,58 @@ impl Drop for SlowDisk {
         if let Some(session) = self.session.take() {
             let _ = session.umount_and_join();
         }
-        if let Some(landing) = self.landing.take() {
-            let _ = landing.join();
+        if let Some(line) = self.line.take() {
+            let _ = line.join();
         }
     }
 }
 
-/// Something that lands later.
+/// A change on its way.
 struct Late {
-    due: Instant,
-    offset: u64,
+    since: Instant,
     change: Change,
+    answer: Answer,
 }
 
-enum Change {
-    Write(Vec<u8>, ReplyWrite),
-    Zero(u64, ReplyEmpty),
+struct Change {
+    offset: usize,
+    len: usize,
+    /// Zeros where there are none.
+    bytes: Option<Vec<u8>>,
+    has_landed: bool,
 }
 
-/// Lets changes land in the order they came, each when it is due.
+enum Answer {
+    Written(u32, ReplyWrite),
+    Done(ReplyEmpty),
+}
+
+impl Change {
+    fn land(&mut self, content: &RwLock<Vec<u8>>) {
+        if std::mem::replace(&mut self.has_landed, true) {
+            return;
+        }
+        let mut content = content.write().expect("no holder panics");
+        let end = content.len().min(self.offset + self.len);
+        let Some(place) = content.get_mut(self.offset..end) else { return };
+        match &self.bytes {
+            Some(bytes) => place.copy_from_slice(&bytes[..place.len()]),
+            None => place.fill(0),
+        }
+    }
+}
+
+/// Lets changes land that have not, and answers them, in the order they came, each when its time is over.
 fn land(line: &Receiver<Late>, content: &RwLock<Vec<u8>>, latency: Duration) {
-    for late in line {
-        let due = late.due + latency;
+    for mut late in line {
+        let due = late.since + latency;
         while let Some(left) = due.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             park_timeout(left);
         }
-        let start = late.offset as usize;
-        let mut content = content.write().expect("no holder panics");
-        match late.change {
-            Change::Write(bytes, reply) => {
-                content[start..start + bytes.len()].copy_from_slice(&bytes);
-                drop(content);
-                reply.written(bytes.len() as u32);
-            }
-            Change::Zero(len, reply) => {
-                let end = content.len().min(start + len as usize);
-                content[start..end].fill(0);
-                drop(content);
-                reply.ok();
-            }
+        late.change.land(content);
+        match late.answer {
+            Answer::Written(len, reply) => reply.written(len),
+            Answer::Done(reply) => reply.ok(),
         }
     }
 }
@@ -116,6 +139,7 @@ fn land(line: &Receiver<Late>, content: &RwLock<Vec<u8>>, latency: Duration) {
 struct SlowFile {
     content: Arc<RwLock<Vec<u8>>>,
     size_bytes: u64,
+    landing: Landing,
     line: Sender<Late>,
 }
 
@@ -145,9 +169,12 @@ impl SlowFile {
         })
     }
 
-    fn later(&self, offset: u64, change: Change) {
+    fn later(&self, mut change: Change, answer: Answer) {
+        if self.landing == Landing::AtOnce {
+            change.land(&self.content);
+        }
         // The line ends after the file system that feeds it.
-        let _ = self.line.send(Late { due: Instant::now(), offset, change });
+        let _ = self.line.send(Late { since: Instant::now(), change, answer });
     }
 }
 
@@ -210,7 +237,9 @@ impl Filesystem for SlowFile {
         if offset + data.len() as u64 > self.size_bytes {
             return reply.error(Errno::ENOSPC);
         }
-        self.later(offset, Change::Write(data.to_vec(), reply));
+        let (offset, len) = (offset as usize, data.len());
+        let change = Change { offset, len, bytes: Some(data.to_vec()), has_landed: false };
+        self.later(change, Answer::Written(len as u32, reply));
     }
 
     fn fallocate(
@@ -227,7 +256,8 @@ impl Filesystem for SlowFile {
         if mode.cast_unsigned() & zeroing.bits() == 0 {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        self.later(offset, Change::Zero(length, reply));
+        let change = Change { offset: offset as usize, len: length as usize, bytes: None, has_landed: false };
+        self.later(change, Answer::Done(reply));
     }
 
     fn fsync(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {

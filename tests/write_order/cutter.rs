@@ -8,7 +8,6 @@ use crate::check::{Around, Oracle, Violation};
 use crate::layout::Layout;
 use crate::raw::RawDisk;
 use crate::record::SECTOR_BYTES;
-use crate::sabotage::Sabotage;
 use anyhow::{Context, Result, ensure};
 use cdp_protocol::units::{BLOCK_BYTES, Block, GroupId, VolumeSlot};
 use cdp_seams::clock::SystemClock;
@@ -91,18 +90,18 @@ pub(crate) struct Cutter {
     clock: SystemClock,
     image: Vec<u8>,
     oracle: Oracle,
-    sabotage: Sabotage,
     pub(crate) figures: Figures,
 }
 
 impl Cutter {
-    /// Tracks `node`, which holds zeros where `layout` has chains.
-    pub(crate) fn open(node: &Path, layout: &Layout, sabotage: Sabotage) -> Result<Self> {
+    /// Tracks `node`, which holds zeros where `layout` has chains; `change` has the last word on how.
+    pub(crate) fn open(node: &Path, layout: &Layout, change: impl FnOnce(&mut EbpfOptions)) -> Result<Self> {
         let group = GroupId(array(&SystemRandom));
         let state = tempfile::tempdir()?;
         let volumes = vec![(VolumeSlot(0), node.to_owned())];
-        let options = EbpfOptions::new(group, volumes, state.path().to_owned(), Arc::new(SystemStorage));
-        let mut tracker = sabotage.open(&options).with_context(|| format!("track {}", node.display()))?;
+        let mut options = EbpfOptions::new(group, volumes, state.path().to_owned(), Arc::new(SystemStorage));
+        change(&mut options);
+        let mut tracker = EbpfTracker::open(&options).with_context(|| format!("track {}", node.display()))?;
         let size_bytes = tracker.volumes()[0].size_bytes;
         let reader = reader::open(&[tracker.devices()[0].read_target()])?;
         Ok(Self {
@@ -114,7 +113,6 @@ impl Cutter {
             clock: SystemClock::new(),
             image: vec![0; size_bytes as usize],
             oracle: Oracle::new(layout.chains(), size_bytes / SECTOR_BYTES as u64),
-            sabotage,
             figures: Figures::default(),
         })
     }
@@ -122,8 +120,7 @@ impl Cutter {
     /// One cut, validated within `bound` or not.
     pub(crate) fn cut(&mut self, board: &Board, bound: Duration) -> Result<Outcome> {
         let limits = CutLimits { bound, blocks_max: u64::MAX };
-        let mut watched =
-            Watched { tracker: &mut self.tracker, board, around: Around::default(), sabotage: self.sabotage };
+        let mut watched = Watched { tracker: &mut self.tracker, board, around: Around::default() };
         let outcome = cut(&mut watched, &mut *self.reader, &self.clock, &mut self.carry, &limits)?;
         let around = watched.around;
         self.figures.tried += 1;
@@ -212,7 +209,6 @@ struct Watched<'a> {
     tracker: &'a mut EbpfTracker,
     board: &'a Board,
     around: Around,
-    sabotage: Sabotage,
 }
 
 impl Tracker for Watched<'_> {
@@ -232,7 +228,7 @@ impl Tracker for Watched<'_> {
     }
 
     fn is_conflicted(&self, volume: usize, block: Block) -> bool {
-        self.sabotage.validates() && self.tracker.is_conflicted(volume, block)
+        self.tracker.is_conflicted(volume, block)
     }
 
     fn settle(&mut self) -> Result<bool, TrackerError> {

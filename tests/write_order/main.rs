@@ -4,23 +4,24 @@
 //! cut run beside them as fast as they can. `CDP_CUTS` is the number of cuts over all devices. Needs root, kernel BTF and loop
 //! devices; says so and passes over where they are missing.
 
+#[cfg(feature = "sabotage")]
+mod bites;
 mod board;
 mod check;
 mod cutter;
 mod layout;
 mod raw;
 mod record;
-mod sabotage;
 mod slow;
 mod writers;
 
 use anyhow::{Context, Result, bail, ensure};
 use board::{Board, StopAtEnd};
+use cdp_source::tracker::ebpf::EbpfOptions;
 use cdp_tests::loop_device::LoopDevice;
 use check::Violation;
 use cutter::{BOUND, Cutter, Figures, Outcome};
 use layout::{Layout, VOLUME_BYTES};
-use sabotage::Sabotage;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -52,9 +53,9 @@ struct Run {
 
 /// Cuts `node` until `cuts` were captured or one of them is none the device ever held, and rests between two cuts; then lets it
 /// come to rest and compares.
-fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, sabotage: Sabotage) -> Result<Run> {
+fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, change: impl FnOnce(&mut EbpfOptions)) -> Result<Run> {
     let board = Board::default();
-    let mut cutter = Cutter::open(node, layout, sabotage)?;
+    let mut cutter = Cutter::open(node, layout, change)?;
     ensure!(cutter.cut(&board, BOUND)? == Outcome::Checked, "the first point is all of the volume");
     cutter.figures = Figures::default();
     let violation = std::thread::scope(|scope| -> Result<Option<Violation>> {
@@ -86,11 +87,13 @@ fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, sabotage: Sabota
     Ok(Run { figures, violation })
 }
 
+/// The tracker as the product has it.
+fn as_it_is(_: &mut EbpfOptions) {}
+
 /// Cuts a device as often as is asked for, without a violation.
 fn prove(name: &str, node: &Path, sector_bytes: u64) -> Result<()> {
     let cuts = cuts_each()?;
-    let run =
-        run(node, &Layout::new(sector_bytes), cuts, Duration::ZERO, Sabotage::None).with_context(|| name.to_owned())?;
+    let run = run(node, &Layout::new(sector_bytes), cuts, Duration::ZERO, as_it_is).with_context(|| name.to_owned())?;
     eprintln!("{name}: {}", run.figures);
     if let Some(violation) = run.violation {
         bail!("{name}: cut {} is none the device ever held: {violation}", run.figures.tried);
@@ -139,18 +142,4 @@ fn every_cut_of_a_partition_at_sector_63_is_one_instant() -> Result<()> {
     let device = LoopDevice::new(&folder.path().join("disk.img"), VOLUME_BYTES + (1 << 20))?;
     let partition = device.add_partition(1, 63, VOLUME_BYTES / 512 + 1)?;
     prove("partition at sector 63", &partition, 512)
-}
-
-#[test]
-fn cuts_that_do_not_validate_are_noticed() -> Result<()> {
-    if !cdp_tests::privileged("cuts_that_do_not_validate_are_noticed") {
-        return Ok(());
-    }
-    let _alone = alone();
-    let folder = in_memory()?;
-    let device = LoopDevice::new(&folder.path().join("disk.img"), VOLUME_BYTES)?;
-    let run = run(device.node(), &Layout::new(512), 300, Duration::ZERO, Sabotage::NoValidation)?;
-    let violation = run.violation.with_context(|| format!("not noticed in {}", run.figures))?;
-    eprintln!("no validation: noticed at cut {}: {violation}", run.figures.tried);
-    Ok(())
 }

@@ -6,12 +6,11 @@
 use crate::board::{Board, StopAtEnd};
 use crate::cutter::{BOUND, Cutter, Figures, Outcome};
 use crate::layout::{Layout, VOLUME_BYTES};
-use crate::sabotage::Sabotage;
-use crate::{alone, in_memory, run, writers};
+use crate::{alone, as_it_is, in_memory, run, writers};
 use anyhow::{Context, Result, bail, ensure};
 use cdp_tests::loop_device::{LoopDevice, Mount};
 use cdp_tests::process::{tool, wait_for};
-use cdp_tests::slow_disk::SlowDisk;
+use cdp_tests::slow_disk::{Landing, SlowDisk};
 use std::path::Path;
 use std::thread::park_timeout;
 use std::time::{Duration, Instant};
@@ -31,8 +30,8 @@ fn cuts_of_a_slow_disk_validate_under_scattered_writes() -> Result<()> {
     }
     let _alone = alone();
     let folder = in_memory()?;
-    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY)?;
-    let run = run(disk.node(), &Layout::scattered(), 200, REST, Sabotage::None)?;
+    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY, Landing::WithAnswer)?;
+    let run = run(disk.node(), &Layout::scattered(), 200, REST, as_it_is)?;
     eprintln!("slow disk, 8 writes in flight: {}", run.figures);
     ensure!(run.violation.is_none(), "cut {}: {:?}", run.figures.tried, run.violation);
     let (tried, validated) = (run.figures.tried - run.figures.unchanged, run.figures.validated);
@@ -46,11 +45,13 @@ fn every_cut_of_a_slow_disk_is_one_instant() -> Result<()> {
         return Ok(());
     }
     let _alone = alone();
-    let folder = in_memory()?;
-    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY)?;
-    let run = run(disk.node(), &Layout::new(512), 200, REST, Sabotage::None)?;
-    eprintln!("slow disk, all writers: {}", run.figures);
-    ensure!(run.violation.is_none(), "cut {}: {:?}", run.figures.tried, run.violation);
+    for landing in [Landing::WithAnswer, Landing::AtOnce] {
+        let folder = in_memory()?;
+        let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY, landing)?;
+        let run = run(disk.node(), &Layout::new(512), 200, REST, as_it_is)?;
+        eprintln!("slow disk, all writers, landing {landing:?}: {}", run.figures);
+        ensure!(run.violation.is_none(), "cut {}: {:?}", run.figures.tried, run.violation);
+    }
     Ok(())
 }
 
@@ -61,7 +62,7 @@ fn cuts_of_a_slow_disk_end_while_one_block_is_rewritten_flat_out() -> Result<()>
     }
     let _alone = alone();
     let folder = in_memory()?;
-    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY)?;
+    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY, Landing::WithAnswer)?;
     one_block_flat_out("slow disk", disk.node())
 }
 
@@ -79,7 +80,7 @@ fn cuts_of_a_fast_disk_end_while_one_block_is_rewritten_flat_out() -> Result<()>
 /// A block that is never at rest makes no cut take longer than it may, and is in the first point after it came to rest.
 fn one_block_flat_out(name: &str, node: &Path) -> Result<()> {
     let (board, layout) = (Board::default(), Layout::one_block());
-    let mut cutter = Cutter::open(node, &layout, Sabotage::None)?;
+    let mut cutter = Cutter::open(node, &layout, as_it_is)?;
     ensure!(cutter.cut(&board, BOUND)? == Outcome::Checked, "the first point is all of the volume");
     cutter.figures = Figures::default();
     let mut slowest = Duration::ZERO;
@@ -111,12 +112,12 @@ fn an_idle_ext4_is_captured_in_one_round_and_stays_idle() -> Result<()> {
     }
     let _alone = alone();
     let folder = in_memory()?;
-    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY)?;
+    let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY, Landing::WithAnswer)?;
     let node = disk.node().to_str().context("a path of text")?;
     tool("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", node])?;
     let mount = Mount::new(disk.node(), &folder.path().join("live"), "noatime")?;
     let board = Board::default();
-    let mut cutter = Cutter::open(disk.node(), &Layout::nobody(), Sabotage::None)?;
+    let mut cutter = Cutter::open(disk.node(), &Layout::nobody(), as_it_is)?;
     wait_for("the mount to come to rest", Duration::from_secs(60), || {
         tool("sync", &["--file-system", &mount.folder().display().to_string()])?;
         Ok((cutter.cut(&board, BOUND)? == Outcome::Unchanged).then_some(()))
