@@ -45,6 +45,18 @@ pub fn wait_for<T>(what: &str, deadline: Duration, mut ready: impl FnMut() -> Re
     }
 }
 
+/// The unit of times in `/proc`: fixed for programs on every architecture we build for, whatever the kernel's own is.
+const TICKS_A_SECOND: u64 = 100;
+
+/// Time of processors that all threads of a process have used (`proc_pid_stat(5)`: fields 14 and 15).
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is a name in brackets, which may hold anything.
+    let (_, fields) = stat.rsplit_once(") ").context("a name in brackets")?;
+    let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>()?;
+    Ok(Duration::from_millis(ticks * 1000 / TICKS_A_SECOND))
+}
+
 /// A child that runs until it is told to end, and whose stderr is kept. Killed when dropped.
 pub struct Daemon {
     child: Child,
@@ -89,6 +101,11 @@ impl Daemon {
     #[must_use]
     pub fn log(&self) -> String {
         self.log.lock().expect("no holder panics").join("\n")
+    }
+
+    /// Time of processors that the child has used, in itself and in the kernel on its behalf.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        cpu_time(self.child.id())
     }
 
     /// Whether the child still runs.
