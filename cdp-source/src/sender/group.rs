@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::mpsc as std_mpsc;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage};
 use cdp_protocol::session::source::{Next, Outgoing, SourceEvent, SourceSession};
 use cdp_protocol::units::{Epoch, GroupId, Head, Timestamp};
-use cdp_seams::line::{BoxFuture, SendStream};
+use cdp_seams::line::{BoxFuture, FrameStream};
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -132,8 +132,8 @@ struct Inputs {
 /// The group's stream of frames on the current line.
 enum Stream {
     None,
-    Opening(BoxFuture<'static, io::Result<SendStream>>),
-    Open(SendStream),
+    Opening(BoxFuture<'static, io::Result<FrameStream>>),
+    Open(FrameStream),
 }
 
 struct GroupTask {
@@ -153,7 +153,7 @@ enum Action {
     Said(Option<Word>),
     Message(u64, TargetMessage),
     Line(Option<Up>),
-    Opened(io::Result<SendStream>),
+    Opened(io::Result<FrameStream>),
     Wrote(io::Result<usize>),
     Retry,
     Events,
@@ -190,7 +190,7 @@ impl GroupTask {
             word = inputs.said.recv() => Action::Said(word),
             outgoing = inputs.submitted.recv(), if room => Action::Submitted(outgoing),
             () = async { self.retry.as_mut().expect("asked for").await }, if self.retry.is_some() => Action::Retry,
-            progressed = progress(&mut self.stream, &self.frame) => progressed,
+            progressed = progress(&mut self.stream, &mut self.frame) => progressed,
             () = sleep(EVENTS_RETRY), if !told => Action::Events,
         }
     }
@@ -208,10 +208,7 @@ impl GroupTask {
                 self.open_group().await;
             }
             Action::Opened(Ok(stream)) => self.stream = Stream::Open(stream),
-            Action::Wrote(Ok(written)) if written > 0 => {
-                self.link.sent(written);
-                self.frame.advance(written);
-            }
+            Action::Wrote(Ok(written)) if written > 0 => self.link.sent(written),
             Action::Opened(Err(_)) | Action::Wrote(_) => self.broken("a stream of frames failed"),
             Action::Retry => {
                 self.retry = None;
@@ -305,15 +302,15 @@ impl GroupTask {
 }
 
 /// Opens the stream, or writes some of the frame to it; without either waits for ever.
-async fn progress(stream: &mut Stream, frame: &Bytes) -> Action {
+async fn progress(stream: &mut Stream, frame: &mut Bytes) -> Action {
     match stream {
         Stream::Opening(opening) => Action::Opened(opening.await),
-        Stream::Open(stream) if !frame.is_empty() => Action::Wrote(stream.write(frame).await),
+        Stream::Open(stream) if !frame.is_empty() => Action::Wrote(stream.hand_over(frame).await),
         Stream::None | Stream::Open(_) => std::future::pending().await,
     }
 }
 
-async fn open_stream(up: Up, group: GroupId) -> io::Result<SendStream> {
+async fn open_stream(up: Up, group: GroupId) -> io::Result<FrameStream> {
     let mut stream = up.line.open_frames().await?;
     stream.write_all(&group.0).await?;
     Ok(stream)

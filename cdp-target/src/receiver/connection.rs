@@ -13,7 +13,8 @@ use cdp_protocol::message::{self, SourceMessage, TargetMessage};
 use cdp_protocol::session::target::{GROUPS_MAX, TargetAction, TargetRefusal, TargetSession};
 use cdp_protocol::units::{GroupId, Timestamp};
 use cdp_seams::line::{Control, Line, ReceiveStream, SendStream, read_packet, write_packet};
-use tokio::io::{AsyncReadExt, BufReader};
+use bytes::BufMut;
+use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -32,8 +33,6 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
 const OUTBOX_MESSAGES: usize = 1024;
 /// Streams of frames at once: one a group, and old ones that have not ended yet.
 const STREAMS_MAX: usize = 2 * GROUPS_MAX;
-/// Read from a stream at once.
-const READ_BYTES: usize = 64 * 1024;
 
 /// Clocks further apart than this are worth a warning.
 const CLOCKS_APART_MS: u64 = 5 * 60 * 1000;
@@ -247,8 +246,7 @@ impl Connection {
     }
 
     /// Brings the frames of one stream to their group until the stream ends.
-    async fn read_frames(self: Arc<Self>, stream: ReceiveStream) -> Result<(), ConnectionError> {
-        let mut stream = BufReader::with_capacity(READ_BYTES, stream);
+    async fn read_frames(self: Arc<Self>, mut stream: ReceiveStream) -> Result<(), ConnectionError> {
         let mut group = GroupId::default();
         if ended(stream.read_exact(&mut group.0).await)? {
             return Ok(());
@@ -263,10 +261,8 @@ impl Connection {
                     Err(FrameError::Short { needed }) => needed,
                     Err(error) => return Err(ConnectionError::Frame { group, error }),
                 };
-                let known = header.len();
-                header.resize(needed, 0);
                 // A stream that ends within a frame leaves an attempt unfinished, as a broken line does.
-                if ended(stream.read_exact(&mut header[known..]).await)? {
+                if !fill(&mut stream, &mut header, needed).await? {
                     return Ok(());
                 }
             };
@@ -274,8 +270,7 @@ impl Connection {
             let Ok(room) = held.handle.room.clone().acquire_many_owned(charge).await else { return Ok(()) };
             let mut bytes = Vec::with_capacity(frame_len);
             bytes.extend_from_slice(&header);
-            bytes.resize(frame_len, 0);
-            if ended(stream.read_exact(&mut bytes[header.len()..]).await)? {
+            if !fill(&mut stream, &mut bytes, frame_len).await? {
                 return Ok(());
             }
             let command = Command::Frame { session: held.session, bytes, room };
@@ -301,6 +296,18 @@ impl Connection {
     fn open(&self) -> std::sync::MutexGuard<'_, HashMap<GroupId, Held>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Reads until `bytes` has `len` bytes, each copied once, from the transport's packets; `false` where the stream ends before.
+async fn fill(stream: &mut ReceiveStream, bytes: &mut Vec<u8>, len: usize) -> io::Result<bool> {
+    bytes.reserve_exact(len.saturating_sub(bytes.len()));
+    while bytes.len() < len {
+        let left = len - bytes.len();
+        if stream.read_buf(&mut (&mut *bytes).limit(left)).await? == 0 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether a stream came to its end where bytes were to be read.

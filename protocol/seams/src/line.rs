@@ -9,6 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// A future behind a pointer, so that the traits here can stand behind one as well.
@@ -17,6 +18,19 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub type SendStream = Box<dyn AsyncWrite + Send + Unpin>;
 /// Where bytes come from.
 pub type ReceiveStream = Box<dyn AsyncRead + Send + Unpin>;
+
+/// A stream of frames, at the source's end.
+pub trait FrameSend: AsyncWrite + Send + Unpin {
+    /// Hands over bytes from the front of `bytes`, without a copy where the transport can share them. Waits until there is
+    /// room for some, takes them off `bytes` and gives their number. Dropped before that, it has taken nothing.
+    ///
+    /// # Errors
+    /// Where the stream fails.
+    fn hand_over<'a>(&'a mut self, bytes: &'a mut Bytes) -> BoxFuture<'a, io::Result<usize>>;
+}
+
+/// Where frames go to.
+pub type FrameStream = Box<dyn FrameSend>;
 
 /// The stream of control messages.
 pub struct Control {
@@ -44,7 +58,7 @@ pub trait Line: Send + Sync {
     ///
     /// # Errors
     /// Where the line is closed or broken.
-    fn open_frames(&self) -> BoxFuture<'_, io::Result<SendStream>>;
+    fn open_frames(&self) -> BoxFuture<'_, io::Result<FrameStream>>;
 
     /// Waits for the next stream of frames: the target. May be dropped and called again.
     ///

@@ -8,8 +8,9 @@
 //! begins, the listener's bound on handshakes × about 64 KiB after; an admitted office `RECEIVE_WINDOW_BYTES` and
 //! `SEND_WINDOW_BYTES` at most.
 
-use crate::line::{BoxFuture, Control, Line, ReceiveStream, SendStream};
+use crate::line::{BoxFuture, Control, FrameSend, FrameStream, Line, ReceiveStream};
 use aws_lc_rs::hmac;
+use bytes::Bytes;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
@@ -246,8 +247,8 @@ impl Line for QuicLine {
         Box::pin(async { Ok(boxed(self.connection.accept_bi().await?)) })
     }
 
-    fn open_frames(&self) -> BoxFuture<'_, io::Result<SendStream>> {
-        Box::pin(async { Ok(Box::new(self.connection.open_uni().await?) as SendStream) })
+    fn open_frames(&self) -> BoxFuture<'_, io::Result<FrameStream>> {
+        Box::pin(async { Ok(Box::new(self.connection.open_uni().await?) as FrameStream) })
     }
 
     fn accept_frames(&self) -> BoxFuture<'_, io::Result<ReceiveStream>> {
@@ -266,6 +267,12 @@ impl Line for QuicLine {
 
     fn round_trip(&self) -> Option<Duration> {
         Some(self.connection.rtt())
+    }
+}
+
+impl FrameSend for quinn::SendStream {
+    fn hand_over<'a>(&'a mut self, bytes: &'a mut Bytes) -> BoxFuture<'a, io::Result<usize>> {
+        Box::pin(async { Ok(self.write_chunks(std::slice::from_mut(bytes)).await?.bytes) })
     }
 }
 

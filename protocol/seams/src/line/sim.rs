@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, ReadHalf, SimplexStream, WriteHalf, simplex};
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, SimplexStream, WriteHalf, simplex};
 use tokio::sync::{Mutex, mpsc, watch};
 
-use super::{BoxFuture, Control, Line, ReceiveStream, SendStream};
+use super::{BoxFuture, Control, FrameSend, FrameStream, Line, ReceiveStream};
 
 /// Bytes a stream holds between its two ends: about what a small flow-control window does.
 const STREAM_BYTES: usize = 64 * 1024;
@@ -93,7 +94,7 @@ impl SimLine {
         }
     }
 
-    fn pipe(&self) -> (ReceiveStream, SendStream) {
+    fn pipe(&self) -> (ReceiveStream, Box<SimSend>) {
         let (read, write) = simplex(STREAM_BYTES);
         let receive = SimReceive { wire: self.wire.clone(), read, broken: self.wire.wait() };
         let send = SimSend { wire: self.wire.clone(), write, broken: self.wire.wait() };
@@ -131,11 +132,11 @@ impl Line for SimLine {
         Box::pin(self.take(&self.controls))
     }
 
-    fn open_frames(&self) -> BoxFuture<'_, io::Result<SendStream>> {
+    fn open_frames(&self) -> BoxFuture<'_, io::Result<FrameStream>> {
         Box::pin(async {
             let (receive, send) = self.pipe();
             self.hand_over(&self.frames, receive).await?;
-            Ok(send)
+            Ok(send as FrameStream)
         })
     }
 
@@ -206,6 +207,16 @@ impl AsyncWrite for SimSend {
     }
 }
 
+impl FrameSend for SimSend {
+    fn hand_over<'a>(&'a mut self, bytes: &'a mut Bytes) -> BoxFuture<'a, io::Result<usize>> {
+        Box::pin(async {
+            let taken = self.write(bytes).await?;
+            bytes.advance(taken);
+            Ok(taken)
+        })
+    }
+}
+
 impl Drop for SimSend {
     fn drop(&mut self) {
         // The half of a pipe does not end it when it is dropped; ending it never waits.
@@ -243,7 +254,7 @@ impl AsyncRead for SimReceive {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::AsyncReadExt;
 
     #[tokio::test]
     async fn a_line_carries_exactly_as_many_bytes_as_it_may() {
