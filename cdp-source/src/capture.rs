@@ -31,7 +31,8 @@ pub struct CapturedVolume {
     zeros: RoaringBitmap,
     /// What the others hold.
     holdings: BTreeMap<u32, Holding>,
-    chunks: Vec<Box<[u8]>>,
+    /// Each as long as its slots given out so far: memory that is about to be filled is not zeroed first.
+    chunks: Vec<Vec<u8>>,
     /// Slots given out so far.
     slots: u32,
     /// Slots whose block has become zeros or unreadable.
@@ -128,12 +129,17 @@ impl CapturedVolume {
             self.put_zero(block);
             return;
         }
-        let slot = match self.holdings.get(&block.0) {
-            Some(Holding::Slot(slot)) => *slot,
-            _ => self.take_slot(),
+        let reused = match self.holdings.get(&block.0) {
+            Some(Holding::Slot(slot)) => Some(*slot),
+            _ => self.free.pop(),
         };
-        let (chunk, within) = place(slot);
-        self.chunks[chunk][within..within + BLOCK_BYTES].copy_from_slice(bytes);
+        let slot = if let Some(slot) = reused {
+            let (chunk, within) = place(slot);
+            self.chunks[chunk][within..within + BLOCK_BYTES].copy_from_slice(bytes);
+            slot
+        } else {
+            self.append(bytes)
+        };
         self.hold(block, Holding::Slot(slot));
     }
 
@@ -161,15 +167,17 @@ impl CapturedVolume {
         }
     }
 
-    fn take_slot(&mut self) -> u32 {
-        self.free.pop().unwrap_or_else(|| {
-            let slot = self.slots;
-            self.slots += 1;
-            if place(slot).0 == self.chunks.len() {
-                self.chunks.push(vec![0; CHUNK_BLOCKS * BLOCK_BYTES].into_boxed_slice());
-            }
-            slot
-        })
+    /// Puts a block's bytes into a new slot.
+    fn append(&mut self, bytes: &[u8]) -> u32 {
+        assert_eq!(bytes.len(), BLOCK_BYTES, "slots are of one block");
+        let slot = self.slots;
+        self.slots += 1;
+        let (chunk, _) = place(slot);
+        if chunk == self.chunks.len() {
+            self.chunks.push(Vec::with_capacity(CHUNK_BLOCKS * BLOCK_BYTES));
+        }
+        self.chunks[chunk].extend_from_slice(bytes);
+        slot
     }
 
     fn content(&self, holding: Holding) -> BlockContent<'_> {

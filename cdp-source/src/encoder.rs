@@ -1,14 +1,15 @@
 //! From a capture to the frames of an attempt: holes merged, content packed, compressed and sealed on a bounded pool.
 //!
-//! Owns the pool's threads and the order: frames come out by sequence, whatever thread made them. Content is copied twice,
-//! out of the capture into a packing and from there into its frame. Memory beyond capture and frames: two packings of 128 KiB
+//! Owns the pool's threads and the order: frames come out by sequence, whatever thread made them. Content is copied once,
+//! out of the capture to where its frame is made. Memory beyond capture and frames: two packings of 128 KiB
 //! waiting and one in work for each thread. Does not end the attempt: what follows the last extents is decided when it is sent.
 
 use crate::capture::{BlockContent, Capture, CapturedVolume};
 use bytes::Bytes;
-use cdp_protocol::codec::{FrameListHasher, Packer, Sealer};
+use cdp_protocol::codec::{Draft, FrameListHasher, Sealer};
 use cdp_protocol::frame::{self, Encoding};
 use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, CONTENT_BYTES_MAX, EXTENTS_MAX, HOLE_BLOCKS_MAX};
+use cdp_protocol::packer::Packer;
 use cdp_protocol::record::{Begin, FrameList, Meters};
 use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, FrameHash, Sequence, VolumeSlot};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -49,7 +50,7 @@ struct Job {
 }
 
 enum Work {
-    Content(Vec<u8>),
+    Content(Draft),
     Bare(Encoding),
 }
 
@@ -119,10 +120,10 @@ fn serve(queue: &Mutex<Receiver<Job>>) {
         // Nothing is done under the lock but to wait, so a poisoned one is as good.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { sealer, volume, sequence, extents, work, made }) = job else { return };
-        let frame = Bytes::from(match work {
-            Work::Content(content) => sealer.content_with(&mut packer, volume, sequence, extents, &content),
-            Work::Bare(encoding) => sealer.bare(encoding, volume, sequence, extents),
-        });
+        let frame = match work {
+            Work::Content(draft) => sealer.content_of(&mut packer, volume, sequence, extents, draft),
+            Work::Bare(encoding) => sealer.bare(encoding, volume, sequence, extents).into(),
+        };
         // The receiver is gone only if the one who waits has panicked.
         let _ = made.send(Made { sequence, hash: frame::hash(&frame), frame });
     }
@@ -161,25 +162,25 @@ struct Plan<'a> {
 impl Plan<'_> {
     fn add(&mut self, volume: &CapturedVolume) {
         let (mut holes, mut unreadable) = (Vec::new(), Vec::new());
-        let (mut extents, mut content) = (Vec::new(), Vec::new());
+        let (mut extents, mut draft) = (Vec::new(), None::<Draft>);
         for (block, held) in volume.iter() {
             match held {
                 BlockContent::Zero => self.add_bare(&mut holes, block, Encoding::Hole),
                 BlockContent::Unreadable => self.add_bare(&mut unreadable, block, Encoding::Unreadable),
                 BlockContent::Bytes(bytes) => {
-                    if content.is_empty() {
-                        content.reserve_exact(CONTENT_BYTES_MAX);
-                    }
                     append(&mut extents, block, CONTENT_BLOCKS_MAX as u32);
-                    content.extend_from_slice(bytes);
-                    if content.len() == CONTENT_BYTES_MAX {
-                        self.make(std::mem::take(&mut extents), Work::Content(std::mem::take(&mut content)));
+                    let content = draft.get_or_insert_default();
+                    content.push(bytes);
+                    if content.content().len() == CONTENT_BYTES_MAX
+                        && let Some(full) = draft.take()
+                    {
+                        self.make(std::mem::take(&mut extents), Work::Content(full));
                     }
                 }
             }
         }
-        if !content.is_empty() {
-            self.make(extents, Work::Content(content));
+        if let Some(draft) = draft {
+            self.make(extents, Work::Content(draft));
         }
         for (extents, encoding) in [(holes, Encoding::Hole), (unreadable, Encoding::Unreadable)] {
             if !extents.is_empty() {

@@ -3,10 +3,12 @@
 //! One decoder for wire, spool and journal. CPU work only; runs on a bounded pool, never on a thread that serves I/O.
 
 use crate::frame::{self, Encoding, Frame, FrameError, Header, Kind};
-use crate::limits::CONTENT_BLOCKS_MAX;
+use crate::limits::{CONTENT_BLOCKS_MAX, CONTENT_BYTES_MAX};
+use crate::packer::Packer;
 use crate::record::{Begin, FrameList, MAC_BYTES};
 use crate::seal::{AttemptKey, DIGEST_BYTES, DataKey, DigestKey, SealBroken, Section, TAG_BYTES};
 use crate::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, FrameHash, Generation, GroupId, Sequence, VolumeSlot};
+use bytes::Bytes;
 
 /// Seals the frames of one attempt. Each sequence is to be used once; who holds the sealer counts them.
 pub struct Sealer {
@@ -19,28 +21,35 @@ pub struct Sealer {
     digest_key: DigestKey,
 }
 
-/// Memory for compressing one frame after the other.
-pub struct Packer {
-    table: lz4_flex::block::CompressTable,
-    packed: Vec<u8>,
-}
+/// The content of a frame to be, with room before it for the longest header: content that does not shrink is sealed, and
+/// becomes the frame, where it lies.
+pub struct Draft(Vec<u8>);
 
-impl Default for Packer {
+/// Room before a draft's content.
+const HEADROOM: usize = frame::header_len(CONTENT_BLOCKS_MAX);
+/// Room for what stands behind a full draft's content: its tag, the digests and theirs, and a checksum.
+const TAILROOM: usize = TAG_BYTES + CONTENT_BLOCKS_MAX * DIGEST_BYTES + TAG_BYTES + 4;
+/// Content so short is copied out of its draft, so that a frame does not hold much more memory than it has bytes.
+const COPIED_BYTES_MAX: usize = CONTENT_BYTES_MAX / 2;
+
+impl Default for Draft {
     fn default() -> Self {
-        Self { table: lz4_flex::block::CompressTable::large(), packed: Vec::new() }
+        let mut bytes = Vec::with_capacity(HEADROOM + CONTENT_BYTES_MAX + TAILROOM);
+        bytes.resize(HEADROOM, 0);
+        Self(bytes)
     }
 }
 
-impl Packer {
-    /// The shorter of `content` compressed and as it is.
-    fn pack<'a>(&'a mut self, content: &'a [u8]) -> (Encoding, &'a [u8]) {
-        let bound = lz4_flex::block::get_maximum_output_size(content.len());
-        if self.packed.len() < bound {
-            self.packed.resize(bound, 0);
-        }
-        let packed = lz4_flex::block::compress_into_with_table(content, &mut self.packed, &mut self.table)
-            .expect("the buffer has the bound's size");
-        if packed < content.len() { (Encoding::Lz4, &self.packed[..packed]) } else { (Encoding::Raw, content) }
+impl Draft {
+    /// Adds blocks.
+    pub fn push(&mut self, blocks: &[u8]) {
+        self.0.extend_from_slice(blocks);
+    }
+
+    /// The blocks so far.
+    #[must_use]
+    pub fn content(&self) -> &[u8] {
+        &self.0[HEADROOM..]
     }
 }
 
@@ -112,40 +121,51 @@ impl Sealer {
     /// A frame with content: `content` is the blocks of `extents` one after the other, at most 128 KiB of them.
     #[must_use]
     pub fn content(&self, volume: VolumeSlot, sequence: Sequence, extents: Vec<Extent>, content: &[u8]) -> Vec<u8> {
-        self.content_with(&mut Packer::default(), volume, sequence, extents, content)
+        let mut draft = Draft::default();
+        draft.push(content);
+        self.content_of(&mut Packer::default(), volume, sequence, extents, draft).into()
     }
 
-    /// `content`, with memory kept from frame to frame. Content that does not compress is copied once.
+    /// A frame with the content of a draft: the blocks of `extents` one after the other, at most 128 KiB of them. `packer` is
+    /// kept from frame to frame.
     #[must_use]
-    pub fn content_with(
+    pub fn content_of(
         &self,
         packer: &mut Packer,
         volume: VolumeSlot,
         sequence: Sequence,
         extents: Vec<Extent>,
-        content: &[u8],
-    ) -> Vec<u8> {
-        let blocks = content.len() / BLOCK_BYTES;
-        assert!(
-            blocks <= CONTENT_BLOCKS_MAX && content.len() == blocks * BLOCK_BYTES,
-            "whole blocks, and not too many"
-        );
-        let (encoding, stored) = packer.pack(content);
+        draft: Draft,
+    ) -> Bytes {
+        let content = draft.content();
+        let (content_len, blocks) = (content.len(), content.len() / BLOCK_BYTES);
+        assert!(blocks <= CONTENT_BLOCKS_MAX && content_len == blocks * BLOCK_BYTES, "whole blocks, and not too many");
+        let digests = self.digest_key.digests(content);
+        let packed = packer.pack(content);
+        let (encoding, stored) = packed.map_or((Encoding::Raw, content), |packed| (Encoding::Lz4, packed));
         let digests_len = blocks * DIGEST_BYTES + TAG_BYTES;
         let payload_len = stored.len() + TAG_BYTES + digests_len;
         let mut header = self.header(Kind::Extents, encoding, volume, sequence, extents, payload_len, digests_len);
-        header.content_len = content.len() as u32;
-        let mut out = frame::start(&self.group, &header);
-        let associated_data = out[..header.associated_data_len()].to_vec();
-        let from = out.len();
-        out.extend_from_slice(stored);
-        self.attempt_key.seal(sequence, Section::Content, &associated_data, &mut out, from);
-        let from = out.len();
-        for block in content.chunks_exact(BLOCK_BYTES) {
-            out.extend_from_slice(&self.digest_key.digest(block));
-        }
-        self.attempt_key.seal(sequence, Section::Digests, &associated_data, &mut out, from);
-        frame::finish(&self.group, &header, out)
+        header.content_len = content_len as u32;
+        let start = frame::start(&self.group, &header);
+        let (mut out, content_at) = if encoding == Encoding::Raw && content_len > COPIED_BYTES_MAX {
+            let mut out = draft.0;
+            out[HEADROOM - start.len()..HEADROOM].copy_from_slice(&start);
+            (out, HEADROOM)
+        } else {
+            let mut out = Vec::with_capacity(header.frame_len());
+            out.extend_from_slice(&start);
+            out.extend_from_slice(stored);
+            (out, start.len())
+        };
+        let associated_data = &start[..header.associated_data_len()];
+        self.attempt_key.seal(sequence, Section::Content, associated_data, &mut out, content_at);
+        let digests_at = out.len();
+        out.extend_from_slice(digests.as_flattened());
+        self.attempt_key.seal(sequence, Section::Digests, associated_data, &mut out, digests_at);
+        let frame_at = content_at - start.len();
+        frame::finish(&self.group, &header, &mut out, frame_at);
+        Bytes::from(out).slice(frame_at..)
     }
 
     /// A frame of extents without content: holes or unreadable blocks. Its seal is over nothing but the header.
@@ -301,7 +321,9 @@ mod tests {
         let contents = [&noise[..], &text, &text[..BLOCK_BYTES], &noise[..BLOCK_BYTES], &text[..3 * BLOCK_BYTES]];
         for (sequence, content) in (1..).zip(contents.into_iter().cycle().take(15)) {
             let extents = vec![Extent { start: Block(5), count: (content.len() / BLOCK_BYTES) as u32 }];
-            let bytes = sealer().content_with(&mut packer, VolumeSlot(1), Sequence(sequence), extents.clone(), content);
+            let mut draft = Draft::default();
+            draft.push(content);
+            let bytes = sealer().content_of(&mut packer, VolumeSlot(1), Sequence(sequence), extents.clone(), draft);
             assert_eq!(bytes, sealer().content(VolumeSlot(1), Sequence(sequence), extents, content));
             assert_eq!(open(&bytes).as_deref(), Ok(content));
         }

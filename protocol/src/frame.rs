@@ -191,7 +191,7 @@ impl Header {
     /// `payload_len`, `content_len` and `digests_len` have to be final.
     #[must_use]
     pub fn associated_data(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.frame_len());
+        let mut out = Vec::with_capacity(self.header_len());
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&[VERSION, self.kind as u8, self.encoding as u8, 0]);
         out.extend_from_slice(&self.volume.0.to_le_bytes());
@@ -216,12 +216,14 @@ impl Header {
 /// Builds a frame of `header` and `payload`, whose length has to be the header's `payload_len`.
 #[must_use]
 pub fn encode(group: &GroupId, header: &Header, payload: &[u8]) -> Vec<u8> {
-    let mut out = start(group, header);
+    let mut out = Vec::with_capacity(header.frame_len());
+    out.extend_from_slice(&start(group, header));
     out.extend_from_slice(payload);
-    finish(group, header, out)
+    finish(group, header, &mut out, 0);
+    out
 }
 
-/// The beginning of a frame, its header with checksum, with room for the rest: for payloads that are made in place.
+/// The beginning of a frame, its header with checksum: for payloads that are made in place.
 #[must_use]
 pub fn start(group: &GroupId, header: &Header) -> Vec<u8> {
     let mut out = header.associated_data();
@@ -229,14 +231,12 @@ pub fn start(group: &GroupId, header: &Header) -> Vec<u8> {
     out
 }
 
-/// Ends a frame that `start` began and to which the whole payload was added.
-#[must_use]
-pub fn finish(group: &GroupId, header: &Header, mut out: Vec<u8>) -> Vec<u8> {
-    let payload = &out[header.header_len()..];
+/// Ends the frame at `out[frame_at..]`, which is what `start` gave and the whole payload behind it.
+pub fn finish(group: &GroupId, header: &Header, out: &mut Vec<u8>, frame_at: usize) {
+    let payload = &out[frame_at + header.header_len()..];
     assert_eq!(header.payload_len as usize, payload.len(), "the header tells the payload's length");
     let sum = crc(group, payload);
     out.extend_from_slice(&sum.to_le_bytes());
-    out
 }
 
 /// Parses the header at the start of `bytes`; the payload need not be there yet.
@@ -351,7 +351,8 @@ fn check(header: &Header) -> Result<(), FrameError> {
     Ok(())
 }
 
-const fn header_len(extent_count: usize) -> usize {
+/// Bytes of a header with so many extents, and its checksum.
+pub(crate) const fn header_len(extent_count: usize) -> usize {
     FIXED_BYTES + extent_count * EXTENT_BYTES + CRC_BYTES
 }
 

@@ -2,7 +2,7 @@
 //!
 //! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
 //! * `units`, `limits`: newtypes and bounds.
-//! * `frame`, `record`, `codec`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
+//! * `frame`, `record`, `codec`, `packer`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
 //! * `message`: the control messages; `bundle`, `join`: how an office comes to its certificate.
 //! * `session`: who may say what when, and what is sent again after a broken line.
 
@@ -12,8 +12,10 @@ pub mod escrow;
 pub mod frame;
 pub mod hex;
 pub mod join;
+mod lanes;
 pub mod limits;
 pub mod message;
+pub mod packer;
 pub mod record;
 pub mod seal;
 pub mod session;

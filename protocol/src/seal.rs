@@ -5,7 +5,8 @@
 //! else needs a new attempt. Records (begin, part end, commit) are in the clear, so that a target without the key can
 //! index and prune; they carry a keyed BLAKE3 instead, for which a repeated input is harmless.
 
-use crate::units::{AttemptId, BLOCK_BYTES, Sequence};
+use crate::lanes;
+use crate::units::{AttemptId, Sequence};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
@@ -86,12 +87,11 @@ impl DataKey {
 pub struct DigestKey([u8; 32]);
 
 impl DigestKey {
-    /// The digest of one block of `BLOCK_BYTES`.
+    /// The digest of each block of `BLOCK_BYTES` in `blocks`, in their order.
     #[must_use]
-    pub fn digest(&self, block: &[u8]) -> Digest {
-        assert_eq!(block.len(), BLOCK_BYTES, "digests are of whole blocks");
-        let hash = blake3::keyed_hash(&self.0, block);
-        *hash.as_bytes().first_chunk().expect("a hash has 32 bytes")
+    pub fn digests(&self, blocks: &[u8]) -> Vec<Digest> {
+        let hashes = lanes::keyed_hashes(&self.0, blocks).into_iter();
+        hashes.map(|hash| *hash.first_chunk().expect("a hash has 32 bytes")).collect()
     }
 }
 
