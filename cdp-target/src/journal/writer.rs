@@ -20,6 +20,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 /// Bytes appended before they are written.
 const PENDING_BYTES_MAX: usize = 1 << 20;
+/// A frame so long is written from where it is, not gathered first: the copy costs more than the call.
+const GATHERED_BYTES_MAX: usize = 64 << 10;
 /// Extents in the open segment's index before it is sealed: 32 bytes each, twice that in memory.
 const EXTENTS_MAX: usize = 1 << 20;
 
@@ -259,10 +261,14 @@ impl GroupJournal {
         index.follow(frame, step.clone(), offset, received, &self.place.volumes);
         let extents = index.len();
         drop(index);
-        self.open.pending.extend_from_slice(frame.bytes);
         self.open.dirty = true;
-        if self.open.pending.len() >= PENDING_BYTES_MAX {
-            self.write_pending()?;
+        if frame.bytes.len() > GATHERED_BYTES_MAX {
+            self.write_through(frame.bytes)?;
+        } else {
+            self.open.pending.extend_from_slice(frame.bytes);
+            if self.open.pending.len() >= PENDING_BYTES_MAX {
+                self.write_pending()?;
+            }
         }
         // So that neither a segment nor its index grows without bound where an attempt has no end.
         if self.open.end() - self.open.synced >= self.limits.segment_bytes_max || extents >= EXTENTS_MAX {
@@ -357,6 +363,18 @@ impl GroupJournal {
     fn write_pending(&mut self) -> Result<(), JournalError> {
         let written = self.open.write_pending().map_err(JournalError::io("append to", &self.open.path));
         self.latch(written)
+    }
+
+    /// Writes what is pending, and `bytes` behind it.
+    fn write_through(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
+        if !self.open.pending.is_empty() {
+            self.write_pending()?;
+        }
+        // A crash here leaves any part of them, as of what was pending: a torn tail.
+        let written = self.open.file.write_at(bytes, self.open.written);
+        self.latch(written.map_err(JournalError::io("append to", &self.open.path)))?;
+        self.open.written += bytes.len() as u64;
+        Ok(())
     }
 
     fn publish(&mut self) {
