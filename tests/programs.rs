@@ -4,11 +4,14 @@
 
 use anyhow::{Context, Result, ensure};
 use cdp_tests::files::content;
-use cdp_tests::process::{program, run};
+use cdp_tests::process::{program, run, wait_for};
 use cdp_tests::site::{PATIENCE, Site};
-use std::io::{Seek, SeekFrom, Write};
+use serde_json::Value;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const IMAGE_BYTES: usize = 8 << 20;
 
@@ -79,7 +82,7 @@ fn both_ends_may_die_and_come_back() -> Result<()> {
         } else {
             site.start_source()?;
         }
-        cdp_tests::process::wait_for("the agent to be connected", PATIENCE, || {
+        wait_for("the agent to be connected", PATIENCE, || {
             let status = site.source_status().ok();
             Ok(status.filter(|status| status["state"] == "continuous"))
         })?;
@@ -113,6 +116,89 @@ fn two_installations_share_no_secret() -> Result<()> {
             }
         }
         ensure!(files >= 3, "keys and certificates in {}", authority.display());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_clean_end_of_the_agent_is_seen_at_the_target_at_once() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (mut site, _image) = site_with_image(folder.path())?;
+    let state = |site: &Site| -> Result<Value> {
+        let status: Value = serde_json::from_str(&site.target(&["status", "--json"])?)?;
+        Ok(status["offices"][0]["groups"][0]["state"].clone())
+    };
+    ensure!(state(&site)? == "connected");
+    site.stop_source()?;
+    // A connection that just falls silent is believed alive for 45 s.
+    wait_for("the office to be gone", Duration::from_secs(5), || Ok((state(&site)? == "disconnected").then_some(())))
+}
+
+#[test]
+fn a_point_that_is_not_committed_in_time_is_an_error_that_says_so() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (mut site, _image) = site_with_image(folder.path())?;
+    site.stop_target()?;
+    let began = Instant::now();
+    let output = Command::new(program("cdp-source"))
+        .args(["point", "--wait", "--timeout", "1s"])
+        .env("CDP_SOURCE_STATE", &site.state)
+        .output()?;
+    let error = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1), "{}: {error}", output.status);
+    ensure!(error.contains("no point of group main was committed at the target within 1 s"), "{error}");
+    ensure!(error.contains("hint: cdp-source status"), "{error}");
+    ensure!((Duration::from_secs(1)..PATIENCE).contains(&began.elapsed()), "after {:?}", began.elapsed());
+    ensure!(output.stdout.is_empty(), "no point is named");
+    Ok(())
+}
+
+/// Metrics that `docs/metrics.md` names with this beginning.
+fn documented(beginning: &str) -> Vec<String> {
+    const PAGE: &str = include_str!("../docs/metrics.md");
+    let names = PAGE.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    names.map(|(name, _)| name.to_owned()).filter(|name| name.starts_with(beginning)).collect()
+}
+
+/// What `GET /metrics` answers.
+fn scrape(address: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    write!(stream, "GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn free_tcp_address() -> Result<String> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
+}
+
+#[test]
+fn both_programs_serve_the_metrics_that_are_documented() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (mut site, _image) = site_with_image(folder.path())?;
+    site.stop_source()?;
+    site.stop_target()?;
+    let mut served = Vec::new();
+    for (file, beginning) in
+        [(site.state.join("source.toml"), "cdp_source_"), (site.data.join("target.toml"), "cdp_target_")]
+    {
+        let address = free_tcp_address()?;
+        let config = std::fs::read_to_string(&file)?;
+        std::fs::write(&file, format!("metrics_listen = \"{address}\"\n{config}"))?;
+        served.push((address, documented(beginning)));
+    }
+    site.start_target()?;
+    site.start_source()?;
+    for (address, names) in served {
+        ensure!(names.len() > 5, "the page names them: {names:?}");
+        let mut missing = names.clone();
+        let all_there = wait_for("all metrics", PATIENCE, || {
+            let page = scrape(&address).unwrap_or_default();
+            missing = names.iter().filter(|name| !page.contains(&format!("\n{name}"))).cloned().collect();
+            Ok((page.starts_with("HTTP/1.1 200") && missing.is_empty()).then_some(()))
+        });
+        all_there.with_context(|| format!("{address} does not serve {missing:?}"))?;
     }
     Ok(())
 }

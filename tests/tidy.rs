@@ -127,6 +127,30 @@ fn parse(version: &str) -> Vec<u64> {
     numbers.split('.').map(|number| number.parse().expect("a number")).collect()
 }
 
+/// Names and descriptions of a crate's metrics, as rows of a table.
+fn metric_rows(path: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(root().join(path)).expect("the constants");
+    let (mut rows, mut described) = (Vec::new(), String::new());
+    for line in text.lines() {
+        if let Some(description) = line.strip_prefix("/// ") {
+            described = description.to_owned();
+        } else if let Some((_, name)) = line.strip_prefix("pub const ").and_then(|line| line.split_once(": &str = ")) {
+            rows.push(format!("| `{}` | {described} |", name.trim_matches(['"', ';'])));
+        }
+    }
+    rows
+}
+
+#[test]
+fn the_page_of_metrics_has_each_metric_once_and_no_other() {
+    let page = std::fs::read_to_string(root().join("docs/metrics.md")).expect("the page");
+    let written: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
+    let constants: Vec<String> =
+        ["cdp-source/src/metrics.rs", "cdp-target/src/metrics.rs"].into_iter().flat_map(metric_rows).collect();
+    assert!(constants.len() > 20, "the constants are where they are expected");
+    assert_eq!(written, constants, "docs/metrics.md has to be, in this order:\n{}", constants.join("\n"));
+}
+
 #[test]
 fn the_top_level_is_what_was_agreed() {
     let agreed =

@@ -270,7 +270,7 @@ impl Dial {
         let endpoint = quic::client_endpoint(address, self.tls.clone()).map_err(socket)?;
         let connecting =
             endpoint.connect(address, &self.server_name).map_err(|error| socket(io::Error::other(error)))?;
-        let admission = async { QuicLine::connected(connecting.await?).await };
+        let admission = async { QuicLine::connected(connecting.await?, endpoint).await };
         match timeout(CONNECT_TIMEOUT, admission).await {
             Ok(Ok(line)) => Ok(line),
             Ok(Err(error)) => Err(failed(target.to_owned(), error)),

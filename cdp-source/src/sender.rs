@@ -42,6 +42,8 @@ const BACKOFF_MIN: Duration = Duration::from_secs(1);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// A connection that lasted so long was a good one, even where nothing was acked on it.
 const LASTED: Duration = Duration::from_secs(60);
+/// For the target to be told of a clean end.
+pub(crate) const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages waiting for the line: an opening and a few words for each of 64 groups.
 const CONTROL_MESSAGES: usize = 256;
 /// Answers waiting for a group: its 8 acks under way, the acks of its parts, and a few more.
@@ -160,6 +162,15 @@ impl Sender {
         self.shared.status.clone()
     }
 
+    /// Ends the connection, and waits a little until the target was told: else it would believe us there until it has heard
+    /// nothing for long enough. Nothing is sent any more.
+    pub async fn close(&self) {
+        self.task.abort();
+        if let Some(up) = self.shared.line.send_replace(None) {
+            let _ = timeout(FAREWELL_TIMEOUT, up.line.end("the agent stops")).await;
+        }
+    }
+
     /// Asks the target for a page of points above `after`, oldest first; the second is whether there are more.
     ///
     /// # Errors
@@ -189,6 +200,7 @@ impl Drop for Sender {
 }
 
 impl Shared {
+    /// Connects, and comes back after each end: sooner after a connection that was of use, later after each that was not.
     async fn run(self: Arc<Self>) {
         let mut backoff = BACKOFF_MIN;
         loop {
@@ -340,3 +352,6 @@ fn text(error: &dyn std::error::Error) -> String {
     }
     line
 }
+
+#[cfg(test)]
+mod tests;

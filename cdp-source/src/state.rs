@@ -393,6 +393,7 @@ mod tests {
     use cdp_protocol::escrow::EscrowKey;
     use cdp_seams::random::SystemRandom;
     use cdp_seams::storage::SystemStorage;
+    use cdp_seams::storage::sim::SimStorage;
     use std::os::unix::fs::PermissionsExt as _;
 
     fn state() -> (tempfile::TempDir, StateFolder) {
@@ -439,6 +440,39 @@ mod tests {
         assert_eq!(pid, std::process::id().to_string());
         drop(first);
         assert!(state.lock_agent().is_ok());
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_and_what_was_there_stays() {
+        let disk = SimStorage::new(3);
+        let state = StateFolder::new(Arc::new(disk.clone()), Path::new("/state"));
+        let (_, public) = EscrowKey::generate().expect("a key");
+        state.make(state.root()).expect("made");
+        let made = state.make_group("main", &SystemRandom, &public).expect("made");
+        state.replace_config("# mine\n").expect("written");
+        let kept = state.kept_memo("main");
+        let memo = Memo { generation: Some(cdp_protocol::units::Generation(5)), ..Memo::default() };
+        kept.keep(&memo);
+
+        disk.set_free_bytes(0);
+        let changed = GroupState { next_slot: made.next_slot + 1, ..made.clone() };
+        let refused = [
+            state.set_group("main", &changed).expect_err("no room"),
+            state.replace_config("# mine, and more than there is room for\n").expect_err("no room"),
+            state.make_group("other", &SystemRandom, &public).expect_err("no room"),
+        ];
+        for error in refused {
+            let full = matches!(&error, StateError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull);
+            assert!(full, "{error:?}");
+        }
+        kept.keep(&Memo::default());
+        assert_eq!(state.group("main").expect("read"), Some(made));
+        assert_eq!(state.config_text().expect("read"), "# mine\n");
+        assert_eq!(kept.load(), memo);
+
+        disk.set_free_bytes(1 << 20);
+        state.set_group("main", &changed).expect("there is room again");
+        assert_eq!(state.group("main").expect("read"), Some(changed));
     }
 
     #[test]

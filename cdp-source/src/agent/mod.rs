@@ -244,7 +244,7 @@ async fn stop((uplink, groups): (Uplink, Vec<RunningGroup>)) {
     if joined.await.is_err() {
         tracing::error!("waiting for the groups failed");
     }
-    drop(uplink);
+    uplink.close().await;
 }
 
 /// A status that a panicking thread left is still the newest there is.

@@ -64,6 +64,11 @@ impl Uplink {
         })
     }
 
+    /// Tells the target that this is the end.
+    pub(super) async fn close(self) {
+        self.0.close().await;
+    }
+
     /// All recovery points of a group, oldest first.
     pub(super) async fn points(&self, group: GroupId) -> Result<Vec<PointSummary>> {
         let mut all: Vec<PointSummary> = Vec::new();

@@ -7,6 +7,7 @@ use crate::agent;
 use crate::connect::{ConnectError, Identity, IdentityError, JoinedTarget, QuicConnector};
 use crate::doctor::Finding;
 use crate::join::{self, JoinError};
+use crate::sender::FAREWELL_TIMEOUT;
 use crate::state::StateFolder;
 use anyhow::{Context, Result};
 use cdp_protocol::bundle::BUNDLE_BYTES_MAX;
@@ -115,7 +116,7 @@ async fn reach(identity: Identity) -> Result<Reached, ConnectError> {
     let line = QuicConnector::new(identity, clock.clone())?.line().await?;
     let round_trip = line.round_trip();
     let clock_ahead_ms = agent::visit::target_clock_ahead_ms(&*line, &*clock).await.ok();
-    line.close("doctor is done");
+    let _ = tokio::time::timeout(FAREWELL_TIMEOUT, line.end("doctor is done")).await;
     Ok(Reached { round_trip, clock_ahead_ms })
 }
 

@@ -69,6 +69,13 @@ pub trait Line: Send + Sync {
     /// Closes the line at once; the other side may be told `reason` (at most a few hundred bytes of text).
     fn close(&self, reason: &str);
 
+    /// Closes the line as `close` does and waits until the other side was told, as far as this side can see to that: a few
+    /// round trips. For whoever ends right after it, and would take the word down with it.
+    fn end<'a>(&'a self, reason: &'a str) -> BoxFuture<'a, ()> {
+        self.close(reason);
+        Box::pin(std::future::ready(()))
+    }
+
     /// Waits until the line is closed by either side or broken.
     fn closed(&self) -> BoxFuture<'_, ()>;
 

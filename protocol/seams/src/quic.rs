@@ -206,6 +206,8 @@ fn no_suite(error: NoInitialCipherSuite) -> io::Error {
 /// A line over a QUIC connection that was admitted.
 pub struct QuicLine {
     connection: Connection,
+    /// The client's own: it has this connection alone.
+    endpoint: Option<Endpoint>,
     opened: Mutex<Option<Control>>,
 }
 
@@ -213,16 +215,17 @@ impl QuicLine {
     /// The server's end of a connection it has admitted.
     #[must_use]
     pub fn accepted(connection: Connection) -> Self {
-        Self { connection, opened: Mutex::new(None) }
+        Self { connection, endpoint: None, opened: Mutex::new(None) }
     }
 
-    /// The client's end: waits until the server has admitted it, which is when the control stream can be opened.
+    /// The client's end, on an endpoint of its own: waits until the server has admitted it, which is when the control stream
+    /// can be opened.
     ///
     /// # Errors
     /// Where the server does not admit us, or the connection breaks.
-    pub async fn connected(connection: Connection) -> Result<Self, ConnectionError> {
+    pub async fn connected(connection: Connection, endpoint: Endpoint) -> Result<Self, ConnectionError> {
         let control = boxed(connection.open_bi().await?);
-        Ok(Self { connection, opened: Mutex::new(Some(control)) })
+        Ok(Self { connection, endpoint: Some(endpoint), opened: Mutex::new(Some(control)) })
     }
 }
 
@@ -257,6 +260,15 @@ impl Line for QuicLine {
 
     fn close(&self, reason: &str) {
         self.connection.close(CloseCode::Done.code(), reason.as_bytes());
+    }
+
+    fn end<'a>(&'a self, reason: &'a str) -> BoxFuture<'a, ()> {
+        self.close(reason);
+        Box::pin(async {
+            if let Some(endpoint) = &self.endpoint {
+                endpoint.wait_idle().await;
+            }
+        })
     }
 
     fn closed(&self) -> BoxFuture<'_, ()> {
