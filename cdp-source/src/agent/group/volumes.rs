@@ -8,8 +8,14 @@ impl Group {
         let recovered = devices.tracker.take_recovered();
         self.ledger.carry_more(&recovered);
         if let Some(reason) = devices.tracker.report().started_over {
-            tracing::warn!(group = self.setup.facts.name, reason, "tracking was interrupted: everything is sent again");
-            self.rescan = Some(reason);
+            let group = &self.setup.facts.name;
+            // Where nothing was ever acked there was nothing to interrupt.
+            if self.memo.head().is_none() {
+                tracing::info!(group, reason, "first copy");
+            } else {
+                tracing::warn!(group, reason, "tracking was interrupted: everything is sent again");
+                self.rescan = Some(reason);
+            }
         }
         self.devices = Some(devices);
         self.primed = false;
