@@ -35,7 +35,11 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
         copies.push(first_copy(&device, &folder.join(format!("round-{round}")))?);
     }
     let ratios: Vec<f64> = copies.iter().zip(&bare).map(|(copy, bare)| copy.rate() / bare.rate()).collect();
-    println!("\n| {} MiB, incompressible, median of {} | MB/s | CPU seconds a GiB |\n|---|---|---|", BYTES >> 20, bare.len());
+    println!(
+        "\n| {} MiB, incompressible, median of {} | MB/s | CPU seconds a GiB |\n|---|---|---|",
+        BYTES >> 20,
+        bare.len()
+    );
     print_row("a bare quinn stream, nothing read or kept", &bare, |run| run.cpu);
     print_row("first copy: read, sealed, sent, checked, journaled, synced", &copies, |run| run.cpu);
     print_row("of that the office", &copies, |run| run.cpu_source);

@@ -7,13 +7,13 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::BufMut;
 use cdp_protocol::frame::{self, FrameError};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{self, SourceMessage, TargetMessage};
 use cdp_protocol::session::target::{GROUPS_MAX, TargetAction, TargetRefusal, TargetSession};
 use cdp_protocol::units::{GroupId, Timestamp};
 use cdp_seams::line::{Control, Line, ReceiveStream, SendStream, read_packet, write_packet};
-use bytes::BufMut;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
