@@ -7,7 +7,7 @@
 use cdp_protocol::bundle::StoreId;
 use cdp_protocol::hex;
 use cdp_protocol::message;
-use cdp_protocol::units::OfficeId;
+use cdp_protocol::units::{GroupId, OfficeId};
 use cdp_seams::clock::Clock;
 use cdp_seams::line::Line;
 use cdp_seams::quic::{self, CloseCode, QuicLine, TlsAlert};
@@ -17,6 +17,7 @@ use quinn::ConnectionError;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,7 +28,8 @@ use zeroize::Zeroizing;
 
 /// How long one address of the target may take to answer and admit us. The thinnest line needs about 2 s.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-const TARGET_VERSION: u32 = 1;
+/// Version 1 knew no groups.
+const TARGET_VERSION: u32 = 2;
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// Which target this office joined, as `target.json` holds it.
@@ -49,6 +51,9 @@ pub struct JoinedTarget {
     pub office: OfficeId,
     /// Our name there.
     pub office_name: String,
+    /// The groups this office had there when it joined: made by the hardware before, to be gone on with by this one.
+    #[serde(default)]
+    pub groups: BTreeMap<String, GroupId>,
 }
 
 /// Who this office is and whom it believes.
@@ -218,9 +223,9 @@ impl ConnectError {
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Refused { .. } => {
-                Some("`cdp-target status` lists the offices; `cdp-target enroll OFFICE --replace` makes a new bundle")
-            }
+            Self::Refused { .. } => Some(
+                "if this machine is to go on for the office: `cdp-target enroll OFFICE --replace`, and join with that bundle",
+            ),
             Self::WrongTarget { .. } => Some(
                 "check the address; a target that was set up anew needs this office to join again; see that the clock is right",
             ),

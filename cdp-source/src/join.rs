@@ -149,8 +149,8 @@ pub async fn join(
     let request = JoinRequest { store: bundle.store, token: bundle.token.clone(), request: request.der().to_vec() };
     let answer = timeout(ANSWER_TIMEOUT, exchange(&line, &request)).await.map_err(|_| JoinError::NoAnswer)??;
     drop(line);
-    let (office, office_name, certificate, time) = match answer {
-        JoinAnswer::Welcome { office, name, certificate, time } => (office, name, certificate, time),
+    let ((office, office_name, groups), certificate, time) = match answer {
+        JoinAnswer::Welcome { office, name, certificate, time, groups } => ((office, name, groups), certificate, time),
         JoinAnswer::Refused { reason, .. } => return Err(reason.into()),
     };
     let target = JoinedTarget {
@@ -161,6 +161,7 @@ pub async fn join(
         escrow_public: bundle.escrow_public.clone(),
         office,
         office_name,
+        groups: groups.into_iter().map(|known| (known.name, known.group)).collect(),
     };
     let stored = target.clone();
     blocking(move || store(&*storage, &folder, &bundle.authority, &certificate, &stored)).await?;

@@ -49,6 +49,9 @@ const CONTROL_MESSAGES: usize = 256;
 /// Answers waiting for a group: its 8 acks under way, the acks of its parts, and a few more.
 const GROUP_MESSAGES: usize = 256;
 
+/// Clocks further apart than this are worth a warning: no line delays a welcome so long.
+const CLOCKS_APART_MS: u64 = 60_000;
+
 /// Makes connections to the target.
 pub trait Connector: Send + Sync {
     /// One try, which comes to an end by itself.
@@ -238,9 +241,13 @@ impl Shared {
         };
         let greeted = timeout(HELLO_TIMEOUT, greeting).await.map_err(|_| ConnectError::Timeout(HELLO_TIMEOUT))?;
         match greeted? {
-            (control, TargetMessage::Welcome { software, .. }) => {
+            (control, TargetMessage::Welcome { software, time, .. }) => {
                 info!(software, "connected to the target");
-                self.status.up(Timestamp(self.clock.wall_ms()));
+                let now = Timestamp(self.clock.wall_ms());
+                if let Some(warning) = clock_warning(now, time) {
+                    warn!("{warning}");
+                }
+                self.status.up(now);
                 let (outbox, outgoing) = mpsc::channel(CONTROL_MESSAGES);
                 Ok((Up { number: self.number(), line, control: outbox }, control, outgoing))
             }
@@ -322,6 +329,15 @@ impl Shared {
     fn number(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
+}
+
+/// A warning where our clock and the target's are far apart: everything works, but the times of points mislead.
+fn clock_warning(ours: Timestamp, target: Timestamp) -> Option<String> {
+    let ahead_ms = ours.0.saturating_sub(target.0);
+    let side = if ahead_ms > 0 { "ahead of" } else { "behind" };
+    let seconds = ahead_ms.unsigned_abs() / 1000;
+    (ahead_ms.unsigned_abs() > CLOCKS_APART_MS)
+        .then(|| format!("this machine's clock is {seconds} s {side} the target's: the times of points mislead"))
 }
 
 /// Writes what the groups have to say, and asks for a sign of life when they have nothing.

@@ -232,16 +232,24 @@ impl StateFolder {
         storage::replace(&*self.storage, &path, text.as_bytes()).map_err(failed("write", &path))
     }
 
-    /// Makes a group: its id, its data key, and the envelope for the target with the escrow key `escrow_public`.
+    /// Makes a group: its data key, the envelope for the target with the escrow key `escrow_public`, and its id, unless the
+    /// target knows the group already from the hardware before.
     ///
     /// A crash after the key and before the state leaves a key that nothing names; the next call replaces it.
     ///
     /// # Errors
     /// Where a file cannot be written, or the escrow key is none.
-    pub fn make_group(&self, name: &str, random: &dyn Random, escrow_public: &[u8]) -> Result<GroupState, StateError> {
+    pub fn make_group(
+        &self,
+        name: &str,
+        random: &dyn Random,
+        escrow_public: &[u8],
+        known: Option<GroupId>,
+    ) -> Result<GroupState, StateError> {
         self.make(&self.root.join("groups").join(name))?;
         let data_key = DataKey::new(random::array::<KEY_BYTES>(random));
-        let (group, key) = (GroupId(random::array(random)), KeyId(random::array(random)));
+        let group = known.unwrap_or_else(|| GroupId(random::array(random)));
+        let key = KeyId(random::array(random));
         let envelope = escrow::seal(&group, key, &data_key, escrow_public)?;
         let path = self.key_file(name);
         storage::replace(&*self.storage, &path, data_key.expose()).map_err(failed("write", &path))?;
@@ -408,7 +416,7 @@ mod tests {
         let (first, first_public) = EscrowKey::generate().expect("a key");
         let (second, second_public) = EscrowKey::generate().expect("a key");
         assert_eq!(state.group("main").expect("read"), None);
-        let mut made = state.make_group("main", &SystemRandom, &first_public).expect("made");
+        let mut made = state.make_group("main", &SystemRandom, &first_public, None).expect("made");
         made.next_slot = 3;
         made.set_protected_size_bytes(VolumeSlot(2), 4096);
         state.set_group("main", &made).expect("kept");
@@ -426,7 +434,7 @@ mod tests {
     fn a_key_that_others_may_read_is_refused() {
         let (_folder, state) = state();
         let (_, public) = EscrowKey::generate().expect("a key");
-        state.make_group("main", &SystemRandom, &public).expect("made");
+        state.make_group("main", &SystemRandom, &public, None).expect("made");
         let path = state.key_file("main");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).expect("mode set");
         assert!(matches!(state.data_key("main"), Err(StateError::Exposed { .. })));

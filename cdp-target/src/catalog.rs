@@ -1,15 +1,15 @@
 //! The store's offices and groups by the names people use.
 //!
-//! Reads beside a running server and changes nothing; the one exception, `write_label`, says that it needs the lock.
+//! Reads beside a running server and changes nothing; the exceptions, `write_label` and `write_resolution`, say that they need the lock.
 //! Folders carry ids; names come from the register of offices and from each group's own manifest.
 
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
-use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point};
+use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_head};
 use crate::points::{PointInfo, PointTimes, point_time};
+use crate::restore::keyring::Keyring;
 use crate::store::{GroupPlace, Store, StoreError};
-use cdp_protocol::escrow::EscrowError;
-use cdp_protocol::seal::DataKey;
+use cdp_protocol::escrow::{Envelope, EscrowError};
 use cdp_protocol::units::{Epoch, Timestamp};
 use std::sync::Arc;
 
@@ -135,16 +135,19 @@ impl Catalog {
         })
     }
 
-    /// The group's data key, out of escrow.
+    /// The group's data keys, out of escrow.
     ///
     /// # Errors
-    /// Where the envelope does not open.
-    pub fn key(&self, group: &Group) -> Result<DataKey, CatalogError> {
+    /// Where an envelope does not open.
+    pub fn keys(&self, group: &Group) -> Result<Keyring, CatalogError> {
         let escrow = self.authority.escrow();
-        let envelope = &group.view.identity().envelope;
-        escrow
-            .open(&group.place.group, envelope)
-            .map_err(|source| CatalogError::Key { group: group.name().to_owned(), source })
+        let open = |envelope: &Envelope| {
+            let opened = escrow.open(&group.place.group, envelope);
+            opened.map_err(|source| CatalogError::Key { group: group.name().to_owned(), source })
+        };
+        let manifest = group.view.manifest();
+        let older = manifest.older_envelopes.iter().rev().map(open).collect::<Result<Vec<_>, _>>()?;
+        Ok(Keyring::new(open(&manifest.identity.envelope)?, older))
     }
 }
 
@@ -263,4 +266,16 @@ pub fn write_label(store: &Store, place: GroupPlace, epoch: Epoch, label: &str) 
     let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
     let (mut journal, _) = GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?;
     journal.label(epoch, Some(label))
+}
+
+/// Ends a fork; gives the head that goes on, as people read it. The caller holds the store's lock.
+///
+/// # Errors
+/// Where the group cannot be opened or written, is not forked, or no history ends at `continue_from`.
+pub fn write_resolution(store: &Store, place: GroupPlace, continue_from: &str) -> Result<String, JournalError> {
+    let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
+    let (mut journal, _) = GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?;
+    let head = short_head(journal.resolve(continue_from)?);
+    tracing::warn!(group = %place.group, head, "fork resolved by an operator");
+    Ok(head)
 }

@@ -37,6 +37,15 @@ pub enum Request {
         /// The label.
         label: String,
     },
+    /// Ends a fork.
+    Resolve {
+        /// The office's name.
+        office: String,
+        /// The group's name.
+        group: String,
+        /// Where the history ends that goes on.
+        continue_from: String,
+    },
     /// Makes a bundle for an office.
     Enroll {
         /// The office's name.

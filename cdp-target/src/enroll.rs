@@ -1,7 +1,8 @@
 //! Who is enrolled: the registry of offices, invitations (one-time bundles), and how one is redeemed.
 //!
 //! Invariants: a token is redeemed by one key only, and not after its time; of an office only certificates that stand unrevoked
-//! in the registry admit anyone; `--replace` revokes before it invites. What is written here is durable before anybody
+//! in the registry admit anyone; who redeems one takes the place of the hardware
+//! before, whose certificate is revoked with it; until then that goes on. What is written here is durable before anybody
 //! hears of it. Tokens are kept as hashes. Keys and files are `authority.rs`.
 
 use crate::authority::{Authority, AuthorityError, Fingerprint, parse_request, sha256};
@@ -85,7 +86,7 @@ pub struct Invite<'a> {
     pub targets: &'a [String],
     /// How long the bundle may be used.
     pub valid_for: Duration,
-    /// Whether an enrolled office is to be enrolled again, on new hardware; its certificates are revoked at once.
+    /// Whether an enrolled office is to be enrolled again, on new hardware; its certificates are revoked when that joins.
     pub replace: bool,
 }
 
@@ -115,7 +116,7 @@ impl EnrollError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::AlreadyEnrolled(_) => Some(
-                "--replace enrolls new hardware for it: the old certificate is revoked, groups and history are kept",
+                "--replace enrolls new hardware for it: groups and history are kept, the old certificate is revoked when the new one joins",
             ),
             Self::UnknownOffice(_) => Some("without --replace a new office is enrolled; `status` lists the known ones"),
             Self::NoTarget => Some("name the target with `init --name HOST`, or set an address in target.toml"),
@@ -142,7 +143,7 @@ pub enum NotAdmitted {
     #[error("the certificate is of no office this target knows")]
     Unknown,
     /// It was revoked.
-    #[error("the certificate was revoked")]
+    #[error("the certificate was revoked: this office was enrolled anew on other hardware")]
     Revoked,
 }
 
@@ -248,7 +249,6 @@ impl Authority {
             }
         };
         let office = &mut registry.offices[at];
-        office.revoke(now);
         let token = Token::new(random::array(&*self.random));
         let valid_ms = i64::try_from(invite.valid_for.as_millis()).unwrap_or(i64::MAX);
         let expires = Timestamp(now.0.saturating_add(valid_ms));

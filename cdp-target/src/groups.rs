@@ -3,13 +3,16 @@
 //! Owns which folder a group is in, and that a name is one group's within its office. The receiver keeps one thread a
 //! group, which alone calls the writer made here; the views of what is durable are shared with whoever reports.
 
-use crate::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point};
+use crate::journal::{Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point};
 use crate::receiver::{GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
+use cdp_protocol::join::{KNOWN_GROUPS_MAX, KnownGroup};
 use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
+use cdp_protocol::session::lineage::{Line, Lineage};
+use cdp_protocol::session::target::Ruling;
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, OfficeId, Timestamp};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,6 +65,22 @@ impl StoreGroups {
         let offices = self.offices.lock().unwrap_or_else(PoisonError::into_inner);
         let office = offices.get(office).copied().ok_or_else(|| UnknownOffice(office.to_owned()));
         office.map(|office| GroupPlace { office, group }).map_err(|error| StoreError::Failed(error.into()))
+    }
+
+    /// The groups of an office, by name: what its new hardware has to go on with. One that cannot be read is left out.
+    #[must_use]
+    pub fn known(&self, office: OfficeId) -> Vec<KnownGroup> {
+        let places = self.store.groups(office).unwrap_or_else(|error| {
+            tracing::error!(%office, %error, "the groups of an office cannot be listed");
+            Vec::new()
+        });
+        let known = places.into_iter().filter_map(|place| {
+            let read = Manifest::read(self.store.storage().as_ref(), &self.store.group_folder(place));
+            let manifest =
+                read.inspect_err(|error| tracing::error!(group = %place.group, %error, "not told at a join"));
+            Some(KnownGroup { name: manifest.ok()?.0.identity.name, group: place.group })
+        });
+        known.take(KNOWN_GROUPS_MAX).collect()
     }
 
     fn limits(&self) -> JournalLimits {
@@ -160,8 +179,16 @@ impl GroupWriter for JournalWriter {
         self.journal.chain()
     }
 
-    fn holds(&self, point: Head) -> Result<bool, StoreError> {
-        Ok(self.journal.head_of(point.epoch).map_err(failed)? == Some(point))
+    fn made_in(&self, point: Head) -> Result<Option<Generation>, StoreError> {
+        self.journal.made_in(point).map_err(failed)
+    }
+
+    fn lineage(&self) -> &Lineage {
+        self.journal.lineage()
+    }
+
+    fn ruling(&self) -> &Ruling {
+        self.journal.ruling()
     }
 
     fn identify(&mut self, request: &OpenGroup) -> Result<(), StoreError> {
@@ -179,8 +206,10 @@ impl GroupWriter for JournalWriter {
         Ok(())
     }
 
-    fn grant(&mut self, generation: Generation) -> Result<(), StoreError> {
-        self.journal.grant(generation).map_err(failed)
+    fn begin(&mut self, line: Line) -> Result<(), StoreError> {
+        self.journal.begin(line).map_err(failed)?;
+        self.publish();
+        Ok(())
     }
 
     fn append(&mut self, frame: &Frame<'_>, received: Timestamp) -> Result<Step, StoreError> {
@@ -197,10 +226,16 @@ impl GroupWriter for JournalWriter {
         self.journal.frozen().map(str::to_owned)
     }
 
-    fn freeze(&mut self, reason: &str) -> Result<(), StoreError> {
-        self.journal.set_frozen(Some(reason)).map_err(failed)?;
+    fn freeze(&mut self, reason: &str, fork: Option<Fork>) -> Result<(), StoreError> {
+        self.journal.freeze(reason, fork).map_err(failed)?;
         self.publish();
         Ok(())
+    }
+
+    fn resolve(&mut self, head: &str) -> Result<Head, StoreError> {
+        let chosen = self.journal.resolve(head).map_err(failed)?;
+        self.publish();
+        Ok(chosen)
     }
 
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
@@ -238,6 +273,7 @@ mod tests {
     use super::*;
     use crate::config::{Config, LISTEN_DEFAULT};
     use cdp_protocol::escrow::Envelope;
+    use cdp_protocol::message::Instance;
     use cdp_protocol::units::KeyId;
     use cdp_seams::storage::{Storage, SystemStorage};
 
@@ -248,6 +284,9 @@ mod tests {
             generation: None,
             acked: vec![],
             sent: vec![],
+            parts: None,
+            anew: false,
+            instance: Instance::default(),
             envelope: Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] },
             volumes: vec![],
         }

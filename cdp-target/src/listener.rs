@@ -9,9 +9,9 @@
 use crate::authority::{Authority, Fingerprint};
 use crate::enroll::{Admitted, NotAdmitted, RedeemError, Redeemed};
 use crate::listener::counters::{Counters, Gate};
-use cdp_protocol::join::{self, JOIN_BYTES_MAX, JoinAnswer, JoinRefusal, JoinRequest};
+use cdp_protocol::join::{self, JOIN_BYTES_MAX, JoinAnswer, JoinRefusal, JoinRequest, KnownGroup};
 use cdp_protocol::message;
-use cdp_protocol::units::Timestamp;
+use cdp_protocol::units::{OfficeId, Timestamp};
 use cdp_seams::clock::Clock;
 use cdp_seams::line::{BoxFuture, Line};
 use cdp_seams::quic::{self, CloseCode, QuicLine, TlsAlert};
@@ -61,6 +61,12 @@ impl Default for ListenerLimits {
 
 /// Serves the lines of offices.
 pub trait Serve: Send + Sync {
+    /// The groups that an office has already. Blocks.
+    fn groups(&self, office: OfficeId) -> Vec<KnownGroup> {
+        let _ = office;
+        Vec::new()
+    }
+
     /// Serves one line until it ends. The line closes when it is dropped.
     fn serve(&self, office: Admitted, line: Box<dyn Line>) -> BoxFuture<'static, ()>;
 }
@@ -161,18 +167,6 @@ impl Listener {
         self.endpoint.close(CloseCode::Done.code(), b"the target is shutting down");
     }
 
-    /// Closes the connections of certificates that no longer admit anyone. To be called after `invite` with `replace`. Blocks
-    /// for the authority's lock.
-    pub fn close_revoked(&self) {
-        let live: Vec<(Fingerprint, Connection)> = self.shared.live_connections().values().cloned().collect();
-        let authority = self.shared.authority.lock().unwrap_or_else(PoisonError::into_inner);
-        for (fingerprint, connection) in live {
-            if authority.admit_fingerprint(fingerprint).is_err() {
-                connection.close(CloseCode::Unauthorized.code(), NotAdmitted::Revoked.to_string().as_bytes());
-            }
-        }
-    }
-
     /// How often connections were refused for `cause`.
     #[must_use]
     pub fn refused(&self, cause: Refusal) -> u64 {
@@ -231,7 +225,7 @@ impl Shared {
         match protocol(&connection).as_deref() {
             Some(protocol) if protocol == message::ALPN => self.office(connection, place, serve).await,
             Some(protocol) if protocol == join::ALPN => {
-                let exchange = timeout(self.limits.handshake_timeout, self.join(&connection));
+                let exchange = timeout(self.limits.handshake_timeout, self.join(&connection, serve));
                 exchange.await.unwrap_or(Err((Refusal::Timeout, "join not finished in time".to_owned())))
             }
             _ => {
@@ -279,7 +273,7 @@ impl Shared {
     }
 
     /// One request, one answer; the caller sees to it that it ends.
-    async fn join(&self, connection: &Connection) -> Outcome {
+    async fn join(&self, connection: &Connection, serve: Arc<dyn Serve>) -> Outcome {
         let broken = |error: &dyn std::error::Error| (Refusal::Handshake, format!("join broken off: {error}"));
         quic::admit_one_exchange(connection);
         let (mut send, mut receive) = connection.accept_bi().await.map_err(|error| broken(&error))?;
@@ -291,7 +285,7 @@ impl Shared {
             connection.close(CloseCode::Protocol.code(), b"not a join request");
             return Err((Refusal::Protocol, "not a join request".to_owned()));
         };
-        let (answer, outcome) = self.redeem(request).await;
+        let (answer, outcome) = self.redeem(request, serve).await;
         let delivery = async {
             send.write_all(&message::encode(&answer)).await?;
             send.finish()?;
@@ -305,14 +299,17 @@ impl Shared {
         outcome
     }
 
-    async fn redeem(&self, request: JoinRequest) -> (JoinAnswer, Outcome) {
+    async fn redeem(&self, request: JoinRequest, serve: Arc<dyn Serve>) -> (JoinAnswer, Outcome) {
         let time = Timestamp(self.clock.wall_ms());
         let refused = |reason: JoinRefusal| JoinAnswer::Refused { reason, time };
         match self.with_authority(move |authority| authority.redeem(&request)).await {
             Ok(Ok(redeemed)) => {
                 tracing::info!(office = redeemed.name, "office enrolled");
                 let Redeemed { office, name, certificate } = redeemed;
-                (JoinAnswer::Welcome { office, name, certificate, time }, Ok(()))
+                // From here on the hardware before is kept out: its line too, if it has one.
+                self.close_revoked().await;
+                let groups = tokio::task::spawn_blocking(move || serve.groups(office)).await.unwrap_or_default();
+                (JoinAnswer::Welcome { office, name, certificate, time, groups }, Ok(()))
             }
             Ok(Err(error)) => {
                 if let RedeemError::Authority(failure) = &error {
@@ -323,6 +320,18 @@ impl Shared {
             Err(AuthorityDown) => {
                 (refused(JoinRefusal::Failed), Err((Refusal::Failed, "the registry of offices failed".to_owned())))
             }
+        }
+    }
+
+    /// Closes the connections of certificates that no longer admit anyone.
+    async fn close_revoked(&self) {
+        let live: Vec<(Fingerprint, Connection)> = self.live_connections().values().cloned().collect();
+        let revoked = move |authority: &mut Authority| {
+            let is_revoked = |fingerprint| authority.admit_fingerprint(fingerprint).is_err();
+            live.into_iter().filter(|(fingerprint, _)| is_revoked(*fingerprint)).collect::<Vec<_>>()
+        };
+        for (_, connection) in self.with_authority(revoked).await.unwrap_or_default() {
+            connection.close(CloseCode::Unauthorized.code(), NotAdmitted::Revoked.to_string().as_bytes());
         }
     }
 

@@ -135,6 +135,8 @@ impl Receiver {
             live: live.clone(),
             writer: None,
             session: None,
+            holder: None,
+            superseded: Vec::new(),
             pending: Vec::new(),
             unsynced_bytes: 0,
             reopened: false,

@@ -10,6 +10,7 @@ use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
 use crate::groups::StoreGroups;
+use crate::journal::{JournalError, short_head};
 use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
 use crate::metrics;
 use crate::receiver::{GroupWriter, Receiver, StoreError};
@@ -17,7 +18,8 @@ use crate::restore::image::one_line;
 use crate::status::{KnownGroups, Live, LiveGroup, StatusReport, Watermarks, report};
 use crate::store::{GroupPlace, Store, StoreLock};
 use anyhow::Context as _;
-use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_protocol::join::KnownGroup;
+use cdp_protocol::units::{Epoch, OfficeId, Timestamp};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::line::{BoxFuture, Line};
 use cdp_seams::random::SystemRandom;
@@ -33,8 +35,8 @@ use tokio::task::JoinHandle;
 
 /// What sources are told about this program.
 const SOFTWARE: &str = concat!("cdp-target ", env!("CARGO_PKG_VERSION"));
-/// How long a group's thread may take to get to a label.
-const LABEL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a group's thread may take to get to a change.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a clean end may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often the gauges are set.
@@ -203,6 +205,10 @@ impl Live for Desk {
 }
 
 impl Serve for Desk {
+    fn groups(&self, office: OfficeId) -> Vec<KnownGroup> {
+        self.groups.known(office)
+    }
+
     fn serve(&self, office: Admitted, line: Box<dyn Line>) -> BoxFuture<'static, ()> {
         self.groups.admit(&office.name, office.office);
         let receiver = Arc::clone(&self.receiver);
@@ -238,29 +244,46 @@ impl Desk {
                 let targets = self.store.config().targets(self.address.port());
                 let invite = Invite { office: &office, targets: &targets, valid_for, replace };
                 let bundle = self.authority.lock().unwrap_or_else(PoisonError::into_inner).invite(&invite)?;
-                self.listener.close_revoked();
                 tracing::info!(office, replace, "office invited");
                 Ok(bundle.to_text().into())
             }
             Request::Label { office, group, epoch, label } => {
                 let place = self.catalog()?.group(&office, &group)?.place();
-                self.label(&office, place, Epoch(epoch), label)?;
+                self.on_thread(&office, place, move |writer| writer.label(Epoch(epoch), Some(&label)))?;
                 Ok(serde_json::Value::Null)
+            }
+            Request::Resolve { office, group, continue_from } => {
+                let place = self.catalog()?.group(&office, &group)?.place();
+                let head = short_head(self.on_thread(&office, place, move |writer| writer.resolve(&continue_from))?);
+                tracing::warn!(office, group, head, "fork resolved by an operator");
+                Ok(head.into())
             }
         }
     }
 
-    /// Has the group's own thread write the label.
-    fn label(&self, office: &str, place: GroupPlace, epoch: Epoch, label: String) -> anyhow::Result<()> {
+    /// Has the group's own thread do something with its writer.
+    fn on_thread<T: Send + 'static>(
+        &self,
+        office: &str,
+        place: GroupPlace,
+        change: impl FnOnce(&mut dyn GroupWriter) -> Result<T, StoreError> + Send + 'static,
+    ) -> anyhow::Result<T> {
         self.groups.admit(office, place.office);
-        let (answer, labelled) = mpsc::sync_channel(1);
+        let (answer, changed) = mpsc::sync_channel(1);
         let work = move |writer: Result<&mut dyn GroupWriter, StoreError>| {
             // Nobody waits for it any more where this fails.
-            let _ = answer.send(writer.and_then(|writer| writer.label(epoch, Some(&label))));
+            let _ = answer.send(writer.and_then(change));
         };
         Handle::current().block_on(self.receiver.with_group(office, place.group, work));
-        labelled.recv_timeout(LABEL_TIMEOUT).context("wait for the group's thread")??;
-        Ok(())
+        let changed = changed.recv_timeout(CHANGE_TIMEOUT).context("wait for the group's thread")?;
+        changed.map_err(|error| match error {
+            // Whose mistake it was is told by the journal's error.
+            StoreError::Failed(error) => match error.downcast::<JournalError>() {
+                Ok(error) => (*error).into(),
+                Err(error) => StoreError::Failed(error).into(),
+            },
+            error => error.into(),
+        })
     }
 
     /// Ends what runs: the connections, then the groups.

@@ -4,11 +4,11 @@
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
 use crate::catalog::{Catalog, CatalogError, Group, open_group};
-use crate::journal::{GroupView, JournalError, Manifest, Overview, segment};
+use crate::journal::{GroupView, JournalError, Manifest, Overview, segment, short_head};
 use crate::points::Instant;
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
-use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
+use cdp_protocol::units::{Epoch, GroupId, Head, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::Path;
@@ -71,6 +71,9 @@ pub struct GroupStatus {
     pub state: GroupState,
     /// Why, where that needs saying.
     pub reason: Option<String>,
+    /// Where the histories end, where it is forked: what `resolve` may be given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub histories: Vec<HistoryStatus>,
     /// How many points it has.
     pub points: u64,
     /// Its newest point.
@@ -89,6 +92,17 @@ pub struct GroupStatus {
     pub quota_bytes: Option<u64>,
     /// Its last drill; none runs yet.
     pub last_drill: Option<String>,
+}
+
+/// One of the histories of a forked group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryStatus {
+    /// Its newest point as `resolve --continue-from` takes it: epoch, and the start of the hash.
+    pub head: String,
+    /// The machine whose it is; `None` for the one that went on here.
+    pub host: Option<String>,
+    /// When that came first.
+    pub since: Option<String>,
 }
 
 /// The newest point of a group.
@@ -145,14 +159,24 @@ pub struct GroupFacts {
     pub name: String,
     /// Why nothing is taken any more, where that is so.
     pub frozen: Option<String>,
+    /// The history an operator has chosen, where its source did not come yet.
+    pub chosen: Option<Head>,
+    /// The histories to choose from, where it is frozen.
+    pub histories: Vec<HistoryStatus>,
     /// Its points in short.
     pub overview: Overview,
 }
 
 impl GroupFacts {
     fn of(group: &Group) -> Result<Self, JournalError> {
-        let frozen = group.view().manifest().frozen.clone();
-        Ok(Self { name: group.name().to_owned(), frozen, overview: group.overview()? })
+        let manifest = group.view().manifest();
+        Ok(Self {
+            name: group.name().to_owned(),
+            frozen: manifest.frozen.clone(),
+            chosen: manifest.ruling.chosen,
+            histories: histories(group),
+            overview: group.overview()?,
+        })
     }
 }
 
@@ -254,11 +278,13 @@ fn group_status(
     used_bytes: u64,
     now: Timestamp,
 ) -> GroupStatus {
-    let GroupFacts { name, frozen, overview: Overview { points, newest } } = facts;
+    let GroupFacts { name, frozen, chosen, histories, overview: Overview { points, newest } } = facts;
     let newest = newest.map(|(point, time)| NewestTimes { epoch: point.epoch, time, received: point.received });
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
+    let chosen = chosen.map(|head| format!("waits for the source at {}", short_head(head)));
     let (state, reason) = match (&live, frozen) {
         (_, Some(reason)) => (GroupState::Frozen, Some(reason)),
+        (Some(live), None) if !live.connected && chosen.is_some() => (GroupState::Disconnected, chosen),
         (None, None) => (GroupState::NotServed, None),
         (Some(LiveGroup { trouble: Some(reason), .. }), None) => (GroupState::Refused, Some(reason.clone())),
         (Some(live), None) if live.connected => (GroupState::Connected, None),
@@ -269,6 +295,7 @@ fn group_status(
         name,
         state,
         reason,
+        histories,
         points,
         newest: newest.map(|point| NewestPoint {
             epoch: point.epoch,
@@ -285,12 +312,29 @@ fn group_status(
     }
 }
 
+fn histories(group: &Group) -> Vec<HistoryStatus> {
+    let manifest = group.view().manifest();
+    if manifest.frozen.is_none() {
+        return Vec::new();
+    }
+    let newest = group.view().newest().ok().flatten();
+    let ours = newest.map(|point| Head { epoch: point.epoch, hash: point.hash });
+    let ours = ours.map(|head| HistoryStatus { head: short_head(head), host: None, since: None });
+    let forked = manifest.forks.iter().map(|fork| HistoryStatus {
+        head: short_head(fork.claim.head),
+        host: Some(fork.host.clone()),
+        since: Some(Instant(fork.at).to_string()),
+    });
+    ours.into_iter().chain(forked).collect()
+}
+
 fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u64) -> GroupStatus {
     GroupStatus {
         id: place.group,
         name: name.to_owned(),
         state: GroupState::Failed,
         reason: Some(one_line(error)),
+        histories: Vec::new(),
         points: 0,
         newest: None,
         unchanged_as_of: None,

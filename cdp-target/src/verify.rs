@@ -6,11 +6,11 @@
 
 use crate::journal::walk::Visit;
 use crate::journal::{Damage as FoundDamage, GroupView, JournalError};
-use cdp_protocol::codec::{is_authentic, open_content};
+use crate::restore::keyring::Keyring;
+use cdp_protocol::codec::is_authentic;
 use cdp_protocol::frame::{Frame, Kind};
 use cdp_protocol::record::{Begin, Commit, PartEnd};
-use cdp_protocol::seal::{AttemptKey, DataKey};
-use cdp_protocol::units::{AttemptId, Epoch};
+use cdp_protocol::units::Epoch;
 
 /// Something that is not what was written.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -57,13 +57,13 @@ pub struct Progress {
     pub bytes_total: u64,
 }
 
-/// Checks the journal as `view` shows it. `key` also opens every seal; `at` reports only what that point needs.
+/// Checks the journal as `view` shows it. `keys` also open every seal; `at` reports only what that point needs.
 ///
 /// # Errors
 /// Where the storage fails; a segment that is missing is a damage, not an error.
 pub fn verify(
     view: &GroupView,
-    key: Option<&DataKey>,
+    keys: Option<&Keyring>,
     at: Option<Epoch>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<VerifyReport, JournalError> {
@@ -71,7 +71,7 @@ pub fn verify(
     let mut found: Vec<FoundDamage> = Vec::new();
     let bytes_total = view.bytes();
     for segment in view.segments_from(0) {
-        let mut visitor = Visitor { key, attempt_key: None, segment, frames: 0, damages: Vec::new() };
+        let mut visitor = Visitor { keys, segment, frames: 0, damages: Vec::new() };
         match view.walk(segment, &mut visitor) {
             Ok(walked) => {
                 found.extend(walked.damages);
@@ -111,8 +111,7 @@ fn named(view: &GroupView, damage: &FoundDamage, epochs: &[Epoch]) -> Damage {
 
 /// Checks with the key what a walk cannot.
 struct Visitor<'a> {
-    key: Option<&'a DataKey>,
-    attempt_key: Option<(AttemptId, AttemptKey)>,
+    keys: Option<&'a Keyring>,
     segment: u64,
     frames: u64,
     damages: Vec<FoundDamage>,
@@ -121,29 +120,24 @@ struct Visitor<'a> {
 impl Visit for Visitor<'_> {
     fn frame(&mut self, frame: &Frame<'_>, offset: u64) {
         self.frames += 1;
-        let Some(key) = self.key else { return };
+        let Some(keys) = self.keys else { return };
         let header = &frame.header;
         let mac_at = match header.kind {
             Kind::Synced => return,
             Kind::Begin => Begin::decode(frame.payload).ok().map(|(_, mac_at)| mac_at),
             Kind::PartEnd => PartEnd::decode(frame.payload).ok().map(|(_, mac_at)| mac_at),
             Kind::Commit => Commit::decode(frame.payload).ok().map(|(_, mac_at)| mac_at),
-            Kind::Extents => return self.seal(frame, offset, key),
+            Kind::Extents => return self.seal(frame, offset, keys),
         };
-        if !mac_at.is_some_and(|mac_at| is_authentic(frame, mac_at, key)) {
+        if !mac_at.is_some_and(|mac_at| keys.any(|key| is_authentic(frame, mac_at, key))) {
             self.damage(frame, offset, "the record was not made by a holder of the key");
         }
     }
 }
 
 impl Visitor<'_> {
-    fn seal(&mut self, frame: &Frame<'_>, offset: u64, key: &DataKey) {
-        let attempt = frame.header.attempt;
-        if self.attempt_key.as_ref().is_none_or(|(of, _)| *of != attempt) {
-            self.attempt_key = Some((attempt, key.attempt_key(&attempt)));
-        }
-        let Some((_, attempt_key)) = &self.attempt_key else { return };
-        if let Err(error) = open_content(frame, attempt_key) {
+    fn seal(&mut self, frame: &Frame<'_>, offset: u64, keys: &Keyring) {
+        if let Err(error) = keys.open(frame) {
             self.damage(frame, offset, &error.to_string());
         }
     }

@@ -7,10 +7,13 @@ use cdp_protocol::codec::{FrameListHasher, Sealer};
 use cdp_protocol::escrow;
 use cdp_protocol::frame::{self, Encoding, Kind};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
-use cdp_protocol::message::{self, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict};
+use cdp_protocol::message::{
+    self, Instance, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict,
+};
 use cdp_protocol::record::{Begin, Commit, Meters, Predecessor, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::Step;
+use cdp_protocol::session::lineage::Line as GenerationLine;
 use cdp_protocol::units::{
     AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, KeyId, Sequence, Timestamp, VolumeSlot,
 };
@@ -102,7 +105,7 @@ impl Store {
         let folder = self.data().join(format!("offices/{}/groups/{GROUP}", bundle.office));
         let mut journal =
             GroupJournal::create(Arc::new(SystemStorage), &folder, identity, JournalLimits::default()).expect("made");
-        journal.grant(Generation(1)).expect("granted");
+        journal.begin(GenerationLine { generation: Generation(1), after: None, from: None }).expect("begun");
         let mut image = vec![0; SIZE_BYTES as usize];
         let mut images = Vec::new();
         for epoch in 1..=3_u8 {
@@ -493,6 +496,9 @@ fn open_group(group: GroupId, key: &DataKey, bundle: &Bundle) -> SourceMessage {
         generation: None,
         acked: vec![],
         sent: vec![],
+        parts: None,
+        anew: false,
+        instance: Instance::default(),
         envelope: escrow::seal(&group, KeyId([1; 8]), key, &bundle.escrow_public).expect("sealed"),
         volumes: vec![volume()],
     })

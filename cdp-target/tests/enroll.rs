@@ -113,7 +113,7 @@ async fn an_answer_that_was_lost_is_asked_for_again_with_the_same_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn new_hardware_needs_replace_and_ends_the_old_certificate_at_once() {
+async fn new_hardware_needs_replace_and_ends_the_old_certificate_when_it_joins() {
     let mut target = Target::start(ListenerLimits::default());
     let old = target.office("north").await;
     let line = target.serves(&old).await;
@@ -122,13 +122,14 @@ async fn new_hardware_needs_replace_and_ends_the_old_certificate_at_once() {
     assert!(matches!(target.invite("../north", false), Err(EnrollError::Name(_))));
 
     let bundle = target.invite("north", true).expect("a bundle");
-    target.listener.close_revoked();
-    within(line.closed()).await;
-    let error = within(old.connect()).await.err().expect("revoked");
-    assert!(matches!(&error, ConnectError::Refused { reason, .. } if reason.contains("revoked")), "{error}");
+    target.serves(&old).await;
 
     let new = Office::new(target.clock.clone());
     let joined = new.join(bundle.to_text().as_bytes(), None).await.expect("joined");
+    within(line.closed()).await;
+    let error = within(old.connect()).await.err().expect("revoked");
+    let enrolled_anew = |reason: &str| reason.contains("enrolled anew on other hardware");
+    assert!(matches!(&error, ConnectError::Refused { reason, .. } if enrolled_anew(reason)), "{error}");
     target.serves(&new).await;
     let offices = target.authority.lock().expect("not poisoned").offices().to_vec();
     assert_eq!(offices.len(), 1);

@@ -82,7 +82,7 @@ impl Made {
         let view = journal.view();
         let points: Vec<_> = view.points().map(|point| point.expect("a point")).collect();
         let epochs: BTreeSet<Epoch> = points.iter().map(|point| point.epoch).collect();
-        let verified = verify(&view, Some(&key()), None, &mut |_| {}).expect("verified");
+        let verified = verify(&view, Some(&(&key()).into()), None, &mut |_| {}).expect("verified");
         let clean = report.damages.is_empty() && !report.manifest_repaired && verified.is_clean();
         let mut named: BTreeSet<Epoch> =
             points.iter().filter(|point| point.damaged.is_some()).map(|point| point.epoch).collect();
@@ -302,11 +302,12 @@ fn a_wrong_key_opens_nothing_and_verify_says_so() {
     let view = journal.view();
     let wrong = cdp_protocol::seal::DataKey::new([9; 32]);
     assert!(verify(&view, None, None, &mut |_| {}).expect("verified").is_clean());
-    assert!(verify(&view, Some(&key()), None, &mut |_| {}).expect("verified").is_clean());
-    let report = verify(&view, Some(&wrong), None, &mut |_| {}).expect("verified");
+    assert!(verify(&view, Some(&(&key()).into()), None, &mut |_| {}).expect("verified").is_clean());
+    let report = verify(&view, Some(&(&wrong).into()), None, &mut |_| {}).expect("verified");
     assert!(report.damages.len() as u64 > report.points);
     let newest = made.points.last().expect("a point").head.epoch;
     assert!(
-        verify(&view, Some(&wrong), Some(newest), &mut |_| {}).expect("verified").damages.len() <= report.damages.len()
+        verify(&view, Some(&(&wrong).into()), Some(newest), &mut |_| {}).expect("verified").damages.len()
+            <= report.damages.len()
     );
 }

@@ -39,7 +39,7 @@ fn fixtures() -> [(PathBuf, &'static str); 3] {
     [
         (data.join("segment/1/sealed.seg"), "journal/0000000000000001.seg"),
         (data.join("segment/1/open.seg"), ""),
-        (data.join("manifest/1/manifest"), "manifest"),
+        (data.join("manifest/2/manifest"), "manifest"),
     ]
 }
 
@@ -49,7 +49,7 @@ fn open_name(disk: &SimStorage) -> String {
 }
 
 #[test]
-fn fixtures_of_version_1_are_still_read_and_still_written() {
+fn fixtures_are_still_read_and_still_written() {
     let (disk, source) = made();
     check(
         &GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), LIMITS).expect("opened").0.view(),
@@ -109,10 +109,21 @@ fn a_newer_manifest_is_refused_with_both_versions() {
     let mut manifest = bytes_of(&disk, "manifest");
     let half = manifest.len() / 2;
     for at in [8, half + 8] {
-        manifest[at] = 2;
+        manifest[at] = 3;
     }
     cdp_seams::storage::replace(&disk, &Path::new(FOLDER).join("manifest"), &manifest).expect("replaced");
     let error = GroupJournal::open(Arc::new(disk), Path::new(FOLDER), LIMITS).err().expect("refused");
     let source = std::error::Error::source(&error).expect("a source").to_string();
-    assert_eq!(source, "manifest format version 2, this program reads up to 1");
+    assert_eq!(source, "manifest format version 3, this program reads up to 2");
+}
+
+#[test]
+fn a_manifest_of_version_1_is_read_as_one_without_a_lineage() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata/manifest/1/manifest");
+    let bytes = std::fs::read(path).expect("the fixture");
+    let (manifest, is_damaged) = Manifest::decode_file(&bytes).expect("read");
+    let (disk, _) = made();
+    let (now, _) = Manifest::decode_file(&bytes_of(&disk, "manifest")).expect("read");
+    assert!(!is_damaged && manifest.lineage.lines().is_empty() && manifest.forks.is_empty());
+    assert_eq!(Manifest { lineage: now.lineage.clone(), ..manifest }, now, "the rest is the same");
 }

@@ -2,10 +2,11 @@
 
 mod journal_support;
 
-use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot};
+use cdp_protocol::session::target::{Claim, Ruling};
+use cdp_protocol::units::{Block, Epoch, Extent, FrameHash, Generation, Head, Timestamp, VolumeSlot};
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, SystemStorage};
-use cdp_target::journal::{GroupJournal, GroupView, JournalLimits};
+use cdp_target::journal::{Fork, GroupJournal, GroupView, JournalError, JournalLimits, short_head};
 use cdp_target::restore::point::{Content, ReadError};
 use cdp_target::verify::verify;
 use journal_support::{BLOCKS, Cell, Source, check, identity, key};
@@ -36,7 +37,7 @@ proptest! {
         check(&journal.view(), &source.points, |_| true);
         let beside = Arc::new(GroupView::open(Arc::new(disk.clone()), Path::new(FOLDER)).expect("a view"));
         check(&beside, &source.points, |at| at % 4 == 0);
-        let report = verify(&beside, Some(&key()), None, &mut |_| {}).expect("verified");
+        let report = verify(&beside, Some(&(&key()).into()), None, &mut |_| {}).expect("verified");
         prop_assert_eq!(report.damages, vec![]);
         prop_assert_eq!(report.points, source.points.len() as u64);
         drop(journal);
@@ -92,15 +93,23 @@ fn points_are_found_by_number_time_and_label_and_marks_last() {
     }
     source.sync(&mut journal).expect("no fault is set");
     let some = source.points[source.points.len() / 2].head;
-    assert_eq!(journal.head_of(some.epoch).expect("read"), Some(some));
-    assert_eq!(journal.head_of(Epoch(9999)).expect("read"), None);
+    assert!(journal.made_in(some).expect("read").is_some());
+    for strange in [Head { epoch: Epoch(9999), ..some }, Head { hash: FrameHash([9; 32]), ..some }] {
+        assert_eq!(journal.made_in(strange).expect("read"), None);
+    }
     assert!(journal.label(Epoch(9999), Some("nothing")).is_err());
     journal.label(some.epoch, Some("before-upgrade")).expect("labelled");
     journal.pin(some.epoch, true).expect("pinned");
-    journal.set_frozen(Some("fork")).expect("frozen");
+    assert!(matches!(journal.resolve("1"), Err(JournalError::NotForked)));
+    let claim = Claim { generation: Generation(1), head: Head { epoch: Epoch(7), hash: FrameHash([0xab; 32]) } };
+    let fork = Fork { claim, host: "north".into(), at: Timestamp(5) };
+    journal.freeze("fork", Some(fork.clone())).expect("frozen");
+    journal.freeze("again", Some(fork)).expect("known");
+    let lineage = journal.lineage().clone();
     drop(journal);
     let journal = open();
     assert_eq!(journal.frozen(), Some("fork"));
+    assert!(!lineage.lines().is_empty() && *journal.lineage() == lineage);
     let view = journal.view();
     let labelled = view.point_labelled("before-upgrade").expect("read").expect("a point");
     assert_eq!((labelled.epoch, labelled.pinned), (some.epoch, true));
@@ -114,6 +123,24 @@ fn points_are_found_by_number_time_and_label_and_marks_last() {
     let mut journal = journal;
     source.make(false, 2);
     assert!(source.send(&mut journal, 0, 1).is_err(), "frozen");
+
+    let ours = journal.synced_head().expect("points");
+    let known = [short_head(ours), "7:abababababab".to_owned()];
+    for wrong in ["9999", "7:ac", "x"] {
+        let error = journal.resolve(wrong).expect_err("no history ends there");
+        assert!(matches!(&error, JournalError::NoHistory { known: named, .. } if *named == known), "{error}");
+    }
+    assert_eq!(journal.resolve("7:AB").expect("resolved"), claim.head);
+    drop(journal);
+    let mut journal = open();
+    assert_eq!(journal.frozen(), None);
+    let ours = Claim { generation: journal.chain().generation(), head: ours };
+    assert_eq!(*journal.ruling(), Ruling { chosen: Some(claim.head), left: vec![ours] });
+    journal.resolve(&short_head(ours.head)).expect("another choice, before anybody came");
+    assert_eq!(*journal.ruling(), Ruling { chosen: Some(ours.head), left: vec![claim] });
+    source.grant(&mut journal).expect("granted");
+    assert_eq!(*journal.ruling(), Ruling { chosen: None, left: vec![claim] });
+    assert!(matches!(journal.resolve("7"), Err(JournalError::NotForked)));
 }
 
 #[test]

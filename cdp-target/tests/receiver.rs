@@ -5,7 +5,7 @@ mod support;
 
 use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage, Verdict};
-use cdp_protocol::units::{Epoch, GroupId, Timestamp};
+use cdp_protocol::units::{Epoch, Generation, GroupId, Timestamp};
 use cdp_seams::clock::Clock;
 use source_support::{Enrolled, Group, Site, Source};
 use support::{now_ms, within};
@@ -80,24 +80,89 @@ async fn clocks_hours_apart_connect_and_make_points() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_newer_connection_takes_over_and_the_older_is_told() {
+async fn a_line_that_broke_is_gone_on_with_by_the_same_process() {
     let site = Site::start();
     let office = site.office("north").await;
-    let (mut first, mut group) = with_a_point(&site, &office).await;
-    let mut stranger = Group::new(1, "main");
+    let (first, mut group) = with_a_point(&site, &office).await;
     let mut second = Source::connect(&office, site.clock.wall_ms()).await;
-    let refused = second.try_open(&stranger).await.expect_err("it does not know the generation");
-    assert_eq!(refused, RefusalReason::Fenced, "who holds the group is not fenced off by one that knows less");
-    first.send_point(&mut group).await;
-
-    stranger.clone_from(&group);
-    let opened = second.open(&mut stranger).await;
-    assert_eq!((opened.verdict, opened.generation), (Verdict::Continue, group.generation()));
-    let told = first.next().await;
-    let reason = RefusalReason::InUse;
-    assert_eq!(told, TargetMessage::GroupRefused { group: group.id, reason });
+    let opened = second.open(&mut group).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Continue, Generation(1)));
     within(first.line.closed()).await;
-    second.send_point(&mut stranger).await;
+    second.send_point(&mut group).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_process_takes_over_and_the_one_before_is_told_whenever_it_asks() {
+    let site = Site::start();
+    let office = site.office("north").await;
+    let mut original = Group::new(1, "main");
+    let mut first = Source::connect(&office, site.clock.wall_ms()).await;
+    first.open(&mut original).await;
+    first.send_point(&mut original).await;
+    // A copy that was started right after it was made: nothing is here that it does not know.
+    let mut copy = original.of_process(2);
+    let mut second = Source::connect(&office, site.clock.wall_ms()).await;
+    let opened = second.open(&mut copy).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Continue, Generation(1)));
+    let TargetMessage::GroupRefused { reason: told @ RefusalReason::Superseded { .. }, .. } = first.next().await else {
+        panic!("not told")
+    };
+    assert_eq!(told, RefusalReason::Superseded { by: "test".into(), at: Timestamp(site.clock.wall_ms()) });
+    second.send_point(&mut copy).await;
+
+    // It did not hear it, and comes again; then it is started anew, and its history is judged.
+    assert_eq!(first.try_open(&original).await, Err(told));
+    original.process = [3; 16];
+    let opened = first.open(&mut original).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Rollback { to: Some(Epoch(1)) }, Generation(2)));
+    assert!(matches!(
+        second.next().await,
+        TargetMessage::GroupRefused { reason: RefusalReason::Superseded { .. }, .. }
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_an_older_point_leaves_the_originals_line_and_the_original_is_a_fork() {
+    let site = Site::start();
+    let office = site.office("north").await;
+    let mut original = Group::new(1, "main");
+    let mut first = Source::connect(&office, site.clock.wall_ms()).await;
+    first.open(&mut original).await;
+    first.send_points(&mut original, 2).await;
+    let mut copy = original.of_process(2);
+    first.send_point(&mut original).await;
+
+    let mut second = Source::connect(&office, site.clock.wall_ms()).await;
+    let opened = second.open(&mut copy).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Rollback { to: Some(Epoch(2)) }, Generation(2)));
+    copy.adopt(&opened);
+    second.send_point(&mut copy).await;
+
+    original.process = [3; 16];
+    let mut third = Source::connect(&office, site.clock.wall_ms()).await;
+    assert_eq!(third.try_open(&original).await, Err(RefusalReason::Fork), "3 was left when 4 went on from 2");
+    let told = loop {
+        // Both are stopped: neither history is to grow before somebody has decided.
+        match second.next().await {
+            TargetMessage::GroupRefused { reason, .. } => break reason,
+            other => assert!(matches!(other, TargetMessage::Acked { .. }), "{other:?}"),
+        }
+    };
+    assert_eq!(told, RefusalReason::Fork);
+    assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Fork));
+
+    // The original's history is to go on; the copy is refused from then on, and freezes nothing.
+    assert_eq!(site.resolve(&office, &original, "3").await, original.head().expect("three points"));
+    assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Left));
+    let opened = third.open(&mut original).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Rollback { to: Some(Epoch(3)) }, Generation(3)));
+    assert_eq!(opened.head.map(|(head, _)| head), copy.head(), "what it compares with");
+    original.adopt(&opened);
+    assert_eq!(third.send_point(&mut original).await.epoch, Epoch(5));
+    assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Left));
+    let (points, _) = third.list(&original, None).await;
+    assert_eq!(points.len(), 5, "nothing of either history is gone");
+    third.send_point(&mut original).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

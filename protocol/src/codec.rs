@@ -141,8 +141,8 @@ impl Sealer {
         let (content_len, blocks) = (content.len(), content.len() / BLOCK_BYTES);
         assert!(blocks <= CONTENT_BLOCKS_MAX && content_len == blocks * BLOCK_BYTES, "whole blocks, and not too many");
         let digests = self.digest_key.digests(content);
-        let packed = packer.pack(content);
-        let (encoding, stored) = packed.map_or((Encoding::Raw, content), |packed| (Encoding::Lz4, packed));
+        let shorter = packer.pack(content);
+        let (encoding, stored) = shorter.map_or((Encoding::Raw, content), |shorter| (Encoding::Lz4, shorter));
         let digests_len = blocks * DIGEST_BYTES + TAG_BYTES;
         let payload_len = stored.len() + TAG_BYTES + digests_len;
         let mut header = self.header(Kind::Extents, encoding, volume, sequence, extents, payload_len, digests_len);

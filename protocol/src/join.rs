@@ -5,13 +5,15 @@
 //! request, and of the request the target takes nothing else.
 
 use crate::bundle::{StoreId, Token};
-use crate::units::{OfficeId, Timestamp};
+use crate::units::{GroupId, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// The ALPN protocol of a connection that joins.
 pub const ALPN: &[u8] = b"cdp-join/1";
 /// Bytes of a request or an answer.
 pub const JOIN_BYTES_MAX: usize = 8 * 1024;
+/// Groups told in an answer: of at most 96 bytes each, they fit beside the certificate.
+pub const KNOWN_GROUPS_MAX: usize = 64;
 
 /// What an office that joins asks for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +39,8 @@ pub enum JoinAnswer {
         certificate: String,
         /// The target's clock.
         time: Timestamp,
+        /// The groups it has already, at most 64: new hardware goes on with them.
+        groups: Vec<KnownGroup>,
     },
     /// The office is not enrolled.
     Refused {
@@ -45,6 +49,15 @@ pub enum JoinAnswer {
         /// The target's clock.
         time: Timestamp,
     },
+}
+
+/// A group of an office that joins anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownGroup {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub group: GroupId,
 }
 
 /// Why a token is not redeemed.

@@ -16,6 +16,7 @@ pub const ALPN: &[u8] = b"cdp/1";
 
 /// What a source says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "messages are few, and the large one comes first on each connection")]
 pub enum SourceMessage {
     /// The first message of a connection.
     Hello {
@@ -64,10 +65,25 @@ pub struct OpenGroup {
     pub acked: Vec<Head>,
     /// Commits that were sent after those and may have been acked unheard, newest first, at most 8.
     pub sent: Vec<Head>,
+    /// The newest acked part of the epoch after them, and that epoch's number.
+    pub parts: Option<(Epoch, PartChain)>,
+    /// Whether a new generation is asked for: the target's answers contradicted what it was sent.
+    pub anew: bool,
+    /// Which process asks.
+    pub instance: Instance,
     /// The data key, sealed to the target.
     pub envelope: Envelope,
     /// The volumes.
     pub volumes: Vec<Volume>,
+}
+
+/// A source's process. A machine's copy has the same state and another process; a line that broke has the same one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Drawn at random when it started.
+    pub process: [u8; 16],
+    /// Its machine's name, for people; at most 64 bytes.
+    pub host: String,
 }
 
 /// What a target says.
@@ -186,12 +202,17 @@ pub struct Resume {
 /// Why a group is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RefusalReason {
-    /// The source's history is not in the target's chain: frozen, both kept, until an operator resolves it.
+    /// The source's history is not of the one that goes on: frozen, both kept, until an operator resolves it.
     Fork,
-    /// A source with a higher generation took over.
-    Fenced,
-    /// Another connection holds the group.
-    InUse,
+    /// An operator resolved a fork, and another history than this source's goes on.
+    Left,
+    /// Another process took the group over: this one makes no points any more, and does not ask again by itself.
+    Superseded {
+        /// The machine it runs on, as it says.
+        by: String,
+        /// When, by the target's clock.
+        at: Timestamp,
+    },
     /// The name is taken by another group of the office.
     NameTaken,
     /// The target cannot serve the group; an operator has to look. The line says why.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use cdp_protocol::codec::{FrameListHasher, Sealer};
 use cdp_protocol::frame::{self, Kind};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
-use cdp_protocol::message::{self, OpenGroup, PROTOCOL_VERSION, SourceMessage, TargetMessage};
+use cdp_protocol::message::{self, Instance, OpenGroup, PROTOCOL_VERSION, SourceMessage, TargetMessage};
 use cdp_protocol::record::{Begin, Commit, Meters};
 use cdp_protocol::session::target::GROUPS_MAX;
 use cdp_protocol::units::{
@@ -78,6 +78,9 @@ fn open(group: GroupId) -> SourceMessage {
         generation: None,
         acked: vec![],
         sent: vec![],
+        parts: None,
+        anew: false,
+        instance: Instance::default(),
         envelope: facts.envelope,
         volumes: facts.volumes,
     })

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use cdp_protocol::codec::{FrameListHasher, Sealer, open_content};
 use cdp_protocol::escrow::Envelope;
 use cdp_protocol::frame::{self, Kind};
-use cdp_protocol::message::RefusalReason;
+use cdp_protocol::message::{Instance, RefusalReason, Verdict};
 use cdp_protocol::record::{Begin, Meters, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::memo::Memo;
@@ -39,7 +39,7 @@ fn key() -> DataKey {
 fn facts() -> GroupFacts {
     let volumes = vec![Volume { slot: VolumeSlot(0), size_bytes: 1 << 20, name: "root".into() }];
     let envelope = Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] };
-    GroupFacts { group: GROUP, name: "main".into(), envelope, volumes }
+    GroupFacts { group: GROUP, name: "main".into(), instance: Instance::default(), envelope, volumes }
 }
 
 fn outgoing(epoch: u64, generation: Generation, random: &SimRandom) -> Outgoing {
@@ -137,11 +137,24 @@ fn capture(handle: &GroupHandle, random: &SimRandom, mut memo: Memo) -> (Vec<Hea
 
 /// Runs a group against a target until `work` on the capture thread has ended.
 fn run<T: Send>(target: &Arc<Target>, memo: Memo, work: impl FnOnce(&GroupHandle) -> T + Send) -> (T, u64) {
+    run_as(target, "", memo, work)
+}
+
+/// The same as a process of its own, on a machine of this name.
+fn run_as<T: Send>(
+    target: &Arc<Target>,
+    host: &str,
+    memo: Memo,
+    work: impl FnOnce(&GroupHandle) -> T + Send,
+) -> (T, u64) {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_time().start_paused(true).build().expect("a runtime");
     let random = Arc::new(SimRandom::new(1));
     let sender = Sender::start(runtime.handle(), target.clone(), Arc::new(SystemClock::new()), random);
-    let handle = sender.open_group(facts(), memo);
+    let mut process = [0; 16];
+    process[..host.len()].copy_from_slice(host.as_bytes());
+    let instance = Instance { process, host: host.to_owned() };
+    let handle = sender.open_group(GroupFacts { instance, ..facts() }, memo);
     std::thread::scope(|scope| {
         let (done, ended) = tokio::sync::oneshot::channel::<()>();
         let working = scope.spawn(move || {
@@ -250,15 +263,41 @@ fn restored_forked_and_returning_sources_are_told_apart() {
     let verdict = |event: &SourceEvent| format!("{event:?}");
     let same = first(memo.clone());
     assert!(verdict(&same).contains("Continue") && verdict(&same).contains("Generation(1)"), "{same:?}");
-    let unheard = Memo { generation: memo.generation, acked: vec![acked[1]], sent: vec![acked[3], acked[2]] };
+    let unheard =
+        Memo { generation: memo.generation, acked: vec![acked[1]], sent: vec![acked[3], acked[2]], parts: None };
     assert!(verdict(&first(unheard)).contains("Continue"), "an ack that was lost");
-    let restored = Memo { generation: memo.generation, acked: vec![acked[1], acked[0]], sent: vec![] };
+    let restored = Memo { generation: memo.generation, acked: vec![acked[1], acked[0]], ..Memo::default() };
     let event = first(restored);
     assert!(verdict(&event).contains("Rollback { to: Some(Epoch(2)) }") && verdict(&event).contains("Generation(2)"));
     let strange = Head { epoch: Epoch(9), hash: FrameHash([9; 32]) };
-    let fork = Memo { generation: Some(Generation(2)), acked: vec![strange], sent: vec![] };
-    let stale = Memo { generation: Some(Generation(1)), ..fork.clone() };
-    assert_eq!(first(stale), SourceEvent::Refused(RefusalReason::Fenced));
+    let granted = first(Memo { generation: Some(Generation(2)), acked: vec![acked[3], acked[1]], ..Memo::default() });
+    assert!(verdict(&granted).contains("Continue") && verdict(&granted).contains("Generation(2)"), "{granted:?}");
+    let fork = Memo { generation: Some(Generation(2)), acked: vec![strange], ..Memo::default() };
     assert_eq!(first(fork), SourceEvent::Refused(RefusalReason::Fork));
     assert_eq!(first(memo), SourceEvent::Refused(RefusalReason::Fork), "frozen until it is resolved");
+}
+
+/// A copy that stands at point 2, while the original is connected and stands at 4.
+#[test]
+fn a_copy_takes_over_the_original_is_told_once_and_does_not_ask_again() {
+    let target = Target::new(MemoryStore::default(), 0, vec![], false);
+    let (told, _) = run(&target, Memo::default(), |handle| {
+        let (acked, memo) = capture(handle, &SimRandom::new(5), Memo::default());
+        let restored = Memo { generation: memo.generation, acked: vec![acked[1], acked[0]], ..Memo::default() };
+        let copy =
+            run_as(&target, "copy", restored, |handle| handle.events.recv_timeout(DEADLINE).expect("an answer")).0;
+        assert!(
+            matches!(copy, SourceEvent::Opened { verdict: Verdict::Rollback { to: Some(Epoch(2)) }, is_new: true, .. }),
+            "{copy:?}"
+        );
+        let told = handle.events.recv_timeout(DEADLINE).expect("told");
+        // The clock of this runtime runs ahead whenever nothing is to be done: hours, in which it could ask again.
+        let asked_again = handle.events.recv_timeout(Duration::from_millis(300));
+        assert!(asked_again.is_err(), "{asked_again:?}");
+        told
+    });
+    let SourceEvent::Refused(RefusalReason::Superseded { by, .. }) = told else { panic!("{told:?}") };
+    assert_eq!(by, "copy");
+    assert!(target.store.with(GROUP, |disk| !disk.is_frozen()), "nothing was frozen by it");
+    // Started anew, it is a fork: what it made after 2 is of a line that was left.
 }

@@ -6,13 +6,16 @@ use std::sync::{Arc, Mutex};
 use cdp_protocol::frame::{self, Frame};
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
+use cdp_protocol::session::lineage::{Line, Lineage};
+use cdp_protocol::session::target::Ruling;
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
+use cdp_target::journal::Fork;
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
 
 /// What a disk holds of a group, in order.
 #[derive(Clone)]
 pub(crate) enum Entry {
-    Grant(Generation),
+    Grant(Line),
     Frame(Vec<u8>),
 }
 
@@ -23,6 +26,17 @@ pub(crate) struct Disk {
     pub(crate) full: bool,
     pub(crate) fail_next_sync: bool,
     frozen: Option<String>,
+}
+
+impl Disk {
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.frozen.is_some()
+    }
+
+    fn lineage(&self) -> Lineage {
+        let line = |entry: &Entry| if let Entry::Grant(line) = entry { Some(*line) } else { None };
+        Lineage::new(self.entries.iter().filter_map(line).collect()).expect("rising")
+    }
 }
 
 /// The disks, as one process sees them: one of a lower life is dead and can do nothing any more.
@@ -69,7 +83,7 @@ pub(crate) fn replay(group: GroupId, entries: &[Entry]) -> (Chain, Points) {
     let (mut chain, mut points, mut open) = (Chain::default(), Vec::new(), Vec::new());
     for entry in entries {
         match entry {
-            Entry::Grant(generation) => chain.grant(*generation),
+            Entry::Grant(line) => chain.grant(line.generation),
             Entry::Frame(bytes) => {
                 let frame = frame::decode(&group, bytes).expect("a whole frame");
                 if frame.header.kind == frame::Kind::Begin {
@@ -90,6 +104,8 @@ struct MemoryWriter {
     store: MemoryStore,
     key: (String, GroupId),
     chain: Chain,
+    lineage: Lineage,
+    ruling: Ruling,
 }
 
 impl GroupStore for MemoryStore {
@@ -105,9 +121,10 @@ impl GroupStore for MemoryStore {
         }
         let disk = machine.disks.entry(key.clone()).or_default();
         let (chain, _) = replay(group, &disk.entries);
+        let lineage = disk.lineage();
         // As a journal's recovery does: what is there is made durable before anything follows it.
         disk.synced = disk.entries.len();
-        Ok(Box::new(MemoryWriter { store: self.clone(), key, chain }))
+        Ok(Box::new(MemoryWriter { store: self.clone(), key, chain, lineage, ruling: Ruling::default() }))
     }
 }
 
@@ -130,21 +147,35 @@ impl GroupWriter for MemoryWriter {
         &self.chain
     }
 
-    fn holds(&self, point: Head) -> Result<bool, StoreError> {
-        self.disk(|disk| Ok(replay(self.key.1, &disk.entries).1.iter().any(|(head, _)| *head == point)))
+    fn made_in(&self, point: Head) -> Result<Option<Generation>, StoreError> {
+        let made_in =
+            |frames: &Vec<Vec<u8>>| frame::decode(&self.key.1, &frames[0]).expect("a frame").header.generation;
+        self.disk(|disk| {
+            let (_, points) = replay(self.key.1, &disk.entries);
+            Ok(points.iter().find(|(head, _)| *head == point).map(|(_, frames)| made_in(frames)))
+        })
+    }
+
+    fn lineage(&self) -> &Lineage {
+        &self.lineage
+    }
+
+    fn ruling(&self) -> &Ruling {
+        &self.ruling
     }
 
     fn identify(&mut self, _request: &OpenGroup) -> Result<(), StoreError> {
         Ok(())
     }
 
-    fn grant(&mut self, generation: Generation) -> Result<(), StoreError> {
+    fn begin(&mut self, line: Line) -> Result<(), StoreError> {
         self.disk(|disk| {
-            disk.entries.push(Entry::Grant(generation));
+            disk.entries.push(Entry::Grant(line));
             disk.synced = disk.entries.len();
             Ok(())
         })?;
-        self.chain.grant(generation);
+        self.chain.grant(line.generation);
+        self.lineage.begin(line);
         Ok(())
     }
 
@@ -176,7 +207,11 @@ impl GroupWriter for MemoryWriter {
         self.disk(|disk| Ok(disk.frozen.clone())).ok().flatten()
     }
 
-    fn freeze(&mut self, reason: &str) -> Result<(), StoreError> {
+    fn resolve(&mut self, _head: &str) -> Result<Head, StoreError> {
+        Err(StoreError::Failed("a store in memory has no operator".into()))
+    }
+
+    fn freeze(&mut self, reason: &str, _fork: Option<Fork>) -> Result<(), StoreError> {
         self.disk(|disk| {
             disk.frozen = Some(reason.to_owned());
             Ok(())

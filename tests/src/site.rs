@@ -94,6 +94,21 @@ impl Site {
         Ok(())
     }
 
+    /// Another machine of the same target: its state is in `state`, nothing of it runs yet. To be dropped before this one.
+    #[must_use]
+    pub fn beside(&self, state: PathBuf) -> Self {
+        Self { data: self.data.clone(), state, address: self.address.clone(), target: None, source: None }
+    }
+
+    /// Starts the agent where the kernel's BPF file system is an empty one of its own, as on another machine.
+    pub fn start_source_apart(&mut self) -> Result<()> {
+        const SCRIPT: &str = "mount -t bpf bpf /sys/fs/bpf && exec \"$0\" run";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", SCRIPT]).arg(program("cdp-source"));
+        self.source = Some(Daemon::start(command.env("CDP_SOURCE_STATE", &self.state))?);
+        Ok(())
+    }
+
     /// The server that runs.
     pub fn target_daemon(&mut self) -> &mut Daemon {
         self.target.as_mut().expect("the server was started")

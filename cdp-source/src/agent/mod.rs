@@ -22,11 +22,13 @@ use crate::metrics;
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
+use cdp_protocol::message::Instance;
 use cdp_protocol::record::{Begin, Volume};
 use cdp_protocol::session::source::GroupFacts;
 use cdp_protocol::units::BLOCK_BYTES;
 use cdp_seams::clock::{Clock, SystemClock};
-use cdp_seams::random::SystemRandom;
+use cdp_seams::random::{self, SystemRandom};
+use cdp_seams::storage::Storage;
 use group::{GroupSetup, Input};
 use requests::Shared;
 use status::{GroupStatus, VolumeStatus};
@@ -67,7 +69,8 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
         metrics::serve(listen)?;
     }
     let recorder = tokio::spawn(record_metrics(Arc::clone(&shared)));
-    let mut groups = start(&state, &identity, config, &shared).await?;
+    let instance = instance(&**state.storage());
+    let mut groups = start(&state, &identity, &instance, config, &shared).await?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(groups = groups.1.len(), "running");
@@ -82,7 +85,7 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
                     Ok(config) => {
                         shared.clear();
                         stop(groups).await;
-                        groups = start(&state, &identity, config, &shared).await?;
+                        groups = start(&state, &identity, &instance, config, &shared).await?;
                         _ = done.send(Ok(()));
                     }
                 }
@@ -122,6 +125,7 @@ async fn record_metrics(shared: Arc<Shared>) {
 async fn start(
     state: &StateFolder,
     identity: &Identity,
+    instance: &Instance,
     config: Config,
     shared: &Arc<Shared>,
 ) -> Result<(Uplink, Vec<RunningGroup>)> {
@@ -132,12 +136,13 @@ async fn start(
     for (name, group) in config.groups {
         let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());
         let (uplink, encoder, shared) = (uplink.clone(), Arc::clone(&encoder), Arc::clone(shared));
+        let instance = instance.clone();
         let started = tokio::task::spawn_blocking(move || {
             if group.volumes.is_empty() {
                 forget_tracking(&state, &name);
                 return Ok(None);
             }
-            start_group(&state, &name, &group, &escrow, &uplink, encoder, &shared).map(Some)
+            start_group(&state, &name, &group, &escrow, instance, &uplink, encoder, &shared).map(Some)
         });
         groups.extend(started.await.context("start a group")??);
     }
@@ -145,11 +150,13 @@ async fn start(
     Ok((uplink, groups))
 }
 
+#[expect(clippy::too_many_arguments, reason = "what all groups share, and what is one group's own")]
 fn start_group(
     state: &StateFolder,
     name: &str,
     config: &GroupConfig,
     escrow_public: &[u8],
+    instance: Instance,
     uplink: &Uplink,
     encoder: Arc<Encoder>,
     shared: &Shared,
@@ -179,7 +186,7 @@ fn start_group(
     let (inputs, receiver) = channel();
     shared.add(name, facts.group, inputs.clone(), Arc::clone(&status));
     let (begin, envelope) = (Begin { key: facts.key, volumes: volumes.clone() }, facts.envelope.clone());
-    let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), envelope, volumes };
+    let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), instance, envelope, volumes };
     let setup = GroupSetup {
         begin,
         connect: uplink.connect(group_facts.clone(), inputs.clone()),
@@ -203,6 +210,13 @@ fn start_group(
         .spawn(move || group::run(setup, &receiver, sender))
         .context("start a group's thread")?;
     Ok(RunningGroup { inputs, thread })
+}
+
+/// This process, as the target tells it from a copy of its machine and from the agent after it.
+fn instance(storage: &dyn Storage) -> Instance {
+    let name = cdp_seams::storage::read_all(storage, Path::new("/proc/sys/kernel/hostname"), 256).unwrap_or_default();
+    let host = String::from_utf8_lossy(&name).trim().chars().take_while(char::is_ascii_graphic).take(64).collect();
+    Instance { process: random::array(&SystemRandom), host }
 }
 
 /// The volumes as the target is told of them: of the size they were protected with.

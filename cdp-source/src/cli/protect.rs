@@ -148,10 +148,13 @@ fn write(
     args: &ProtectArgs,
     candidates: &[Candidate],
 ) -> Result<Vec<VolumeSlot>> {
-    let escrow_public = super::run::identity(state)?.escrow_public;
-    let mut group = match state.group(&args.group)? {
-        Some(group) => group,
-        None => state.make_group(&args.group, &SystemRandom, &escrow_public)?,
+    let target = super::run::identity(state)?;
+    let escrow_public = target.escrow_public;
+    let mut group = if let Some(group) = state.group(&args.group)? {
+        group
+    } else {
+        let known = target.groups.get(&args.group).copied();
+        state.make_group(&args.group, &SystemRandom, &escrow_public, known)?
     };
     state.renew_envelope(&args.group, &mut group, &escrow_public)?;
     let used = config.groups.get(&args.group).and_then(|group| group.volumes.iter().map(|v| v.slot.0 + 1).max());

@@ -32,8 +32,7 @@ const WORDS_MAX: usize = 64;
 const EVENTS_MAX: usize = 256;
 /// How often events that did not fit are tried again.
 const EVENTS_RETRY: Duration = Duration::from_millis(50);
-/// Until a refused group asks again: where another connection holds it, and where an operator has to act.
-const IN_USE_RETRY: Duration = Duration::from_secs(5);
+/// Until a refused group asks again: an operator has to act.
 const REFUSED_RETRY: Duration = Duration::from_secs(60);
 
 /// The sender's tasks have ended.
@@ -117,6 +116,7 @@ pub(super) fn start(
         stream: Stream::None,
         frame: Bytes::new(),
         retry: None,
+        superseded: false,
     };
     runtime.spawn(task.run(Inputs { submitted, said, messages, line }));
     GroupHandle { submissions, words, events, link: status }
@@ -146,6 +146,8 @@ struct GroupTask {
     /// What is left of the frame that is being written.
     frame: Bytes,
     retry: Option<BoxFuture<'static, ()>>,
+    /// Another process took the group over: nothing is asked or sent any more.
+    superseded: bool,
 }
 
 enum Action {
@@ -245,15 +247,18 @@ impl GroupTask {
                 self.stream = Stream::Opening(Box::pin(open_stream(up.clone(), self.session.group())));
             }
             TargetMessage::Busy { retry_after_ms, .. } => self.later(Duration::from_millis((*retry_after_ms).into())),
-            TargetMessage::GroupRefused { reason, .. } => {
-                self.later(if *reason == RefusalReason::InUse { IN_USE_RETRY } else { REFUSED_RETRY });
+            TargetMessage::GroupRefused { reason: RefusalReason::Superseded { .. }, .. } => {
+                // Asking again would be a fork, or take the group back: that is for a person to say, by a new start.
+                self.superseded = true;
+                self.hang_up();
             }
+            TargetMessage::GroupRefused { .. } => self.later(REFUSED_RETRY),
             _ => {}
         }
     }
 
     async fn open_group(&mut self) {
-        if let Some(up) = &self.up {
+        if let Some(up) = self.up.as_ref().filter(|_| !self.superseded) {
             let request = SourceMessage::OpenGroup(self.session.open_group());
             // Where that fails the line is gone, and the next one is a new chance.
             let _ = timeout(REFUSED_RETRY, up.control.send(request)).await;
@@ -261,7 +266,7 @@ impl GroupTask {
     }
 
     fn unchanged(&self, epoch: Epoch, as_of: Timestamp) {
-        if let Some(up) = &self.up {
+        if let Some(up) = self.up.as_ref().filter(|_| !self.superseded) {
             let _ = up.control.try_send(SourceMessage::Unchanged { group: self.session.group(), epoch, as_of });
         }
     }

@@ -141,3 +141,12 @@ async fn a_connection_that_was_of_use_or_lasted_is_followed_by_the_shortest_wait
         assert!(waits.iter().all(|wait| is_about(*wait, BACKOFF_MIN)), "{waits:?}");
     }
 }
+
+#[test]
+fn clocks_more_than_a_minute_apart_are_worth_a_warning() {
+    let warning = |ours, target| clock_warning(Timestamp(ours), Timestamp(target));
+    assert_eq!(warning(60_000, 0), None);
+    assert!(warning(61_000, 0).is_some_and(|text| text.contains("61 s ahead of")));
+    assert!(warning(0, 90_500).is_some_and(|text| text.contains("90 s behind")));
+    assert!(warning(i64::MIN, i64::MAX).is_some());
+}

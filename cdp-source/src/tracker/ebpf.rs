@@ -81,11 +81,14 @@ impl EbpfOptions {
         }
     }
 
+    #[cfg(feature = "sabotage")]
     fn programs(&self) -> Programs {
-        #[cfg(feature = "sabotage")]
-        if let Some(sabotage) = self.sabotage {
-            return sabotage.programs();
-        }
+        self.sabotage.map_or(Programs::PLAIN, Sabotage::programs)
+    }
+
+    #[cfg(not(feature = "sabotage"))]
+    #[expect(clippy::unused_self, reason = "only tests choose")]
+    const fn programs(&self) -> Programs {
         Programs::PLAIN
     }
 

@@ -25,7 +25,8 @@ pub(super) struct Arguments {
     /// How long the bundle may be used.
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
     expires: Duration,
-    /// New hardware of a known office: its old certificate is revoked, its groups and history are kept.
+    /// New hardware of a known office: its groups and history are kept, its old certificate is revoked once the new
+    /// hardware has joined.
     #[arg(long)]
     replace: bool,
     #[command(flatten)]

@@ -7,10 +7,10 @@ use super::{context, print};
 use crate::catalog::{Catalog, CatalogError, Group};
 use crate::points::{Instant, PointInfo, PointName};
 use crate::restore::image::{BadRange, BlockSource, Export, ExportError, Exported};
+use crate::restore::keyring::Keyring;
 use crate::restore::output::{self, Count, Needs, Output, OutputError};
 use crate::restore::point::PointImage;
 use cdp_protocol::record::Volume;
-use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::Epoch;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -100,9 +100,9 @@ fn export(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if let (Some(what), false) = (&point.damaged, arguments.allow_damaged) {
         return Err(ExportError::Damaged { offset: 0, reason: what.clone() }.into());
     }
-    let key = catalog.key(&group)?;
+    let keys = catalog.keys(&group)?;
     let targets = targets(arguments, group.view().volumes(point.epoch)?)?;
-    let job = Job { arguments, group: &group, key, point, stop: context::stop_on_signal(&arguments.output) };
+    let job = Job { arguments, group: &group, keys, point, stop: context::stop_on_signal(&arguments.output) };
     let images = job.run(&targets)?;
     report(arguments, point, images)?;
     Ok(ExitCode::SUCCESS)
@@ -135,7 +135,7 @@ fn is_stdout(path: &Path) -> bool {
 struct Job<'a> {
     arguments: &'a Arguments,
     group: &'a Group,
-    key: DataKey,
+    keys: Keyring,
     point: &'a PointInfo,
     stop: Arc<AtomicBool>,
 }
@@ -143,7 +143,7 @@ struct Job<'a> {
 impl Job<'_> {
     /// All images, published together once all are whole.
     fn run(&self, targets: &[Target]) -> Result<Vec<Image>, Failure> {
-        let readers = (0..THREADS).map(|_| self.group.view().image(self.point.epoch, &self.key));
+        let readers = (0..THREADS).map(|_| self.group.view().image(self.point.epoch, &self.keys));
         let readers: Vec<PointImage> = readers.collect::<Result<_, _>>()?;
         let sources: Vec<&dyn BlockSource> = readers.iter().map(|reader| reader as &dyn BlockSource).collect();
         let folder = FolderGuard::prepare(self.arguments)?;

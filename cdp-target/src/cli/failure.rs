@@ -8,6 +8,7 @@ use crate::catalog::CatalogError;
 use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::enroll::EnrollError;
+use crate::journal::JournalError;
 use crate::points::{LabelError, NoSuchPoint, PointNameError};
 use crate::restore::image::{ExportError, one_line};
 use crate::restore::output::OutputError;
@@ -128,6 +129,17 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
     if let Some(error) = error.downcast_ref::<AuthorityError>() {
         let name = matches!(error, AuthorityError::Name(_));
         return (if name { Fault::User } else { Fault::Ours }, None);
+    }
+    match error.downcast_ref::<JournalError>() {
+        Some(JournalError::NotForked) => {
+            return (Fault::User, Some("`cdp-target status` shows how the groups stand"));
+        }
+        Some(JournalError::NoHistory { is_ambiguous, .. }) => {
+            let more = "give more of the hash: EPOCH:HASH";
+            let other = "`cdp-target status` names where the histories end, and whose they are";
+            return (Fault::User, Some(if *is_ambiguous { more } else { other }));
+        }
+        _ => {}
     }
     if error.is::<NoSuchPoint>() {
         return (Fault::User, Some("`cdp-target points OFFICE/GROUP` lists the points there are"));

@@ -12,6 +12,7 @@ mod inspect;
 mod label;
 mod output;
 mod points;
+mod resolve;
 mod serve;
 mod status;
 mod verify;
@@ -46,6 +47,8 @@ enum Command {
     Label(label::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
+    /// Ends a fork: says which history goes on. The other one stays readable.
+    Resolve(resolve::Arguments),
     /// Re-reads and proves what the points stand on; exit 1 and the damaged points if anything is wrong.
     Verify(verify::Arguments),
     /// Shows what is in a segment or manifest, without a server.
@@ -85,6 +88,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Points(arguments) => points::run(&arguments),
         Command::Label(arguments) => label::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Resolve(arguments) => resolve::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
     }

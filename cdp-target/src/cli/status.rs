@@ -60,6 +60,15 @@ fn text(report: &StatusReport) -> String {
             if let Some(reason) = &group.reason {
                 table.note(format!("  {}/{}: {reason}", office.name, group.name));
             }
+            for history in &group.histories {
+                let whose =
+                    history.host.as_ref().map_or_else(|| "this store's".to_owned(), |host| format!("of {host}"));
+                table.note(format!("    a history ends at {}: {whose}", history.head));
+            }
+            if !group.histories.is_empty() {
+                let group = format!("{}/{}", office.name, group.name);
+                table.note(format!("  hint: cdp-target resolve {group} --continue-from HEAD says which goes on"));
+            }
         }
         if office.groups.is_empty() {
             table.note(format!("{}  ({}, no group yet)", office.name, office.state));

@@ -46,11 +46,11 @@ fn check(arguments: &Arguments) -> Result<ExitCode, Failure> {
         Some(name) => Some(name.find(&group.points()?)?.epoch),
         None => None,
     };
-    let key = catalog.key(&group)?;
+    let keys = catalog.keys(&group)?;
     let style = ProgressStyle::with_template("verify {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left")
         .expect("the template is constant");
     let bar = ProgressBar::new(group.view().bytes()).with_style(style);
-    let report = verify(group.view(), Some(&key), at, &mut |progress| {
+    let report = verify(group.view(), Some(&keys), at, &mut |progress| {
         bar.set_length(progress.bytes_total);
         bar.set_position(progress.bytes);
     })?;

@@ -6,7 +6,9 @@
 use super::bytes::{FieldError, Input, put_long};
 use super::{GroupIdentity, JournalError};
 use cdp_protocol::escrow::Envelope;
-use cdp_protocol::units::{Epoch, Generation, GroupId, KeyId, Timestamp};
+use cdp_protocol::session::lineage::{Line, Lineage, Place};
+use cdp_protocol::session::target::{Claim, Ruling};
+use cdp_protocol::units::{Epoch, FrameHash, Generation, GroupId, Head, KeyId, Timestamp};
 use cdp_seams::storage::{Storage, read_all, replace};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,9 @@ use std::path::{Path, PathBuf};
 /// First bytes of a manifest.
 pub const MAGIC: [u8; 8] = *b"CDPMANIF";
 /// The layout described here.
-pub const VERSION: u16 = 1;
+///
+/// Version 1 ends with the damages: no lineage, no forks, one envelope.
+pub const VERSION: u16 = 2;
 /// The longest manifest, in bytes.
 const BYTES_MAX: u64 = 256 * 1024 * 1024;
 
@@ -101,6 +105,26 @@ pub struct Manifest {
     pub marks: BTreeMap<Epoch, Mark>,
     /// Damage that recovery found.
     pub damages: Vec<Damage>,
+    /// How the generations follow one another.
+    pub lineage: Lineage,
+    /// Sources whose history is another one than ours, and that wait for an operator's word.
+    pub forks: Vec<Fork>,
+    /// What an operator said about such sources.
+    pub ruling: Ruling,
+    /// Envelopes of the data keys before the present one: older points need them.
+    #[serde(skip)]
+    pub older_envelopes: Vec<Envelope>,
+}
+
+/// A source whose history is not of the one that goes on.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Fork {
+    /// Where it stands.
+    pub claim: Claim,
+    /// The machine it runs on, as it says.
+    pub host: String,
+    /// When it came first, by the target's clock.
+    pub at: Timestamp,
 }
 
 /// Why a manifest cannot be had.
@@ -163,6 +187,13 @@ impl Manifest {
         }
     }
 
+    /// Where the histories end that there are: ours, whose newest point is `head`, and those of the forked sources.
+    #[must_use]
+    pub fn histories(&self, head: Option<Head>) -> Vec<Claim> {
+        let ours = head.map(|head| Claim { generation: self.generation, head });
+        ours.into_iter().chain(self.forks.iter().map(|fork| fork.claim)).collect()
+    }
+
     /// One copy's bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -173,9 +204,7 @@ impl Manifest {
         out.extend_from_slice(&identity.group.0);
         put_long(&mut out, identity.office.as_bytes());
         put_long(&mut out, identity.name.as_bytes());
-        out.extend_from_slice(&identity.envelope.key.0);
-        put_long(&mut out, &identity.envelope.encapsulated);
-        put_long(&mut out, &identity.envelope.sealed);
+        put_envelope(&mut out, &identity.envelope);
         out.extend_from_slice(&self.generation.0.to_le_bytes());
         put_option(&mut out, self.frozen.as_deref());
         out.extend_from_slice(&self.open.to_le_bytes());
@@ -190,6 +219,7 @@ impl Manifest {
         }
         out.extend_from_slice(&(self.damages.len() as u32).to_le_bytes());
         self.damages.iter().for_each(|damage| put_damage(&mut out, damage));
+        self.put_history(&mut out);
         let hash = blake3::hash(&out);
         out.extend_from_slice(hash.as_bytes());
         out
@@ -207,7 +237,7 @@ impl Manifest {
             return Err(ManifestError::Magic);
         }
         let version = u16::from_le_bytes([bytes[8], bytes[9]]);
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(ManifestError::Version(version));
         }
         let (summed, sum) = bytes.split_at(bytes.len() - 32);
@@ -215,16 +245,15 @@ impl Manifest {
             return Err(ManifestError::Checksum);
         }
         let mut input = Input::new(&summed[16..]);
-        let manifest = Self::take(&mut input)?;
+        let manifest = Self::take(&mut input, version)?;
         input.finish()?;
         Ok(manifest)
     }
 
-    fn take(input: &mut Input<'_>) -> Result<Self, FieldError> {
+    fn take(input: &mut Input<'_>, version: u16) -> Result<Self, FieldError> {
         let group = GroupId(input.array()?);
         let (office, name) = (input.text()?, input.text()?);
-        let key = KeyId(input.array()?);
-        let envelope = Envelope { key, encapsulated: input.long()?.to_vec(), sealed: input.long()?.to_vec() };
+        let envelope = take_envelope(input)?;
         let identity = GroupIdentity { group, office, name, envelope };
         let generation = Generation(input.u64()?);
         let frozen = take_option(input)?;
@@ -237,8 +266,108 @@ impl Manifest {
             marks.insert(epoch, Mark { label: take_option(input)?, pinned: input.flag()? });
         }
         let damages = (0..input.u32()?).map(|_| take_damage(input)).collect::<Result<_, _>>()?;
-        Ok(Self { identity, generation, frozen, sealed, open, open_header, marks, damages })
+        let (lineage, forks, ruling, older_envelopes) = Default::default();
+        let mut manifest = Self {
+            identity,
+            generation,
+            frozen,
+            sealed,
+            open,
+            open_header,
+            marks,
+            damages,
+            lineage,
+            forks,
+            ruling,
+            older_envelopes,
+        };
+        if version > 1 {
+            manifest.take_history(input)?;
+        }
+        Ok(manifest)
     }
+
+    /// What version 1 did not have.
+    fn put_history(&self, out: &mut Vec<u8>) {
+        put_count(out, self.lineage.lines().len());
+        self.lineage.lines().iter().for_each(|line| put_line(out, line));
+        put_count(out, self.forks.len());
+        for fork in &self.forks {
+            put_claim(out, &fork.claim);
+            put_long(out, fork.host.as_bytes());
+            out.extend_from_slice(&fork.at.0.to_le_bytes());
+        }
+        out.push(u8::from(self.ruling.chosen.is_some()));
+        self.ruling.chosen.iter().for_each(|head| put_head(out, head));
+        put_count(out, self.ruling.left.len());
+        self.ruling.left.iter().for_each(|claim| put_claim(out, claim));
+        put_count(out, self.older_envelopes.len());
+        self.older_envelopes.iter().for_each(|envelope| put_envelope(out, envelope));
+    }
+
+    fn take_history(&mut self, input: &mut Input<'_>) -> Result<(), FieldError> {
+        let lines = (0..input.u32()?).map(|_| take_line(input)).collect::<Result<_, _>>()?;
+        self.lineage = Lineage::new(lines).ok_or(FieldError("lineage"))?;
+        for _ in 0..input.u32()? {
+            let (claim, host) = (take_claim(input)?, input.text()?);
+            self.forks.push(Fork { claim, host, at: Timestamp(input.i64()?) });
+        }
+        self.ruling.chosen = if input.flag()? { Some(take_head(input)?) } else { None };
+        self.ruling.left = (0..input.u32()?).map(|_| take_claim(input)).collect::<Result<_, _>>()?;
+        self.older_envelopes = (0..input.u32()?).map(|_| take_envelope(input)).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+}
+
+fn put_count(out: &mut Vec<u8>, count: usize) {
+    out.extend_from_slice(&(count as u32).to_le_bytes());
+}
+
+fn put_envelope(out: &mut Vec<u8>, envelope: &Envelope) {
+    out.extend_from_slice(&envelope.key.0);
+    put_long(out, &envelope.encapsulated);
+    put_long(out, &envelope.sealed);
+}
+
+fn take_envelope(input: &mut Input<'_>) -> Result<Envelope, FieldError> {
+    let key = KeyId(input.array()?);
+    Ok(Envelope { key, encapsulated: input.long()?.to_vec(), sealed: input.long()?.to_vec() })
+}
+
+fn put_head(out: &mut Vec<u8>, head: &Head) {
+    out.extend_from_slice(&head.epoch.0.to_le_bytes());
+    out.extend_from_slice(&head.hash.0);
+}
+
+fn take_head(input: &mut Input<'_>) -> Result<Head, FieldError> {
+    Ok(Head { epoch: Epoch(input.u64()?), hash: FrameHash(input.array()?) })
+}
+
+fn put_claim(out: &mut Vec<u8>, claim: &Claim) {
+    out.extend_from_slice(&claim.generation.0.to_le_bytes());
+    put_head(out, &claim.head);
+}
+
+fn take_claim(input: &mut Input<'_>) -> Result<Claim, FieldError> {
+    Ok(Claim { generation: Generation(input.u64()?), head: take_head(input)? })
+}
+
+fn put_line(out: &mut Vec<u8>, line: &Line) {
+    out.extend_from_slice(&line.generation.0.to_le_bytes());
+    out.push(u8::from(line.after.is_some()));
+    out.extend_from_slice(&line.after.unwrap_or_default().0.to_le_bytes());
+    let from = line.from.map_or((0, 0), |from| (from.generation.0, from.epoch.0));
+    out.push(u8::from(line.from.is_some()));
+    out.extend_from_slice(&from.0.to_le_bytes());
+    out.extend_from_slice(&from.1.to_le_bytes());
+}
+
+fn take_line(input: &mut Input<'_>) -> Result<Line, FieldError> {
+    let generation = Generation(input.u64()?);
+    let (has_after, after) = (input.flag()?, Epoch(input.u64()?));
+    let has_from = input.flag()?;
+    let from = Place { generation: Generation(input.u64()?), epoch: Epoch(input.u64()?) };
+    Ok(Line { generation, after: has_after.then_some(after), from: has_from.then_some(from) })
 }
 
 fn put_option(out: &mut Vec<u8>, text: Option<&str>) {

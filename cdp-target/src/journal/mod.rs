@@ -33,11 +33,11 @@ use std::path::{Path, PathBuf};
 
 pub use bytes::FieldError;
 pub use listing::Overview;
-pub use manifest::{Damage, Manifest};
+pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
 pub use unreadable::Unreadable;
 pub use view::{GroupView, Point};
-pub use writer::GroupJournal;
+pub use writer::{GroupJournal, short_head};
 
 /// Who a group is. Changes only through the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -125,6 +125,19 @@ pub enum JournalError {
     /// Nothing is taken: a person has to decide.
     #[error("the group is frozen: {0}")]
     Frozen(String),
+    /// There is no fork to end.
+    #[error("the group is not frozen: there is no fork to resolve")]
+    NotForked,
+    /// No history ends there, or several do.
+    #[error("{} at {named}, but at {}", if *is_ambiguous { "more than one history ends" } else { "no history ends" }, known.join(", "))]
+    NoHistory {
+        /// What was asked for.
+        named: String,
+        /// Whether several do.
+        is_ambiguous: bool,
+        /// Where those end that there are.
+        known: Vec<String>,
+    },
     /// Generations only rise.
     #[error("generation {wanted} is not above {granted}")]
     Generation {

@@ -11,9 +11,9 @@ use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
 use super::walk::{Visit, walk};
 use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
+use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
 use cdp_protocol::record::{Meters, Volume};
-use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::HashMap;
@@ -210,16 +210,16 @@ impl GroupView {
         self.points().rev().find(named).transpose()
     }
 
-    /// The content of point `epoch`, opened with the group's key.
+    /// The content of point `epoch`, opened with the group's keys.
     ///
     /// # Errors
     /// Where there is no such point, its list of volumes is damaged, or a segment cannot be read.
-    pub fn image(self: &Arc<Self>, epoch: Epoch, key: &DataKey) -> Result<PointImage, JournalError> {
+    pub fn image(self: &Arc<Self>, epoch: Epoch, keys: impl Into<Keyring>) -> Result<PointImage, JournalError> {
         let commit = self.commit(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
         if commit.volumes.is_empty() {
             return Err(JournalError::Damaged(format!("the volumes of point {epoch} cannot be told")));
         }
-        Ok(PointImage::new(Arc::clone(self), commit, key.clone()))
+        Ok(PointImage::new(Arc::clone(self), commit, keys.into()))
     }
 
     /// The volumes of point `epoch`.

@@ -5,13 +5,15 @@
 //! lock: the store has one.
 
 use super::index::OpenIndex;
-use super::manifest::{Manifest, Mark, SealedSegment};
+use super::manifest::{Fork, Manifest, Mark, SealedSegment};
 use super::segment::{self, Footer, Header, Place};
 use super::view::{Caches, GroupView};
 use super::{GroupIdentity, JournalError, JournalLimits};
 use cdp_protocol::frame::{self, Encoding, Frame, Kind};
 use cdp_protocol::record::Synced;
 use cdp_protocol::session::chain::{Chain, Step};
+use cdp_protocol::session::lineage::{Line, Lineage};
+use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{AttemptId, Epoch, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::io;
@@ -22,6 +24,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 const PENDING_BYTES_MAX: usize = 1 << 20;
 /// A frame so long is written from where it is, not gathered first: the copy costs more than the call.
 const GATHERED_BYTES_MAX: usize = 64 << 10;
+/// Forks that wait for an operator at a time; of more the first are enough to decide by.
+const FORKS_MAX: usize = 16;
+/// Histories that were left, and whose sources are refused without freezing the group again.
+const LEFT_MAX: usize = 256;
 /// Extents in the open segment's index before it is sealed: 32 bytes each, twice that in memory.
 const EXTENTS_MAX: usize = 1 << 20;
 
@@ -106,6 +112,10 @@ impl GroupJournal {
             open_header: header,
             marks: std::collections::BTreeMap::new(),
             damages: Vec::new(),
+            lineage: Lineage::default(),
+            forks: Vec::new(),
+            ruling: Ruling::default(),
+            older_envelopes: Vec::new(),
         };
         manifest.write(storage.as_ref(), folder)?;
         Ok(Self::assemble(storage, folder, limits, manifest, place, open))
@@ -161,43 +171,96 @@ impl GroupJournal {
         Arc::clone(&self.view)
     }
 
-    /// The place in the chain that durable point `epoch` has, if there is one.
+    /// In which generation a durable point was made; `None` for one that is not here.
     ///
     /// # Errors
     /// Where the segment that has it cannot be read.
-    pub fn head_of(&self, epoch: Epoch) -> Result<Option<Head>, JournalError> {
-        Ok(self.view.commit(epoch)?.map(|commit| commit.head))
+    pub fn made_in(&self, point: Head) -> Result<Option<Generation>, JournalError> {
+        let commit = self.view.commit(point.epoch)?.filter(|commit| commit.head == point);
+        Ok(commit.map(|commit| commit.generation))
     }
 
-    /// Changes who the group is; the group's id stays.
+    /// How the generations follow one another.
+    #[must_use]
+    pub const fn lineage(&self) -> &Lineage {
+        &self.manifest.lineage
+    }
+
+    /// What an operator said about forks.
+    #[must_use]
+    pub const fn ruling(&self) -> &Ruling {
+        &self.manifest.ruling
+    }
+
+    /// Changes who the group is; the group's id stays, and so do the envelopes of data keys that older points need.
     ///
     /// # Errors
     /// Where the manifest cannot be replaced.
     pub fn set_identity(&mut self, identity: GroupIdentity) -> Result<(), JournalError> {
         assert_eq!(identity.group, self.manifest.identity.group, "a journal belongs to one group for ever");
-        self.change(|manifest| manifest.identity = identity)
+        self.change(|manifest| {
+            let key = identity.envelope.key;
+            let before = std::mem::replace(&mut manifest.identity, identity);
+            // The same key may be sealed anew; another one takes its place, and may be one that was there before.
+            manifest.older_envelopes.retain(|envelope| envelope.key != key);
+            if before.envelope.key != key {
+                manifest.older_envelopes.push(before.envelope);
+            }
+        })
     }
 
-    /// Grants a generation; durable when it returns.
+    /// Begins a generation; durable when it returns. The forks that were resolved are history then.
     ///
     /// # Errors
-    /// Where it is below the one granted last, or the manifest cannot be replaced.
-    pub fn grant(&mut self, generation: Generation) -> Result<(), JournalError> {
-        let granted = self.place.chain.generation();
-        if generation < granted {
-            return Err(JournalError::Generation { wanted: generation, granted });
+    /// Where it is not above the one granted last, or the manifest cannot be replaced.
+    pub fn begin(&mut self, line: Line) -> Result<(), JournalError> {
+        let (wanted, granted) = (line.generation, self.place.chain.generation());
+        if wanted <= granted {
+            return Err(JournalError::Generation { wanted, granted });
         }
-        self.change(|manifest| manifest.generation = generation)?;
-        self.place.chain.grant(generation);
+        self.change(|manifest| {
+            manifest.generation = wanted;
+            manifest.lineage.begin(line);
+            manifest.ruling.chosen = None;
+            manifest.forks.clear();
+        })?;
+        self.place.chain.grant(wanted);
         Ok(())
     }
 
-    /// Stops taking frames, or goes on.
+    /// Takes nothing any more, until `resolve`: a source's history is another one.
     ///
     /// # Errors
     /// Where the manifest cannot be replaced.
-    pub fn set_frozen(&mut self, reason: Option<&str>) -> Result<(), JournalError> {
-        self.change(|manifest| manifest.frozen = reason.map(str::to_owned))
+    pub fn freeze(&mut self, reason: &str, fork: Option<Fork>) -> Result<(), JournalError> {
+        let known = |fork: &Fork| self.manifest.forks.iter().any(|known| known.claim == fork.claim);
+        let fork = fork.filter(|fork| !known(fork) && self.manifest.forks.len() < FORKS_MAX);
+        if self.manifest.frozen.is_some() && fork.is_none() {
+            return Ok(());
+        }
+        self.change(|manifest| {
+            manifest.frozen.get_or_insert_with(|| reason.to_owned());
+            manifest.forks.extend(fork);
+        })
+    }
+
+    /// Ends a fork: the history that ends at `text` (an epoch, or an epoch and the start of its hash) goes on with the next
+    /// source that stands there; the others are left. Nothing of any is removed.
+    ///
+    /// # Errors
+    /// Where the group is not forked, no history or several end there, or the manifest cannot be replaced.
+    pub fn resolve(&mut self, text: &str) -> Result<Head, JournalError> {
+        let claims = self.manifest.histories(self.synced_head());
+        let chosen = choose(&claims, text, self.manifest.frozen.is_some() || self.manifest.ruling.chosen.is_some())?;
+        self.change(|manifest| {
+            manifest.frozen = None;
+            manifest.ruling.chosen = Some(chosen);
+            manifest.ruling.left.retain(|left| !claims.contains(left));
+            manifest.ruling.left.extend(claims.iter().filter(|claim| claim.head != chosen));
+            let surplus = manifest.ruling.left.len().saturating_sub(LEFT_MAX);
+            manifest.ruling.left.drain(..surplus);
+        })?;
+        Ok(chosen)
     }
 
     /// Names a point, or takes its name away.
@@ -401,6 +464,32 @@ impl GroupJournal {
         }
         result
     }
+}
+
+/// The one history that `text` names.
+fn choose(claims: &[Claim], text: &str, is_forked: bool) -> Result<Head, JournalError> {
+    if !is_forked {
+        return Err(JournalError::NotForked);
+    }
+    let (epoch, prefix) = text.split_once(':').unwrap_or((text, ""));
+    let named = |claim: &&Claim| {
+        claim.head.epoch.to_string() == epoch && claim.head.hash.to_string().starts_with(&prefix.to_lowercase())
+    };
+    match claims.iter().filter(named).collect::<Vec<_>>().as_slice() {
+        [one] => Ok(one.head),
+        found => Err(JournalError::NoHistory {
+            named: text.to_owned(),
+            is_ambiguous: !found.is_empty(),
+            known: claims.iter().map(|claim| short_head(claim.head)).collect(),
+        }),
+    }
+}
+
+/// A head as people read and write it: its epoch, and enough of its hash.
+#[must_use]
+pub fn short_head(head: Head) -> String {
+    let hash = head.hash.to_string();
+    format!("{}:{}", head.epoch, hash.get(..12).unwrap_or(&hash))
 }
 
 /// Makes a segment of nothing but its header, durable with its name; replaces one that no manifest names.

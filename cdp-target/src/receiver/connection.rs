@@ -209,7 +209,7 @@ impl Connection {
                 let number = held.session;
                 self.open().insert(group, held);
                 let outbox = self.outbox.clone();
-                let session = Session { number, connection: self.number, outbox, proven: false };
+                let session = Session { number, connection: self.number, outbox };
                 (group, Command::Open { session, request })
             }
             TargetAction::Unchanged { group, epoch, as_of } => {

@@ -7,13 +7,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cdp_protocol::frame;
-use cdp_protocol::message::{GroupOpened, OpenGroup, RefusalReason, Resume, TargetMessage, Verdict};
+use cdp_protocol::message::{GroupOpened, Instance, OpenGroup, RefusalReason, Resume, TargetMessage, Verdict};
 use cdp_protocol::session::chain::Step;
-use cdp_protocol::session::target::{Judgement, Standing, judge};
+use cdp_protocol::session::target::{Claim, Judgement, Standing, judge};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Timestamp};
 use cdp_seams::clock::Clock;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tracing::{error, info, warn};
+
+use crate::journal::{Fork, short_head};
 
 use super::live::{LiveGroup, Unchanged};
 use super::store_api::{GroupStore, GroupWriter, StoreError};
@@ -26,6 +28,8 @@ const PAGE_POINTS: usize = 256;
 const FULL: &str = "its disk is full";
 /// How long a source waits where the target has no room.
 const FULL_RETRY_MS: u32 = 5_000;
+/// Processes remembered that lost the group to others.
+const SUPERSEDED_MAX: usize = 16;
 /// How long a source waits where the writer was opened anew.
 const REOPENED_RETRY_MS: u32 = 500;
 
@@ -55,8 +59,6 @@ pub(super) struct Session {
     /// Of all its connections, this one.
     pub(super) connection: u64,
     pub(super) outbox: Outbox,
-    /// Whether the source is known to know its generation.
-    pub(super) proven: bool,
 }
 
 /// The way back to a connection. Never blocks.
@@ -94,6 +96,10 @@ pub(super) struct GroupThread {
     pub(super) live: Arc<Mutex<LiveGroup>>,
     pub(super) writer: Option<Box<dyn GroupWriter>>,
     pub(super) session: Option<Session>,
+    /// The process that had the group open last, whether or not its line still stands.
+    pub(super) holder: Option<Instance>,
+    /// Processes that others took the group over from, newest last, and what they are told.
+    pub(super) superseded: Vec<([u8; 16], RefusalReason)>,
     /// Acks that wait for a sync.
     pub(super) pending: Vec<TargetMessage>,
     pub(super) unsynced_bytes: u64,
@@ -202,49 +208,87 @@ impl GroupThread {
     }
 
     /// Opens the group for a session, or says why it is refused.
-    fn judge(&mut self, mut session: Session, request: &OpenGroup) -> Result<Option<RefusalReason>, StoreError> {
+    fn judge(&mut self, session: Session, request: &OpenGroup) -> Result<Option<RefusalReason>, StoreError> {
         self.ensure(Some(request))?;
-        let held = self.session.as_ref().is_some_and(|held| held.proven && held.connection != session.connection);
+        if let Some(told) = self.superseded.iter().find(|(process, _)| *process == request.instance.process) {
+            // It may not have heard it: its line was down. Only a new start of it is judged again.
+            return Ok(Some(told.1.clone()));
+        }
+        let same_process = self.holder.as_ref().is_some_and(|held| held.process == request.instance.process);
         let writer = self.writer.as_deref_mut().expect("just opened");
         if let Some(reason) = writer.frozen() {
             warn!(office = self.office, group = %self.group, reason, "the group is frozen, its source is refused");
-            return Ok(Some(RefusalReason::Fork));
+            return self.fork(request).map(Some);
         }
         let chain = writer.chain();
-        let standing = Standing { head: chain.head().map(|(head, _)| head), generation: chain.generation(), held };
-        let (verdict, generation, lost) = match judge(&standing, request, &mut |point| writer.holds(point))? {
-            Judgement::Open { verdict, generation, lost } => (verdict, generation, lost),
-            Judgement::Refuse(reason) => {
-                if reason == RefusalReason::Fork {
-                    let claims = request.sent.iter().chain(&request.acked).next();
-                    let claims =
-                        claims.map_or_else(|| "nothing".to_owned(), |head| format!("{} ({})", head.epoch, head.hash));
-                    let line = format!("a source stands at {claims}, which is not in this history");
-                    error!(office = self.office, group = %self.group, line, "fork: the group is frozen until it is resolved");
-                    writer.freeze(&line)?;
-                }
-                return Ok(Some(reason));
-            }
+        let standing = Standing {
+            head: chain.head().map(|(head, _)| head),
+            parts: chain.parts(),
+            generation: chain.generation(),
+            same_process,
+            lineage: writer.lineage(),
+            ruling: writer.ruling(),
+        };
+        let (verdict, generation, begins, lost) = match judge(&standing, request, &mut |point| writer.made_in(point))? {
+            Judgement::Open { verdict, generation, begins, lost } => (verdict, generation, begins, lost),
+            Judgement::Refuse(RefusalReason::Fork) => return self.fork(request).map(Some),
+            Judgement::Refuse(reason) => return Ok(Some(reason)),
         };
         if !lost.is_empty() {
             let epochs: Vec<u64> = lost.iter().map(|epoch| epoch.0).collect();
             error!(office = self.office, group = %self.group, ?epochs, "points that were acked are not here any more");
         }
         writer.identify(request)?;
-        if generation != writer.chain().generation() {
-            writer.grant(generation)?;
+        if let Some(line) = begins {
+            writer.begin(line)?;
         }
-        session.proven = verdict == Verdict::Continue && request.generation == Some(generation);
-        info!(office = self.office, group = %self.group, ?verdict, %generation, "group opened");
+        let host = &request.instance.host;
+        info!(office = self.office, group = %self.group, host, ?verdict, %generation, "group opened");
+        if !same_process {
+            self.supersede(&request.instance);
+        }
         self.hand_over(session, verdict, generation);
         Ok(None)
     }
 
-    /// The newest session holds the group; the connection that held it before is closed.
+    /// A source whose history is not of the one that goes on: whoever holds the group is stopped too, and both are kept.
+    fn fork(&mut self, request: &OpenGroup) -> Result<RefusalReason, StoreError> {
+        let at = self.now();
+        let writer = self.writer.as_deref_mut().expect("opened by the caller");
+        let host = request.instance.host.clone();
+        let fork = Claim::of(request).map(|claim| Fork { claim, host: host.clone(), at });
+        let claims = fork.as_ref().map_or_else(|| "no point".to_owned(), |fork| short_head(fork.claim.head));
+        let line = format!("a source on {host} stands at {claims}, which is not of the history that goes on here");
+        let is_first = writer.frozen().is_none();
+        let ours = !is_first && is_ours(request, &*writer);
+        writer.freeze(&line, fork.filter(|_| !ours))?;
+        if is_first {
+            error!(office = self.office, group = %self.group, line, "fork: the group is frozen until `cdp-target resolve`");
+        }
+        if self.session.is_some() {
+            self.detach(TargetMessage::GroupRefused { group: self.group, reason: RefusalReason::Fork });
+        }
+        Ok(RefusalReason::Fork)
+    }
+
+    /// Another process takes the group: the one before is told now, if its line stands, and again whenever it asks.
+    fn supersede(&mut self, by: &Instance) {
+        let Some(before) = self.holder.replace(by.clone()) else { return };
+        let reason = RefusalReason::Superseded { by: by.host.clone(), at: self.now() };
+        warn!(office = self.office, group = %self.group, before = before.host, by = by.host, "another process took the group over");
+        if self.superseded.len() == SUPERSEDED_MAX {
+            self.superseded.remove(0);
+        }
+        self.superseded.push((before.process, reason.clone()));
+        if let Some(session) = self.session.take() {
+            session.outbox.send(TargetMessage::GroupRefused { group: self.group, reason });
+        }
+    }
+
+    /// The newest session holds the group; an older line of the same process is closed.
     fn hand_over(&mut self, session: Session, verdict: Verdict, generation: Generation) {
         if let Some(before) = self.session.take().filter(|before| before.connection != session.connection) {
-            before.outbox.send(TargetMessage::GroupRefused { group: self.group, reason: RefusalReason::InUse });
-            before.outbox.end("another connection took over one of its groups");
+            before.outbox.end("a newer connection of the same source took over");
         }
         let chain = self.writer.as_ref().expect("open").chain();
         let (head, parts) = (chain.head(), chain.parts());
@@ -293,9 +337,6 @@ impl GroupThread {
                 self.pending.push(TargetMessage::PartAcked { group, attempt: *attempt, parts: *parts });
             }
             Step::Taken | Step::Duplicate | Step::Synced => {}
-        }
-        if let Some(session) = self.session.as_mut() {
-            session.proven = true;
         }
         self.live(|live| {
             live.received = Some(place);
@@ -436,6 +477,11 @@ impl GroupThread {
     fn trouble(&self, message: &TargetMessage) {
         let trouble = match message {
             TargetMessage::Busy { reason, .. } => reason.clone(),
+            // Not the source that holds the group; and a fork is the manifest's to tell.
+            TargetMessage::GroupRefused {
+                reason: RefusalReason::Superseded { .. } | RefusalReason::Left | RefusalReason::Fork,
+                ..
+            } => return,
             TargetMessage::GroupRefused { reason, .. } => format!("refused: {reason:?}"),
             _ => return,
         };
@@ -449,6 +495,14 @@ impl GroupThread {
     fn now(&self) -> Timestamp {
         Timestamp(self.clock.wall_ms())
     }
+}
+
+/// Whether a source of a frozen group is of the history that was to go on here: no further fork, then.
+fn is_ours(request: &OpenGroup, writer: &dyn GroupWriter) -> bool {
+    let newest = writer.chain().head().map(|(head, _)| head);
+    let mut claimed = request.sent.iter().chain(&request.acked).copied();
+    let same_generation = request.generation == Some(writer.chain().generation());
+    Claim::of(request).is_none() || same_generation && claimed.any(|head| Some(head) == newest)
 }
 
 /// An error with its causes, in a line.

@@ -3,8 +3,11 @@
 //! All of it blocks and is called on a group's own thread. The journal stands behind it in the program, a history in
 //! memory in tests.
 
+use crate::journal::Fork;
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
+use cdp_protocol::session::lineage::{Line, Lineage};
+use cdp_protocol::session::target::Ruling;
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
 
 /// The groups of a store.
@@ -28,11 +31,17 @@ pub trait GroupWriter: Send {
     /// Where the group stands, with what was appended and not synced.
     fn chain(&self) -> &Chain;
 
-    /// Whether a point is one of the group's chain.
+    /// In which generation a durable point was made; `None` for one that is not here.
     ///
     /// # Errors
     /// Where the history cannot be read.
-    fn holds(&self, point: Head) -> Result<bool, StoreError>;
+    fn made_in(&self, point: Head) -> Result<Option<Generation>, StoreError>;
+
+    /// How the generations follow one another.
+    fn lineage(&self) -> &Lineage;
+
+    /// What an operator said about forks.
+    fn ruling(&self) -> &Ruling;
 
     /// Takes over name and envelope where they changed, durably.
     ///
@@ -40,11 +49,11 @@ pub trait GroupWriter: Send {
     /// Where they cannot be stored, or the name is another group's.
     fn identify(&mut self, request: &OpenGroup) -> Result<(), StoreError>;
 
-    /// Grants a generation, durably.
+    /// Begins a generation, durably.
     ///
     /// # Errors
     /// Where it cannot be stored.
-    fn grant(&mut self, generation: Generation) -> Result<(), StoreError>;
+    fn begin(&mut self, line: Line) -> Result<(), StoreError>;
 
     /// Appends a frame that follows, or says that it is there already. Not durable.
     ///
@@ -62,11 +71,17 @@ pub trait GroupWriter: Send {
     /// Why the group is frozen, if it is.
     fn frozen(&self) -> Option<String>;
 
-    /// Freezes the group, durably, until an operator resolves it.
+    /// Freezes the group, durably, until an operator resolves it; one that is frozen takes note of a further fork.
     ///
     /// # Errors
     /// Where it cannot be stored.
-    fn freeze(&mut self, reason: &str) -> Result<(), StoreError>;
+    fn freeze(&mut self, reason: &str, fork: Option<Fork>) -> Result<(), StoreError>;
+
+    /// Ends a fork, durably: the history that ends at what `head` names goes on.
+    ///
+    /// # Errors
+    /// Where the group is not forked, no history ends there, or it cannot be stored.
+    fn resolve(&mut self, head: &str) -> Result<Head, StoreError>;
 
     /// Up to `max` points above `after`, oldest first; only durable ones.
     ///

@@ -6,10 +6,9 @@
 use crate::journal::index::{CommitEntry, EntryKind};
 use crate::journal::resolve::{Piece, PiecePlace};
 use crate::journal::{GroupView, JournalError};
-use cdp_protocol::codec::{ContentError, open_content};
+use crate::restore::keyring::Keyring;
 use cdp_protocol::frame;
 use cdp_protocol::record::Volume;
-use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, VolumeSlot};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,7 +25,7 @@ type DecodedFrame = (u64, u64, Arc<Vec<u8>>);
 pub struct PointImage {
     view: Arc<GroupView>,
     commit: CommitEntry,
-    key: DataKey,
+    keys: Keyring,
     frames: Mutex<VecDeque<DecodedFrame>>,
 }
 
@@ -80,8 +79,8 @@ pub enum ReadError {
 }
 
 impl PointImage {
-    pub(crate) const fn new(view: Arc<GroupView>, commit: CommitEntry, key: DataKey) -> Self {
-        Self { view, commit, key, frames: Mutex::new(VecDeque::new()) }
+    pub(crate) const fn new(view: Arc<GroupView>, commit: CommitEntry, keys: Keyring) -> Self {
+        Self { view, commit, keys, frames: Mutex::new(VecDeque::new()) }
     }
 
     /// The point.
@@ -192,8 +191,7 @@ impl PointImage {
         if !fits {
             return Err(LoadError::Damaged("another frame than the index says".to_owned()));
         }
-        open_content(&frame, &self.key.attempt_key(&header.attempt))
-            .map_err(|error: ContentError| LoadError::Damaged(error.to_string()))
+        self.keys.open(&frame).map_err(|error| LoadError::Damaged(error.to_string()))
     }
 }
 

@@ -9,6 +9,7 @@ use cdp_protocol::frame::{self, Encoding, Kind};
 use cdp_protocol::record::{Begin, Commit, Meters, PartChain, PartEnd, Predecessor, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::Step;
+use cdp_protocol::session::lineage::Line;
 use cdp_protocol::units::{
     AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, FrameHash, Generation, GroupId, Head, KeyId, Sequence,
     Timestamp, VolumeSlot,
@@ -314,7 +315,8 @@ impl Source {
     pub fn grant(&mut self, journal: &mut GroupJournal) -> Result<(), JournalError> {
         // Whether it was granted is learned at the next hello where the answer was lost.
         let generation = Generation(self.generation.0 + 1);
-        let granted = journal.grant(generation);
+        let head = journal.chain().head().map(|(head, _)| head.epoch);
+        let granted = journal.begin(Line { generation, after: head, from: None });
         self.fence(generation);
         granted
     }

@@ -6,7 +6,7 @@ use cdp_protocol::escrow::Envelope;
 use cdp_protocol::frame::{self, Kind};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{
-    self, GroupOpened, OpenGroup, PROTOCOL_VERSION, PointSummary, RefusalReason, SourceMessage, TargetMessage,
+    self, GroupOpened, Instance, OpenGroup, PROTOCOL_VERSION, PointSummary, RefusalReason, SourceMessage, TargetMessage,
 };
 use cdp_protocol::record::{Begin, Commit, Meters, PartChain, PartEnd, Predecessor, Volume};
 use cdp_protocol::seal::DataKey;
@@ -21,7 +21,7 @@ use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::enroll::Admitted;
 use cdp_target::groups::StoreGroups;
 use cdp_target::listener::{ListenerLimits, Serve};
-use cdp_target::receiver::{LiveGroup, Receiver};
+use cdp_target::receiver::{GroupWriter, LiveGroup, Receiver, StoreError as ReceiverError};
 use cdp_target::store::{self, Store, StoreError};
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -93,6 +93,19 @@ impl Site {
         self.receiver.threads()
     }
 
+    /// Ends a fork as an operator does.
+    pub(crate) async fn resolve(&self, office: &Enrolled, group: &Group, head: &str) -> Head {
+        let (answer, resolved) = tokio::sync::oneshot::channel();
+        let name = self.target.authority.lock().expect("not poisoned").offices()[0].name.clone();
+        assert_eq!(self.groups(office), [group.id]);
+        let head = head.to_owned();
+        let work = move |writer: Result<&mut dyn GroupWriter, ReceiverError>| {
+            answer.send(writer.and_then(|writer| writer.resolve(&head))).expect("waited for");
+        };
+        self.receiver.with_group(&name, group.id, work).await;
+        within(resolved).await.expect("answered").expect("resolved")
+    }
+
     pub(crate) fn live(&self, group: GroupId) -> LiveGroup {
         self.receiver.live().into_iter().find(|(_, of, _)| *of == group).expect("opened").2
     }
@@ -122,9 +135,15 @@ pub(crate) struct Group {
     acked: Option<Predecessor>,
     parts: Option<PartChain>,
     attempts: u8,
+    pub(crate) process: [u8; 16],
 }
 
 impl Group {
+    /// The same group, as another process has it.
+    pub(crate) fn of_process(&self, process: u8) -> Self {
+        Self { process: [process; 16], ..self.clone() }
+    }
+
     pub(crate) fn new(id: u8, name: &str) -> Self {
         Self {
             id: GroupId([id; 16]),
@@ -134,6 +153,7 @@ impl Group {
             acked: None,
             parts: None,
             attempts: 0,
+            process: [1; 16],
         }
     }
 
@@ -150,6 +170,12 @@ impl Group {
         (self.generation, self.acked) = (other.generation, other.acked);
     }
 
+    /// Stands where the target does from now on, as a source does that was granted a new generation.
+    pub(crate) fn adopt(&mut self, opened: &GroupOpened) {
+        self.acked = opened.head.map(|(head, attempt)| Predecessor { head, attempt });
+        self.parts = None;
+    }
+
     fn request(&self) -> OpenGroup {
         OpenGroup {
             group: self.id,
@@ -157,6 +183,9 @@ impl Group {
             generation: self.generation,
             acked: self.head().into_iter().collect(),
             sent: vec![],
+            parts: self.parts.map(|parts| (Epoch(self.head().map_or(0, |head| head.epoch.0) + 1), parts)),
+            anew: false,
+            instance: Instance { process: self.process, host: "test".into() },
             envelope: Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] },
             volumes: volumes(),
         }

@@ -1,22 +1,26 @@
-//! What a source remembers of a group's session beyond its own death: generation, acked points, commits under way.
+//! What a source remembers of a group's session beyond its own death: generation, acked points and parts, commits under way.
 //!
 //! It lives as long as the tracking does (pinned beside it, at most 1 KiB), because it says what the tracking is relative
 //! to: the newest acked point. From it the target judges how the two histories stand to each other. The owner stores it
 //! *before* a commit leaves (`committing`), so that a successor knows what may have been acked unheard; and stores an
-//! adopted head (`opened` with a new generation) only once everything that has to be captured again is in the tracker.
+//! adopted head (`opened` with a new generation) only once everything that has to be captured again is in the tracker; and an
+//! acked part before the part's blocks are forgotten, so that a target that lost it is noticed.
 
 use super::{ACKED_MAX, SENT_MAX};
-use crate::message::{GroupOpened, Verdict};
+use crate::message::Verdict;
+use crate::record::PartChain;
 use crate::units::{Epoch, FrameHash, Generation, Head};
 
 /// Bytes a memo may have.
 pub const MEMO_BYTES_MAX: usize = 1024;
 const MAGIC: [u8; 4] = *b"CDPM";
-const VERSION: u8 = 1;
+/// Version 1 knew no parts.
+const VERSION: u8 = 2;
 const FIXED_BYTES: usize = 16;
 const HEAD_BYTES: usize = 40;
+const PARTS_BYTES: usize = 44;
 const CRC_BYTES: usize = 4;
-const _: () = assert!(FIXED_BYTES + (ACKED_MAX + SENT_MAX) * HEAD_BYTES + CRC_BYTES <= MEMO_BYTES_MAX);
+const _: () = assert!(FIXED_BYTES + (ACKED_MAX + SENT_MAX) * HEAD_BYTES + PARTS_BYTES + CRC_BYTES <= MEMO_BYTES_MAX);
 
 /// A source's memory of a group's session.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +31,8 @@ pub struct Memo {
     pub acked: Vec<Head>,
     /// Commits sent after those, newest first, at most `SENT_MAX`.
     pub sent: Vec<Head>,
+    /// The newest acked part of the epoch after them, and that epoch's number.
+    pub parts: Option<(Epoch, PartChain)>,
 }
 
 /// Why bytes are not a memo. Whoever finds this knows nothing about the group and starts over.
@@ -36,7 +42,7 @@ pub enum MemoError {
     #[error("memo has the wrong length")]
     Length,
     /// Not a memo of a version this program reads.
-    #[error("not a memo of version {VERSION}")]
+    #[error("not a memo of version 1 to {VERSION}")]
     Version,
     /// The checksum is wrong.
     #[error("memo checksum mismatch")]
@@ -65,17 +71,28 @@ impl Memo {
             self.acked.truncate(ACKED_MAX);
         }
         self.sent.retain(|sent| sent.epoch > head.epoch);
+        self.parts = self.parts.filter(|(epoch, _)| *epoch > head.epoch);
     }
 
-    /// The target's answer: its head is where the source stands from now on.
-    pub fn opened(&mut self, opened: &GroupOpened) {
-        let head = opened.head.map(|(head, _)| head);
-        if self.generation != Some(opened.generation) {
+    /// A part was acked.
+    pub const fn part_acked(&mut self, epoch: Epoch, parts: PartChain) {
+        self.parts = Some((epoch, parts));
+    }
+
+    /// The target's answer: its head is where the source stands from now on, its parts are what the next point takes in.
+    pub fn opened(
+        &mut self,
+        generation: Generation,
+        verdict: Verdict,
+        head: Option<Head>,
+        parts: Option<(Epoch, PartChain)>,
+    ) {
+        if self.generation != Some(generation) {
             // Frames of the lower generation are fenced off: what was under way can no longer be acked.
             self.sent.retain(|sent| Some(*sent) == head);
         }
-        self.generation = Some(opened.generation);
-        match (opened.verdict, head) {
+        self.generation = Some(generation);
+        match (verdict, head) {
             (_, None) => *self = Self { generation: self.generation, ..Self::default() },
             (Verdict::TargetBehind, Some(head)) => {
                 self.acked.retain(|acked| acked.epoch <= head.epoch);
@@ -83,18 +100,29 @@ impl Memo {
             }
             (_, Some(head)) => self.acked(head),
         }
+        self.parts = parts;
     }
 
-    /// The memo's bytes: magic, version, counts, generation (0 is none), heads, and a CRC-32 over all of it.
+    /// The memo's bytes: magic, version, counts, generation (0 is none), heads, parts if any, and a CRC-32 over all of it.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         assert!(self.acked.len() <= ACKED_MAX && self.sent.len() <= SENT_MAX, "the lists are cut where they grow");
         let mut out = MAGIC.to_vec();
-        out.extend_from_slice(&[VERSION, self.acked.len() as u8, self.sent.len() as u8, 0]);
+        out.extend_from_slice(&[
+            VERSION,
+            self.acked.len() as u8,
+            self.sent.len() as u8,
+            u8::from(self.parts.is_some()),
+        ]);
         out.extend_from_slice(&self.generation.unwrap_or_default().0.to_le_bytes());
         for head in self.acked.iter().chain(&self.sent) {
             out.extend_from_slice(&head.epoch.0.to_le_bytes());
             out.extend_from_slice(&head.hash.0);
+        }
+        if let Some((epoch, parts)) = &self.parts {
+            out.extend_from_slice(&epoch.0.to_le_bytes());
+            out.extend_from_slice(&parts.count.to_le_bytes());
+            out.extend_from_slice(&parts.hash.0);
         }
         out.extend_from_slice(&crc32fast::hash(&out).to_le_bytes());
         out
@@ -109,18 +137,20 @@ impl Memo {
             return Ok(Self::default());
         }
         let (fixed, rest) = bytes.split_first_chunk::<FIXED_BYTES>().ok_or(MemoError::Length)?;
-        if fixed[..4] != MAGIC || fixed[4] != VERSION || fixed[7] != 0 {
+        if fixed[..4] != MAGIC || !(1..=VERSION).contains(&fixed[4]) || fixed[7] > u8::from(fixed[4] > 1) {
             return Err(MemoError::Version);
         }
         let (acked, sent) = (usize::from(fixed[5]), usize::from(fixed[6]));
-        if acked > ACKED_MAX || sent > SENT_MAX || rest.len() != (acked + sent) * HEAD_BYTES + CRC_BYTES {
+        let heads_bytes = (acked + sent) * HEAD_BYTES;
+        let parts_bytes = usize::from(fixed[7]) * PARTS_BYTES;
+        if acked > ACKED_MAX || sent > SENT_MAX || rest.len() != heads_bytes + parts_bytes + CRC_BYTES {
             return Err(MemoError::Length);
         }
         let (summed, crc) = bytes.split_at(bytes.len() - CRC_BYTES);
         if crc32fast::hash(summed).to_le_bytes() != crc {
             return Err(MemoError::Crc);
         }
-        let mut heads = rest[..rest.len() - CRC_BYTES].chunks_exact(HEAD_BYTES).map(|entry| Head {
+        let mut heads = rest[..heads_bytes].chunks_exact(HEAD_BYTES).map(|entry| Head {
             epoch: Epoch(u64::from_le_bytes(entry[..8].try_into().expect("eight bytes"))),
             hash: FrameHash(entry[8..].try_into().expect("32 bytes")),
         });
@@ -129,23 +159,33 @@ impl Memo {
             generation: (generation != 0).then_some(Generation(generation)),
             acked: heads.by_ref().take(acked).collect(),
             sent: heads.collect(),
+            parts: rest[heads_bytes..].first_chunk::<PARTS_BYTES>().filter(|_| parts_bytes > 0).map(decode_parts),
         })
     }
+}
+
+fn decode_parts(bytes: &[u8; PARTS_BYTES]) -> (Epoch, PartChain) {
+    let (epoch, rest) = bytes.split_first_chunk().expect("eight bytes");
+    let (count, hash) = rest.split_first_chunk().expect("four bytes");
+    let hash = FrameHash(hash.try_into().expect("32 bytes"));
+    (Epoch(u64::from_le_bytes(*epoch)), PartChain { count: u32::from_le_bytes(*count), hash })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{AttemptId, GroupId};
 
     fn head(epoch: u64) -> Head {
         Head { epoch: Epoch(epoch), hash: FrameHash([epoch as u8; 32]) }
     }
 
+    const PARTS: PartChain = PartChain { count: 7, hash: FrameHash([9; 32]) };
+
     fn full() -> Memo {
         let mut memo = Memo { generation: Some(Generation(3)), ..Memo::default() };
         (1..=40).for_each(|epoch| memo.acked(head(epoch)));
         (41..=60).for_each(|epoch| memo.committing(head(epoch)));
+        memo.part_acked(Epoch(61), PARTS);
         memo
     }
 
@@ -176,23 +216,35 @@ mod tests {
 
     #[test]
     fn the_targets_head_becomes_the_sources() {
-        let opened = |verdict, generation, epoch: Option<u64>| GroupOpened {
-            group: GroupId::default(),
-            generation: Generation(generation),
-            verdict,
-            head: epoch.map(|epoch| (head(epoch), AttemptId::default())),
-            parts: None,
-            resume: None,
+        let parts = Some((Epoch(4), PARTS));
+        let mut memo = Memo {
+            generation: Some(Generation(1)),
+            acked: vec![head(2), head(1)],
+            sent: vec![head(4), head(3)],
+            parts,
         };
-        let mut memo =
-            Memo { generation: Some(Generation(1)), acked: vec![head(2), head(1)], sent: vec![head(4), head(3)] };
-        memo.opened(&opened(Verdict::Continue, 1, Some(3)));
+        memo.opened(Generation(1), Verdict::Continue, Some(head(3)), parts);
         assert_eq!((memo.head(), memo.sent.as_slice()), (Some(head(3)), [head(4)].as_slice()));
-        memo.opened(&opened(Verdict::TargetBehind, 2, Some(1)));
-        assert_eq!((memo.acked.as_slice(), memo.sent.len()), ([head(1)].as_slice(), 0));
-        memo.opened(&opened(Verdict::Rollback { to: Some(Epoch(1)) }, 3, Some(9)));
+        assert_eq!(memo.parts, parts);
+        memo.opened(Generation(2), Verdict::TargetBehind, Some(head(1)), None);
+        assert_eq!((memo.acked.as_slice(), memo.sent.len(), memo.parts), ([head(1)].as_slice(), 0, None));
+        memo.opened(Generation(3), Verdict::Rollback { to: Some(Epoch(1)) }, Some(head(9)), None);
         assert_eq!(memo.acked, [head(9), head(1)]);
-        memo.opened(&opened(Verdict::New, 4, None));
+        memo.part_acked(Epoch(10), PARTS);
+        memo.acked(head(10));
+        assert_eq!(memo.parts, None, "the point has taken them in");
+        memo.opened(Generation(4), Verdict::New, None, None);
         assert_eq!(memo, Memo { generation: Some(Generation(4)), ..Memo::default() });
+    }
+
+    #[test]
+    fn a_memo_of_version_1_is_read() {
+        let memo = Memo { parts: None, ..full() };
+        let mut bytes = memo.encode();
+        bytes[4] = 1;
+        let summed = bytes.len() - CRC_BYTES;
+        let crc = crc32fast::hash(&bytes[..summed]).to_le_bytes();
+        bytes[summed..].copy_from_slice(&crc);
+        assert_eq!(Memo::decode(&bytes), Ok(memo));
     }
 }

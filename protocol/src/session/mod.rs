@@ -1,11 +1,13 @@
 //! The two ends of a group's session, as state machines without I/O.
 //!
 //! * `chain`: what frames may follow which; the target's receiver and the journal's recovery both walk it.
+//! * `lineage`: which points a source may stand at and still be of the history that goes on.
 //! * `memo`: what a source has to remember beyond its own death.
 //! * `source`: what a source sends, and again after a broken line.
 //! * `target`: what a target grants and answers.
 
 pub mod chain;
+pub mod lineage;
 pub mod memo;
 pub mod source;
 pub mod target;

@@ -16,7 +16,7 @@ use super::memo::Memo;
 use crate::codec::Sealer;
 use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
-use crate::message::{GroupOpened, OpenGroup, RefusalReason, TargetMessage, Verdict};
+use crate::message::{GroupOpened, Instance, OpenGroup, RefusalReason, TargetMessage, Verdict};
 use crate::record::{Commit, FrameList, Meters, PartChain, PartEnd, Predecessor, Volume};
 use crate::units::{AttemptId, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp};
 
@@ -27,6 +27,8 @@ pub struct GroupFacts {
     pub group: GroupId,
     /// Its name within the office.
     pub name: String,
+    /// The process that asks.
+    pub instance: Instance,
     /// The data key, sealed to the target.
     pub envelope: Envelope,
     /// The volumes, by rising slot.
@@ -86,6 +88,8 @@ pub enum SourceEvent {
         verdict: Verdict,
         /// The generation to seal under.
         generation: Generation,
+        /// Whether that is another one than before: everything has to be captured again.
+        is_new: bool,
         /// The target's newest point.
         head: Option<Head>,
         /// The acked parts of the epoch after it: the next attempts have to be of that epoch.
@@ -97,6 +101,8 @@ pub enum SourceEvent {
     Acked(Head),
     /// A part is durable at the target. Its blocks stay unacked until the epoch's point is: a new generation drops parts.
     PartAcked {
+        /// The part's epoch.
+        epoch: Epoch,
         /// The part's attempt.
         attempt: AttemptId,
         /// The epoch's parts with it.
@@ -109,7 +115,7 @@ pub enum SourceEvent {
         /// When it will be tried again, in milliseconds.
         retry_after_ms: u32,
     },
-    /// The target does not take the group; the sender asks again now and then.
+    /// The target does not take the group. The sender asks again now and then, but not once another process took it over.
     Refused(RefusalReason),
     /// Nothing that was submitted will be acked: cut it again. `Opened` with the new generation follows at once; nothing
     /// is to be submitted between the two.
@@ -143,6 +149,8 @@ pub struct SourceSession {
     /// The attempt and the frame to go next.
     cursor: (usize, usize),
     open: bool,
+    /// The target contradicted itself: nothing but a new generation is gone on with.
+    anew: bool,
 }
 
 /// What the next attempt follows.
@@ -176,7 +184,7 @@ impl SourceSession {
     /// A session of a group; `memo` is what is remembered of it.
     #[must_use]
     pub fn new(facts: GroupFacts, memo: Memo) -> Self {
-        Self { facts, memo, stand: None, queue: VecDeque::new(), cursor: (0, 0), open: false }
+        Self { facts, memo, stand: None, queue: VecDeque::new(), cursor: (0, 0), open: false, anew: false }
     }
 
     /// The group.
@@ -200,9 +208,9 @@ impl SourceSession {
     /// The request that opens the group on a new line.
     #[must_use]
     pub fn open_group(&self) -> OpenGroup {
-        let GroupFacts { group, name, envelope, volumes } = self.facts.clone();
-        let Memo { generation, acked, sent } = self.memo.clone();
-        OpenGroup { group, name, generation, acked, sent, envelope, volumes }
+        let GroupFacts { group, name, instance, envelope, volumes } = self.facts.clone();
+        let Memo { generation, acked, sent, parts } = self.memo.clone();
+        OpenGroup { group, name, generation, acked, sent, parts, anew: self.anew, instance, envelope, volumes }
     }
 
     /// The line broke, or the target put the group off: nothing leaves until `line_up`.
@@ -217,9 +225,8 @@ impl SourceSession {
     pub fn line_up(&mut self, opened: &GroupOpened) -> Result<Vec<SourceEvent>, Contradiction> {
         self.open = false;
         let mut events = Vec::new();
-        if self.memo.generation == Some(opened.generation) {
-            self.catch_up(opened, &mut events).inspect_err(|_| self.memo.generation = None)?;
-        } else {
+        let is_new = self.anew || self.memo.generation != Some(opened.generation);
+        if is_new {
             // What became a point before the new generation is one, heard of or not.
             if let Some((head, _)) = opened.head {
                 let _ = self.acked_through(Queued::head, &head, &mut events);
@@ -229,14 +236,19 @@ impl SourceSession {
             }
             self.queue.clear();
             self.stand = Some(Stand { head: opened.head, parts: opened.parts });
+            self.anew = false;
+        } else {
+            self.catch_up(opened, &mut events).inspect_err(|_| self.anew = true)?;
         }
-        self.memo.opened(opened);
+        let head = opened.head.map(|(head, _)| head);
+        self.memo.opened(opened.generation, opened.verdict, head, opened.parts);
         self.cursor = (0, self.resume_at(opened));
         self.open = true;
         events.push(SourceEvent::Opened {
             verdict: opened.verdict,
             generation: opened.generation,
-            head: opened.head.map(|(head, _)| head),
+            is_new,
+            head,
             parts: opened.parts,
         });
         Ok(events)
@@ -335,6 +347,13 @@ impl SourceSession {
     /// Within one generation: what the target holds is what this session sent, or stood at before.
     fn catch_up(&mut self, opened: &GroupOpened, events: &mut Vec<SourceEvent>) -> Result<(), Contradiction> {
         let Some(stand) = self.stand else {
+            // The blocks of acked parts are forgotten: a target that has fewer of them has lost some.
+            let taken_in = |epoch: Epoch| opened.head.is_some_and(|(head, _)| head.epoch >= epoch);
+            if let Some((epoch, known)) = self.memo.parts.filter(|(epoch, _)| !taken_in(*epoch)) {
+                let held = opened.parts.filter(|(of, _)| *of == epoch).map(|(_, held)| held);
+                let goes_on = held.is_some_and(|held| held.count > known.count || held == known);
+                goes_on.then_some(()).ok_or(Contradiction("list of parts"))?;
+            }
             self.stand = Some(Stand { head: opened.head, parts: opened.parts });
             return Ok(());
         };
@@ -370,8 +389,9 @@ impl SourceSession {
                     self.memo.acked(head);
                     events.push(SourceEvent::Acked(head));
                 }
-                (None, Some((_, parts))) => {
-                    events.push(SourceEvent::PartAcked { attempt: queued.outgoing.attempt, parts });
+                (None, Some((epoch, parts))) => {
+                    self.memo.part_acked(epoch, parts);
+                    events.push(SourceEvent::PartAcked { epoch, attempt: queued.outgoing.attempt, parts });
                 }
                 (None, None) => unreachable!("an end makes a point or a part"),
             }

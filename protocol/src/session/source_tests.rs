@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::codec::FrameListHasher;
-use crate::message::Resume;
+use crate::message::{Instance, Resume};
 use crate::record::Begin;
 use crate::seal::DataKey;
 use crate::session::chain::{Chain, Step};
@@ -13,7 +13,7 @@ const GROUP: GroupId = GroupId([1; 16]);
 fn facts() -> GroupFacts {
     let volumes = vec![Volume { slot: VolumeSlot(0), size_bytes: 1 << 20, name: "root".into() }];
     let envelope = Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] };
-    GroupFacts { group: GROUP, name: "main".into(), envelope, volumes }
+    GroupFacts { group: GROUP, name: "main".into(), instance: Instance::default(), envelope, volumes }
 }
 
 fn outgoing(epoch: u64, attempt: u8, generation: u64, commit: bool) -> Outgoing {
@@ -194,7 +194,7 @@ fn what_was_not_sent_cannot_be_acked() {
     assert!(session.message(&TargetMessage::Acked { group: GROUP, head: strange }).is_err());
     let lost = Chain::at(Some((strange, AttemptId([9; 16]))), Generation(1), None);
     assert!(session.line_up(&opened(&lost, Verdict::Continue)).is_err());
-    assert_eq!(session.open_group().generation, None, "a new generation is asked for");
+    assert!(session.open_group().anew, "a new generation is asked for");
     assert_eq!(session.next_frame(), Next::Nothing);
     let mut granted = chain.clone();
     granted.grant(Generation(2));
@@ -228,4 +228,33 @@ fn no_more_commits_are_under_way_than_the_memo_holds() {
         session.message(&ack).expect("an ack");
     }
     assert_eq!(acks(&pump(&mut session, &mut chain, usize::MAX)).len(), 2);
+}
+
+#[test]
+fn a_target_that_lost_acked_parts_contradicts_what_is_remembered() {
+    let (mut session, mut chain) = started();
+    session.submit(outgoing(1, 1, 1, false));
+    session.submit(outgoing(1, 2, 1, false));
+    let steps = pump(&mut session, &mut chain, 4);
+    let older = chain.clone();
+    let steps = [steps, pump(&mut session, &mut chain, usize::MAX)].concat();
+    for ack in acks(&steps) {
+        session.message(&ack).expect("an ack");
+    }
+    let memo = session.memo().clone();
+    assert_eq!(memo.parts, chain.parts());
+    let comes_back = |chain: &Chain| {
+        let mut session = SourceSession::new(facts(), memo.clone());
+        session.line_up(&opened(chain, Verdict::Continue)).map(|_| session.open_group().anew).map_err(|_| session)
+    };
+    assert_eq!(comes_back(&chain).ok(), Some(false), "as it was left");
+    for lost in [older, Chain::at(None, Generation(1), None)] {
+        let mut session = comes_back(&lost).err().expect("a contradiction");
+        assert!(session.open_group().anew);
+        let mut granted = lost;
+        granted.grant(Generation(2));
+        let events = session.line_up(&opened(&granted, Verdict::Continue)).expect("opens");
+        assert!(matches!(events.last(), Some(SourceEvent::Opened { is_new: true, parts: None, .. })), "{events:?}");
+        assert!(!session.open_group().anew);
+    }
 }

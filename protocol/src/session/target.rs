@@ -2,22 +2,26 @@
 //!
 //! `TargetSession` says what a connection's control messages amount to, in order: `Hello` first and once, then groups. `judge`
 //! compares histories and grants generations. Neither touches a store: the receiver does what they say. The generation
-//! stays as it is only for a source that was granted exactly this one and stands at the target's head; in every other
-//! case a higher one is granted, which fences whatever the lower one had under way.
+//! stays as it is only for a source that was granted exactly this one, stands at the target's head and knows of its parts; in
+//! every other case a higher one is granted, which fences whatever the lower one had under way.
 
 use std::collections::BTreeSet;
 
+use super::lineage::{Line, Lineage, Place};
 use super::{ACKED_MAX, SENT_MAX};
 use crate::limits::{VOLUMES_MAX, is_name};
 use crate::message::{
     self, MessageError, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict,
 };
+use crate::record::PartChain;
 use crate::units::{Epoch, Generation, GroupId, Head, Timestamp, VOLUME_BYTES_MAX};
 
 /// Groups a connection may open.
 pub const GROUPS_MAX: usize = 64;
 /// Bytes a data key's envelope may have.
 const ENVELOPE_BYTES_MAX: usize = 1024;
+/// Bytes of a machine's name, as Linux has it.
+const HOST_BYTES_MAX: usize = 64;
 
 /// What is to be done about a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,20 +156,55 @@ fn check(request: &OpenGroup) -> Result<(), TargetRefusal> {
         ("volume", request.volumes.iter().all(volume)),
         ("order of volumes", request.volumes.is_sorted_by(|a, b| a.slot < b.slot)),
         ("generation", request.generation != Some(Generation(0))),
+        ("part", request.parts.is_none_or(|(_, parts)| parts.count > 0)),
+        ("host name", request.instance.host.len() <= HOST_BYTES_MAX),
         ("envelope", envelope.encapsulated.len() + envelope.sealed.len() <= ENVELOPE_BYTES_MAX),
     ];
     checks.iter().find(|(_, holds)| !holds).map_or(Ok(()), |(what, _)| Err(TargetRefusal::Field(what)))
 }
 
 /// What the target knows of a group when a source opens it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Standing {
+#[derive(Clone, Copy, Debug)]
+pub struct Standing<'a> {
     /// The newest point; `None` where there is none.
     pub head: Option<Head>,
+    /// The acked parts of the epoch after it.
+    pub parts: Option<(Epoch, PartChain)>,
     /// The generation granted last; 0 where the group is new.
     pub generation: Generation,
-    /// Whether another connection that was granted this generation is alive.
-    pub held: bool,
+    /// Whether it was this very process that had the group open last.
+    pub same_process: bool,
+    /// How the generations follow one another.
+    pub lineage: &'a Lineage,
+    /// What an operator decided.
+    pub ruling: &'a Ruling,
+}
+
+/// Where a source says it stands: the generation it was granted last (0 for none) and its newest commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Claim {
+    /// The generation.
+    pub generation: Generation,
+    /// The commit.
+    pub head: Head,
+}
+
+impl Claim {
+    /// The claim of a request; `None` where its source knows no point.
+    #[must_use]
+    pub fn of(request: &OpenGroup) -> Option<Self> {
+        let generation = request.generation.unwrap_or_default();
+        claimed_heads(request).next().map(|head| Self { generation, head })
+    }
+}
+
+/// What an operator decided about forks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Ruling {
+    /// The history that is to go on, until a source that stands there has come.
+    pub chosen: Option<Head>,
+    /// Histories that do not go on: their sources are refused, and freeze nothing any more.
+    pub left: Vec<Claim>,
 }
 
 /// How two histories stand to each other.
@@ -175,8 +214,10 @@ pub enum Judgement {
     Open {
         /// How.
         verdict: Verdict,
-        /// The generation to grant, durably, before the source is told.
+        /// The generation of the frames to come.
         generation: Generation,
+        /// Set where that generation is a new one: to be granted, durably, before the source is told.
+        begins: Option<Line>,
         /// Points the source has had acks for and the target has not: lost at the target. Newest first.
         lost: Vec<Epoch>,
     },
@@ -184,60 +225,119 @@ pub enum Judgement {
     Refuse(RefusalReason),
 }
 
-/// Judges a source's history. `in_chain` says whether a point is one of the target's chain.
-///
-/// # Errors
-/// Only those of `in_chain`.
-pub fn judge<E>(
-    standing: &Standing,
-    request: &OpenGroup,
-    in_chain: &mut dyn FnMut(Head) -> Result<bool, E>,
-) -> Result<Judgement, E> {
-    let claimed = request.generation.unwrap_or_default();
-    if standing.held && claimed < standing.generation {
-        // Two machines with one history would otherwise fence each other off in turns, each starting over each time.
-        return Ok(Judgement::Refuse(RefusalReason::Fenced));
-    }
-    let Some((verdict, lost)) = compare(standing, request, in_chain)? else {
-        let stale = claimed < standing.generation;
-        return Ok(Judgement::Refuse(if stale { RefusalReason::Fenced } else { RefusalReason::Fork }));
-    };
-    let stays = verdict == Verdict::Continue && claimed == standing.generation;
-    let generation = if stays { claimed } else { Generation(claimed.max(standing.generation).0.saturating_add(1)) };
-    Ok(Judgement::Open { verdict, generation, lost })
+/// How a source's history was found to stand.
+struct Found {
+    verdict: Verdict,
+    lost: Vec<Epoch>,
+    from: Option<Place>,
 }
 
-/// The verdict and the points lost at the target; `None` where the source's history is not in the target's chain.
-fn compare<E>(
-    standing: &Standing,
+/// Judges a source's history. `made_in` says in which generation a point of the journal was made; `None` for one it has not.
+///
+/// Whoever comes last takes the group over, if its history is of the one that goes on: of a machine and its copy the one
+/// that was started later is the one an operator wants, and the target cannot tell which of two is alive behind a silent
+/// line. The one before is told by the receiver, and stops. Taking over in the *same* generation is safe between different
+/// processes too, where generation, newest point and parts all agree: then the journal has nothing of either that the other
+/// has not, so nothing of the two can mix, and an agent that crashed and comes back pays nothing. From the first part or
+/// point on they differ, and the next of them to come gets a new generation (it stands at an ancestor) or is a fork.
+///
+/// # Errors
+/// Only those of `made_in`.
+pub fn judge<E>(
+    standing: &Standing<'_>,
     request: &OpenGroup,
-    in_chain: &mut dyn FnMut(Head) -> Result<bool, E>,
-) -> Result<Option<(Verdict, Vec<Epoch>)>, E> {
+    made_in: &mut dyn FnMut(Head) -> Result<Option<Generation>, E>,
+) -> Result<Judgement, E> {
+    let claimed = request.generation.unwrap_or_default();
+    let stands_at = |head: &Head| claimed_heads(request).any(|claimed| claimed == *head);
+    let left = |left: &Claim| left.generation == claimed && stands_at(&left.head);
+    let chosen = &standing.ruling.chosen;
+    if standing.ruling.left.iter().any(left) || chosen.as_ref().is_some_and(|chosen| !stands_at(chosen)) {
+        return Ok(Judgement::Refuse(RefusalReason::Left));
+    }
+    let found = if chosen.is_some() {
+        Some(chosen_history(standing, request, made_in)?)
+    } else {
+        compare(standing, request, made_in)?
+    };
+    let Some(Found { verdict, lost, from }) = found else { return Ok(Judgement::Refuse(RefusalReason::Fork)) };
+    // Its own parts, heard of or not; or exactly those it knows of: else another's could end up in its next point.
+    let same_parts = standing.same_process || request.parts == standing.parts;
+    let asks_anew = request.anew || chosen.is_some();
+    let stays = verdict == Verdict::Continue && claimed == standing.generation && same_parts && !asks_anew;
+    if stays {
+        return Ok(Judgement::Open { verdict, generation: claimed, begins: None, lost });
+    }
+    let generation = Generation(claimed.max(standing.generation).0.saturating_add(1));
+    let line = Line { generation, after: standing.head.map(|head| head.epoch), from };
+    Ok(Judgement::Open { verdict, generation, begins: Some(line), lost })
+}
+
+/// The points a source may stand at, newest first: commits that left, acked or not, and the newest acked one.
+fn claimed_heads(request: &OpenGroup) -> impl Iterator<Item = Head> + '_ {
+    request.sent.iter().chain(request.acked.first()).copied()
+}
+
+/// The history an operator chose goes on, whatever the lineage says: from the newest of its points that the journal has.
+fn chosen_history<E>(
+    standing: &Standing<'_>,
+    request: &OpenGroup,
+    made_in: &mut dyn FnMut(Head) -> Result<Option<Generation>, E>,
+) -> Result<Found, E> {
+    let claimed = request.generation.unwrap_or_default();
+    for head in request.sent.iter().chain(&request.acked) {
+        if let Some(generation) = made_in(*head)? {
+            let place = standing.lineage.place(claimed, head.epoch, generation);
+            let goes_on = standing.head == Some(*head);
+            let verdict = if goes_on { Verdict::Continue } else { rollback(standing, place) };
+            return Ok(Found { verdict, lost: vec![], from: Some(place) });
+        }
+    }
+    Ok(Found { verdict: Verdict::Rollback { to: None }, lost: vec![], from: None })
+}
+
+fn rollback(standing: &Standing<'_>, place: Place) -> Verdict {
+    Verdict::Rollback { to: standing.lineage.origin(place) }
+}
+
+/// The verdict, the points lost at the target, and where the source goes on from; `None` where its history is not of the one
+/// that goes on.
+fn compare<E>(
+    standing: &Standing<'_>,
+    request: &OpenGroup,
+    made_in: &mut dyn FnMut(Head) -> Result<Option<Generation>, E>,
+) -> Result<Option<Found>, E> {
     let epochs = |heads: &[Head]| heads.iter().map(|head| head.epoch).collect::<Vec<_>>();
-    let Some(head) = standing.head else {
+    let Some(newest) = standing.head else {
         let verdict = match (standing.generation, request.acked.is_empty()) {
             (Generation(0), _) => Verdict::New,
             (_, true) if request.generation.is_none() => Verdict::New,
             (_, true) => Verdict::Continue,
             (_, false) => Verdict::TargetBehind,
         };
-        return Ok(Some((verdict, epochs(&request.acked))));
+        return Ok(Some(Found { verdict, lost: epochs(&request.acked), from: None }));
     };
-    if request.sent.contains(&head) {
-        return Ok(Some((Verdict::Continue, vec![])));
-    }
-    match request.acked.iter().position(|acked| *acked == head) {
-        Some(0) => return Ok(Some((Verdict::Continue, vec![]))),
-        Some(newer) => return Ok(Some((Verdict::TargetBehind, epochs(&request.acked[..newer])))),
-        None => {}
-    }
-    for candidate in request.sent.iter().chain(request.acked.first()) {
-        if in_chain(*candidate)? {
-            return Ok(Some((Verdict::Rollback { to: Some(candidate.epoch) }, vec![])));
+    let claimed = request.generation.unwrap_or_default();
+    let mut held = |head: Head| {
+        let place = made_in(head)?.map(|generation| standing.lineage.place(claimed, head.epoch, generation));
+        Ok(place.filter(|place| standing.lineage.holds(standing.generation, *place)))
+    };
+    let behind = request.acked.iter().skip(1).position(|acked| *acked == newest);
+    let (verdict, lost) = match behind {
+        _ if claimed_heads(request).any(|head| head == newest) => (Verdict::Continue, vec![]),
+        Some(newer) => (Verdict::TargetBehind, epochs(&request.acked[..=newer])),
+        None => {
+            for candidate in claimed_heads(request) {
+                if let Some(place) = held(candidate)? {
+                    return Ok(Some(Found { verdict: rollback(standing, place), lost: vec![], from: Some(place) }));
+                }
+            }
+            let knows_nothing = request.acked.is_empty();
+            let verdict = Verdict::Rollback { to: None };
+            return Ok(knows_nothing.then_some(Found { verdict, lost: vec![], from: None }));
         }
-    }
-    let knows_nothing = request.acked.is_empty();
-    Ok(knows_nothing.then_some((Verdict::Rollback { to: None }, vec![])))
+    };
+    Ok(held(newest)?.map(|place| Found { verdict, lost, from: Some(place) }))
 }
 
 #[cfg(test)]

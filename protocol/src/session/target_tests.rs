@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::escrow::Envelope;
-use crate::message::encode;
+use crate::message::{Instance, encode};
 use crate::units::{FrameHash, KeyId};
 use std::convert::Infallible;
 
@@ -19,30 +19,68 @@ fn request(generation: u64, acked: &[u64], sent: &[u64]) -> OpenGroup {
         generation: (generation > 0).then_some(Generation(generation)),
         acked: acked.iter().map(|epoch| head(*epoch)).collect(),
         sent: sent.iter().map(|epoch| head(*epoch)).collect(),
+        parts: None,
+        anew: false,
+        instance: Instance::default(),
         envelope: Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] },
         volumes: vec![],
     }
 }
 
-/// The target's chain is the points 1 to `newest`.
-fn judged(newest: u64, generation: u64, held: bool, request: &OpenGroup) -> Judgement {
-    let standing = Standing { head: (newest > 0).then(|| head(newest)), generation: Generation(generation), held };
-    let mut in_chain = |asked: Head| Ok::<_, Infallible>(asked.epoch.0 <= newest && asked == head(asked.epoch.0));
-    judge(&standing, request, &mut in_chain).expect("infallible")
+/// A target whose journal has points 1 to `newest`, all of generation 1.
+fn judged(newest: u64, generation: u64, request: &OpenGroup) -> Judgement {
+    let lineage = Lineage::default();
+    judged_in(&lineage, &Ruling::default(), &[], newest, generation, request)
 }
 
-fn open(verdict: Verdict, generation: u64, lost: &[u64]) -> Judgement {
-    Judgement::Open { verdict, generation: Generation(generation), lost: lost.iter().copied().map(Epoch).collect() }
+/// The same with the generations of some points, and what was decided before.
+fn judged_in(
+    lineage: &Lineage,
+    ruling: &Ruling,
+    made: &[(u64, u64)],
+    newest: u64,
+    generation: u64,
+    request: &OpenGroup,
+) -> Judgement {
+    let head = |epoch: u64| head(epoch);
+    let standing = Standing {
+        head: (newest > 0).then(|| head(newest)),
+        parts: None,
+        generation: Generation(generation),
+        same_process: false,
+        lineage,
+        ruling,
+    };
+    let mut made_in = |asked: Head| {
+        let known = asked.epoch.0 <= newest && asked == head(asked.epoch.0);
+        let of = made.iter().find(|(epoch, _)| *epoch == asked.epoch.0).map_or(1, |(_, generation)| *generation);
+        Ok::<_, Infallible>(known.then_some(Generation(of)))
+    };
+    judge(&standing, request, &mut made_in).expect("infallible")
 }
 
-type Row = (u64, u64, u64, &'static [u64], &'static [u64], Judgement);
+/// A judgement in short: verdict, generation, the lost; or the refusal.
+fn short(judgement: Judgement) -> Result<(Verdict, u64, Vec<u64>), RefusalReason> {
+    match judgement {
+        Judgement::Open { verdict, generation, begins, lost } => {
+            if let Some(line) = begins {
+                assert_eq!(line.generation, generation);
+            }
+            Ok((verdict, generation.0, lost.iter().map(|epoch| epoch.0).collect()))
+        }
+        Judgement::Refuse(reason) => Err(reason),
+    }
+}
+
+type Short = Result<(Verdict, u64, Vec<u64>), RefusalReason>;
+type Row = (u64, u64, u64, &'static [u64], &'static [u64], Short);
 
 #[test]
 fn histories_are_judged_by_this_table() {
+    let open = |verdict, generation, lost: &[u64]| Ok((verdict, generation, lost.to_vec()));
     let to = |epoch: u64| Verdict::Rollback { to: Some(Epoch(epoch)) };
     let nothing = Verdict::Rollback { to: None };
-    let fork = Judgement::Refuse(RefusalReason::Fork);
-    let fenced = Judgement::Refuse(RefusalReason::Fenced);
+    let fork = || Err(RefusalReason::Fork);
     // The target's newest point and generation; the source's generation, acked, sent; what comes of it.
     let table: [Row; 21] = [
         (0, 0, 0, &[], &[], open(Verdict::New, 1, &[])),
@@ -63,16 +101,113 @@ fn histories_are_judged_by_this_table() {
         (5, 2, 1, &[3, 2], &[], open(to(3), 3, &[])),
         (5, 1, 0, &[], &[], open(nothing, 2, &[])),
         (5, 1, 1, &[7, 6, 5], &[8], open(Verdict::TargetBehind, 2, &[7, 6])),
-        (5, 1, 1, &[7, 6], &[], fork.clone()),
-        (5, 2, 1, &[7, 6], &[], fenced.clone()),
-        (5, 2, 3, &[99], &[98], fork),
+        (5, 1, 1, &[7, 6], &[], fork()),
+        (5, 2, 1, &[7, 6], &[], fork()),
+        (5, 2, 3, &[99], &[98], fork()),
     ];
     for (number, (newest, granted, claimed, acked, sent, expected)) in table.into_iter().enumerate() {
-        assert_eq!(judged(newest, granted, false, &request(claimed, acked, sent)), expected, "row {number}");
+        assert_eq!(short(judged(newest, granted, &request(claimed, acked, sent))), expected, "row {number}");
     }
-    // While the holder of a generation lives, a lower one is kept out; the same one may come back.
-    assert_eq!(judged(5, 2, true, &request(1, &[3], &[])), fenced);
-    assert_eq!(judged(5, 2, true, &request(2, &[5], &[])), open(Verdict::Continue, 2, &[]));
+}
+
+/// 1 to 11 were made in generation 1; a copy of 10 got 2 and made 12 and 13.
+fn branched() -> (Lineage, [(u64, u64); 2]) {
+    let line = |generation, after, from| Line { generation: Generation(generation), after, from };
+    let at_10 = Place { generation: Generation(1), epoch: Epoch(10) };
+    let lines = vec![line(1, None, None), line(2, Some(Epoch(11)), Some(at_10))];
+    (Lineage::new(lines).expect("rising"), [(12, 2), (13, 2)])
+}
+
+#[test]
+fn only_what_is_of_the_lineage_goes_on() {
+    let (lineage, made) = branched();
+    let to = |epoch: u64| Ok((Verdict::Rollback { to: Some(Epoch(epoch)) }, 3, vec![]));
+    let fork = || Err(RefusalReason::Fork);
+    // The target's newest point; the source's generation, acked, sent; what comes of it.
+    let table: [(u64, u64, &[u64], &[u64], Short); 12] = [
+        (13, 2, &[13, 12], &[], Ok((Verdict::Continue, 2, vec![]))),
+        (13, 2, &[12, 11], &[], to(12)),
+        (13, 2, &[12, 11], &[13], Ok((Verdict::Continue, 2, vec![]))),
+        // Granted 2, died before its first point: it has compared with 11, and came from 10.
+        (13, 2, &[11, 10], &[], to(10)),
+        (13, 1, &[10, 9], &[], to(10)),
+        (13, 1, &[9], &[], to(9)),
+        // The original, whose line was left at 10.
+        (13, 1, &[11, 10], &[], fork()),
+        (13, 1, &[10, 9], &[11], to(10)),
+        (13, 1, &[99, 10], &[], fork()),
+        // Before the copy has made its first point the original's newest is the journal's, and still of a line that was left.
+        (11, 1, &[11, 10], &[], fork()),
+        (11, 2, &[11, 10], &[], Ok((Verdict::Continue, 2, vec![]))),
+        (11, 1, &[10], &[], to(10)),
+    ];
+    for (number, (newest, claimed, acked, sent, expected)) in table.into_iter().enumerate() {
+        let judged = judged_in(&lineage, &Ruling::default(), &made, newest, 2, &request(claimed, acked, sent));
+        assert_eq!(short(judged), expected, "row {number}");
+    }
+}
+
+#[test]
+fn a_new_generation_says_where_it_goes_on_from() {
+    let (lineage, made) = branched();
+    let begins = |request: &OpenGroup| match judged_in(&lineage, &Ruling::default(), &made, 13, 2, request) {
+        Judgement::Open { begins: Some(line), .. } => (line.after.map(|epoch| epoch.0), line.from),
+        other => panic!("{other:?}"),
+    };
+    let at = |generation, epoch| Some(Place { generation: Generation(generation), epoch: Epoch(epoch) });
+    assert_eq!(begins(&request(2, &[12], &[])), (Some(13), at(2, 12)));
+    assert_eq!(begins(&request(2, &[11, 10], &[])), (Some(13), at(2, 11)), "as generation 2 began");
+    assert_eq!(begins(&request(1, &[10], &[])), (Some(13), at(1, 10)));
+    assert_eq!(begins(&request(0, &[], &[])), (Some(13), None));
+    assert_eq!(begins(&OpenGroup { anew: true, ..request(2, &[13], &[]) }), (Some(13), at(2, 13)), "asked for");
+}
+
+#[test]
+fn a_ruling_is_followed_by_this_table() {
+    let (lineage, made) = branched();
+    let claim = |generation, epoch| Claim { generation: Generation(generation), head: head(epoch) };
+    let left = || Err(RefusalReason::Left);
+    let rollback = |to: Option<u64>| Ok((Verdict::Rollback { to: to.map(Epoch) }, 3, vec![]));
+    // What was chosen and left; the source's generation and acked; what comes of it.
+    let table: [(Option<u64>, &[Claim], u64, &[u64], Short); 10] = [
+        (Some(11), &[claim(2, 13)], 1, &[11, 10], rollback(Some(11))),
+        (Some(11), &[claim(2, 13)], 2, &[13, 12], left()),
+        (Some(11), &[claim(2, 13)], 1, &[10], left()),
+        (Some(11), &[claim(2, 13)], 0, &[], left()),
+        (Some(13), &[claim(1, 11)], 2, &[13, 12], Ok((Verdict::Continue, 3, vec![]))),
+        (Some(13), &[claim(1, 11)], 1, &[11, 10], left()),
+        // One that the journal never had.
+        (Some(40), &[claim(2, 13)], 7, &[40, 12], Ok((Verdict::Rollback { to: Some(Epoch(12)) }, 8, vec![]))),
+        (Some(40), &[claim(2, 13)], 2, &[40, 39], rollback(None)),
+        // Long after.
+        (None, &[claim(1, 11)], 1, &[11, 10], left()),
+        (None, &[claim(1, 11)], 2, &[13], Ok((Verdict::Continue, 2, vec![]))),
+    ];
+    for (number, (chosen, left, claimed, acked, expected)) in table.into_iter().enumerate() {
+        let ruling = Ruling { chosen: chosen.map(head), left: left.to_vec() };
+        let judged = judged_in(&lineage, &ruling, &made, 13, 2, &request(claimed, acked, &[]));
+        assert_eq!(short(judged), expected, "row {number}");
+    }
+}
+
+#[test]
+fn parts_another_process_does_not_know_of_are_not_gone_on_with() {
+    let chain = |count| PartChain { count, hash: FrameHash([count as u8; 32]) };
+    let (lineage, ruling) = (Lineage::default(), Ruling::default());
+    let judged = |held: u32, known: u32, same_process| {
+        let some = |count: u32| (count > 0).then(|| (Epoch(6), chain(count)));
+        let (generation, head) = (Generation(1), Some(head(5)));
+        let standing =
+            Standing { head, parts: some(held), generation, same_process, lineage: &lineage, ruling: &ruling };
+        let request = OpenGroup { parts: some(known), ..request(1, &[5], &[]) };
+        let judged = judge(&standing, &request, &mut |_| Ok::<_, Infallible>(Some(Generation(1))));
+        short(judged.expect("infallible")).expect("opened").1
+    };
+    assert_eq!(judged(3, 3, false), 1, "an agent that crashed and comes back");
+    assert_eq!(judged(3, 2, true), 1, "an ack that was not heard");
+    for (held, known) in [(3, 2), (3, 0), (2, 3), (0, 3)] {
+        assert_eq!(judged(held, known, false), 2, "{held} held, {known} known");
+    }
 }
 
 #[test]
@@ -114,6 +249,7 @@ fn requests_beyond_their_bounds_are_refused() {
     let bad = [
         OpenGroup { name: "../x".into(), ..good.clone() },
         OpenGroup { generation: Some(Generation(0)), ..good.clone() },
+        OpenGroup { instance: Instance { host: "h".repeat(65), process: [0; 16] }, ..good.clone() },
         request(1, &long, &[]),
         request(1, &[], &long[..9]),
         request(1, &[2, 3], &[]),

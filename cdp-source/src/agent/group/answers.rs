@@ -4,18 +4,19 @@
 //! `unacked`.
 
 use super::{Group, Open, RETAIN_EVERY, refuse};
+use crate::agent::status::rfc3339;
 use crate::control::{PointReply, Reply};
-use cdp_protocol::message::{GroupOpened, RefusalReason, Verdict};
+use cdp_protocol::message::{RefusalReason, Verdict};
 use cdp_protocol::record::PartChain;
 use cdp_protocol::session::source::SourceEvent;
-use cdp_protocol::units::{AttemptId, Epoch, Generation, Head};
+use cdp_protocol::units::{Epoch, Generation, Head};
 use tokio::sync::oneshot;
 
 impl Group {
     pub(super) fn event(&mut self, event: SourceEvent) {
         match event {
-            SourceEvent::Opened { verdict, generation, head, parts } => {
-                self.opened(verdict, generation, head, parts);
+            SourceEvent::Opened { verdict, generation, is_new, head, parts } => {
+                self.opened(verdict, generation, is_new, head, parts);
             }
             SourceEvent::Committing(head) => {
                 self.memo.committing(head);
@@ -24,9 +25,13 @@ impl Group {
                 }
             }
             SourceEvent::Acked(head) => self.acked(head),
-            SourceEvent::PartAcked { attempt, .. } => {
+            SourceEvent::PartAcked { epoch, attempt, parts } => {
                 self.put_off = None;
-                if let Some(part) = self.ledger.part_acked(attempt) {
+                self.memo.part_acked(epoch, parts);
+                // Before its blocks are forgotten: a target that loses the part is noticed by it.
+                if self.keep_memo()
+                    && let Some(part) = self.ledger.part_acked(attempt)
+                {
                     self.acked_bytes += part.bytes;
                     self.retain_soon();
                 }
@@ -59,12 +64,12 @@ impl Group {
         &mut self,
         verdict: Verdict,
         generation: Generation,
+        is_new: bool,
         head: Option<Head>,
         parts: Option<(Epoch, PartChain)>,
     ) {
         self.refused = None;
         self.opened_at.get_or_insert(self.setup.clock.monotonic());
-        let is_new = self.memo.generation != Some(generation);
         if !is_new && self.open.is_some() {
             return;
         }
@@ -81,15 +86,7 @@ impl Group {
             };
             self.retain();
         }
-        let opened = GroupOpened {
-            group: self.setup.facts.group,
-            generation,
-            verdict,
-            head: head.map(|head| (head, AttemptId::default())),
-            parts,
-            resume: None,
-        };
-        self.memo.opened(&opened);
+        self.memo.opened(generation, verdict, head, parts);
         self.keep_memo();
         if is_new {
             self.setup.kept_memo.keep(&self.memo);
@@ -170,8 +167,14 @@ fn refusal(reason: &RefusalReason) -> String {
         RefusalReason::Fork => {
             "this source's history is a fork of the target's: frozen until `cdp-target resolve`".into()
         }
-        RefusalReason::Fenced => "another source has taken the group over".into(),
-        RefusalReason::InUse => "another connection holds the group".into(),
+        RefusalReason::Left => {
+            "an operator resolved a fork, and another history than this source's goes on; protect this machine anew if it is to be kept"
+                .into()
+        }
+        RefusalReason::Superseded { by, at } => format!(
+            "another process on {by} took the group over at {}; stop whichever of the two is not wanted, and restart this agent if it is to go on",
+            rfc3339(*at)
+        ),
         RefusalReason::NameTaken => "the office has another group of this name".into(),
         RefusalReason::Failed(reason) => format!("the target cannot serve the group: {reason}"),
     }

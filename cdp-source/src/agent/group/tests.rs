@@ -12,7 +12,7 @@ use crate::tracker::scan::ScanTracker;
 use cdp_protocol::codec;
 use cdp_protocol::escrow::Envelope;
 use cdp_protocol::frame::{self, Encoding, Kind};
-use cdp_protocol::message::{GroupOpened, RefusalReason, TargetMessage, Verdict};
+use cdp_protocol::message::{GroupOpened, Instance, RefusalReason, TargetMessage, Verdict};
 use cdp_protocol::record::{Begin, Commit, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::{Chain, Step};
@@ -256,7 +256,13 @@ impl Bench {
     fn start(&self) -> Running {
         let volumes = vec![Volume { slot: SLOT, size_bytes: SIZE_BYTES as u64, name: "data".into() }];
         let envelope = Envelope { key: KeyId::default(), encapsulated: Vec::new(), sealed: Vec::new() };
-        let facts = GroupFacts { group: GROUP, name: "main".into(), envelope, volumes: volumes.clone() };
+        let facts = GroupFacts {
+            group: GROUP,
+            name: "main".into(),
+            instance: Instance::default(),
+            envelope,
+            volumes: volumes.clone(),
+        };
         let (inputs, receiver) = channel();
         let (link, to_group, session_facts) = (self.target.clone(), inputs.clone(), facts.clone());
         let status = Arc::new(Mutex::new(GroupStatus::default()));
