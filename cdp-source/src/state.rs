@@ -456,7 +456,7 @@ mod tests {
         let state = StateFolder::new(Arc::new(disk.clone()), Path::new("/state"));
         let (_, public) = EscrowKey::generate().expect("a key");
         state.make(state.root()).expect("made");
-        let made = state.make_group("main", &SystemRandom, &public).expect("made");
+        let made = state.make_group("main", &SystemRandom, &public, None).expect("made");
         state.replace_config("# mine\n").expect("written");
         let kept = state.kept_memo("main");
         let memo = Memo { generation: Some(cdp_protocol::units::Generation(5)), ..Memo::default() };
@@ -467,7 +467,7 @@ mod tests {
         let refused = [
             state.set_group("main", &changed).expect_err("no room"),
             state.replace_config("# mine, and more than there is room for\n").expect_err("no room"),
-            state.make_group("other", &SystemRandom, &public).expect_err("no room"),
+            state.make_group("other", &SystemRandom, &public, None).expect_err("no room"),
         ];
         for error in refused {
             let full = matches!(&error, StateError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull);

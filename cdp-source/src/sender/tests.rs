@@ -1,9 +1,9 @@
 //! How soon the sender comes back, on a clock that stands still but for it.
 
-use super::{BACKOFF_MAX, BACKOFF_MIN, ConnectError, Connector, LASTED, PROTOCOL_VERSION, Sender};
+use super::{BACKOFF_MAX, BACKOFF_MIN, ConnectError, Connector, LASTED, PROTOCOL_VERSION, Sender, clock_warning};
 use cdp_protocol::escrow::Envelope;
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
-use cdp_protocol::message::{self, TargetMessage};
+use cdp_protocol::message::{self, Instance, TargetMessage};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::GroupFacts;
 use cdp_protocol::units::{Epoch, FrameHash, GroupId, Head, KeyId, Timestamp};
@@ -104,7 +104,7 @@ async fn waits(fate: Fate, count: usize) -> Vec<Duration> {
     let clock = Arc::new(PausedClock(Instant::now()));
     let sender = Sender::start(&Handle::current(), connector, clock, Arc::new(SimRandom::new(7)));
     let envelope = Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] };
-    let facts = GroupFacts { group: GROUP, name: "main".into(), envelope, volumes: vec![] };
+    let facts = GroupFacts { group: GROUP, name: "main".into(), instance: Instance::default(), envelope, volumes: vec![] };
     let _group = sender.open_group(facts, Memo::default());
     let mut waits = Vec::new();
     tries.recv().await.expect("a first try");
