@@ -72,7 +72,8 @@ async fn nobody_but_a_known_office_gets_a_stream() {
     let mut target = Target::start(ListenerLimits::default());
     let honest = target.office("honest").await;
     let revoked = target.office("revoked").await;
-    target.invite("revoked", true).expect("replaced");
+    let bundle = target.invite("revoked", true).expect("replaced");
+    Office::new(target.clock.clone()).join(bundle.to_text().as_bytes(), None).await.expect("joined on other hardware");
     let elsewhere = Target::start(ListenerLimits::default()).office("honest").await;
     let server = target.authority.lock().expect("not poisoned").server().clone();
     let client_auth = ExtendedKeyUsagePurpose::ClientAuth;

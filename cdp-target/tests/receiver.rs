@@ -100,7 +100,7 @@ async fn another_process_takes_over_and_the_one_before_is_told_whenever_it_asks(
     first.open(&mut original).await;
     first.send_point(&mut original).await;
     // A copy that was started right after it was made: nothing is here that it does not know.
-    let mut copy = original.of_process(2);
+    let mut copy = original.copied(2);
     let mut second = Source::connect(&office, site.clock.wall_ms()).await;
     let opened = second.open(&mut copy).await;
     assert_eq!((opened.verdict, opened.generation), (Verdict::Continue, Generation(1)));
@@ -129,7 +129,7 @@ async fn a_copy_of_an_older_point_leaves_the_originals_line_and_the_original_is_
     let mut first = Source::connect(&office, site.clock.wall_ms()).await;
     first.open(&mut original).await;
     first.send_points(&mut original, 2).await;
-    let mut copy = original.of_process(2);
+    let mut copy = original.copied(2);
     first.send_point(&mut original).await;
 
     let mut second = Source::connect(&office, site.clock.wall_ms()).await;
@@ -159,7 +159,7 @@ async fn a_copy_of_an_older_point_leaves_the_originals_line_and_the_original_is_
     assert_eq!(opened.head.map(|(head, _)| head), copy.head(), "what it compares with");
     original.adopt(&opened);
     assert_eq!(third.send_point(&mut original).await.epoch, Epoch(5));
-    assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Left));
+    assert_eq!(second.try_open(&copy.copied(4)).await, Err(RefusalReason::Left), "started anew");
     let (points, _) = third.list(&original, None).await;
     assert_eq!(points.len(), 5, "nothing of either history is gone");
     third.send_point(&mut original).await;

@@ -104,7 +104,8 @@ async fn waits(fate: Fate, count: usize) -> Vec<Duration> {
     let clock = Arc::new(PausedClock(Instant::now()));
     let sender = Sender::start(&Handle::current(), connector, clock, Arc::new(SimRandom::new(7)));
     let envelope = Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] };
-    let facts = GroupFacts { group: GROUP, name: "main".into(), instance: Instance::default(), envelope, volumes: vec![] };
+    let facts =
+        GroupFacts { group: GROUP, name: "main".into(), instance: Instance::default(), envelope, volumes: vec![] };
     let _group = sender.open_group(facts, Memo::default());
     let mut waits = Vec::new();
     tries.recv().await.expect("a first try");

@@ -121,6 +121,9 @@ pub(super) async fn serve(receiver: Arc<Receiver>, line: Arc<dyn Line>, office: 
         }
         () = line.closed() => ConnectionError::Line(io::ErrorKind::ConnectionReset.into()),
     };
+    // A group's thread ends it and the peer goes, as it was told to: the reason is the thread's, whichever is seen first.
+    let told = connection.outbox.ending.borrow().clone();
+    let error = told.map_or(error, ConnectionError::Ended);
     line.close(&error.to_string());
     connection.release().await;
     Err(error)

@@ -139,11 +139,6 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// The same group, as another process has it.
-    pub(crate) fn of_process(&self, process: u8) -> Self {
-        Self { process: [process; 16], ..self.clone() }
-    }
-
     pub(crate) fn new(id: u8, name: &str) -> Self {
         Self {
             id: GroupId([id; 16]),
@@ -168,6 +163,11 @@ impl Group {
     /// Says it stands where another group does.
     pub(crate) fn pretend(&mut self, other: &Self) {
         (self.generation, self.acked) = (other.generation, other.acked);
+    }
+
+    /// The same on another machine, or in a process that was started anew.
+    pub(crate) fn copied(&self, process: u8) -> Self {
+        Self { process: [process; 16], ..self.clone() }
     }
 
     /// Stands where the target does from now on, as a source does that was granted a new generation.

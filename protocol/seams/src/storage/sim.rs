@@ -124,7 +124,7 @@ impl SimStorage {
         locked(&self.0).is_down
     }
 
-    /// Sets what `free_bytes` says.
+    /// Sets what `free_bytes` says: a write that makes a file longer by more than this fails. Writing uses none of it up.
     pub fn set_free_bytes(&self, free_bytes: u64) {
         locked(&self.0).free_bytes = free_bytes;
     }
@@ -446,6 +446,10 @@ impl StorageFile for SimFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut disk = self.disk()?;
         let fault = disk.call()?;
+        let grown = (offset + bytes.len() as u64).saturating_sub(disk.files[self.file].cache.len() as u64);
+        if fault.is_none() && grown > disk.free_bytes {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let written = match fault {
             None => bytes.len(),
             Some(_) => disk.random.below(bytes.len() as u64 + 1) as usize,
