@@ -175,8 +175,8 @@ impl Round<'_> {
                 self.clip(&mut marked);
                 Ok(Some(marked))
             }
-            Err(TrackerError::Stragglers(reason)) => {
-                tracing::debug!(reason, "no cut: stragglers");
+            Err(error @ (TrackerError::Stragglers(_) | TrackerError::InDoubt(_))) => {
+                tracing::debug!(%error, "no cut");
                 Ok(None)
             }
             Err(error) => Err(error.into()),

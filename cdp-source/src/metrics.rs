@@ -38,6 +38,15 @@ pub const WRITES_TOTAL: &str = "cdp_source_tracked_writes_total";
 /// Runs of the tracker that the kernel passed over.
 pub const TRACKER_MISSES_TOTAL: &str = "cdp_source_tracker_misses_total";
 
+/// Flips at which the kernel had counted completions that the tracker had not.
+pub const COMPLETIONS_LOST_TOTAL: &str = "cdp_source_tracker_completions_lost_total";
+/// Passthrough writes, whose range is not known.
+pub const BLIND_WRITES_TOTAL: &str = "cdp_source_blind_writes_total";
+/// How often everything was made dirty because marks could not be relied upon.
+pub const RESCANS_TOTAL: &str = "cdp_source_rescans_total";
+/// 1 while no cut is made because the tracking is in doubt.
+pub const IN_DOUBT: &str = "cdp_source_tracker_in_doubt";
+
 /// Serves the metrics at `listen`. Needs a tokio runtime around it.
 ///
 /// # Errors
@@ -77,4 +86,9 @@ pub fn record(status: &GroupStatus) {
     count(CUTS_UNCHANGED_TOTAL, status.cuts_unchanged);
     count(WRITES_TOTAL, status.tracker.issued);
     count(TRACKER_MISSES_TOTAL, status.tracker.misses);
+    let trust = &status.tracker.trust;
+    set(IN_DOUBT, f64::from(u8::from(trust.doubt.is_some())));
+    count(COMPLETIONS_LOST_TOTAL, trust.completions_lost);
+    count(BLIND_WRITES_TOTAL, trust.blind_writes);
+    count(RESCANS_TOTAL, trust.rescans);
 }

@@ -1,6 +1,6 @@
 //! What the agent tells of itself: to `status`, and to the metrics.
 
-use crate::tracker::TrackerReport;
+use crate::tracker::{TrackerReport, TrustReport};
 use cdp_protocol::units::{Epoch, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -144,6 +144,9 @@ pub struct TrackerStatus {
     pub completed: u64,
     /// Runs the kernel passed over.
     pub misses: u64,
+    /// How far it is to be trusted.
+    #[serde(default)]
+    pub trust: TrustReport,
 }
 
 impl From<TrackerReport> for TrackerStatus {
@@ -154,6 +157,7 @@ impl From<TrackerReport> for TrackerStatus {
             issued: report.issued,
             completed: report.completed,
             misses: report.misses,
+            trust: report.trust,
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::agent::status::{AgentStatus, GroupStatus, rfc3339};
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
 use crate::state::StateFolder;
+use crate::tracker::TrustReport;
 use anyhow::{Result, bail};
 use cdp_protocol::limits::NAME_BYTES_MAX;
 use cdp_protocol::message::PointSummary;
@@ -115,11 +116,27 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
             group.failed_cuts
         ));
     }
+    lines.extend(trust_line(&group.tracker.trust));
     for volume in &group.volumes {
         let (name, device) = (&volume.name, volume.device.display());
         lines.push(format!("  volume {name}: {device}, {} bytes, tracker {}", volume.size_bytes, group.tracker.kind));
     }
     lines
+}
+
+/// What there is to say of the tracking's counts, where they are not all as they should be.
+fn trust_line(trust: &TrustReport) -> Option<String> {
+    let counts = [
+        (trust.completions_lost, "completions lost and made good"),
+        (trust.blind_writes, "passthrough writes"),
+        (trust.unremembered, "writes not kept in mind"),
+        (trust.unknown, "writes of which nothing was known"),
+        (trust.rescans, "rescans"),
+    ];
+    let mut told: Vec<String> =
+        counts.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    told.extend(trust.rescanned.as_ref().map(|reason| format!("last rescan: {reason}")));
+    (!told.is_empty()).then(|| format!("  tracking: {}", told.join("; ")))
 }
 
 /// Times in a status become RFC 3339.

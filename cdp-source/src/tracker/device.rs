@@ -199,8 +199,14 @@ pub struct DiskCounts {
     pub written: u64,
     /// Sectors of completed discards.
     pub discarded: u64,
+    /// Completed write requests.
+    pub write_requests: u64,
+    /// Completed discard requests.
+    pub discard_requests: u64,
     /// Writes and discards in flight.
     pub in_flight: u64,
+    /// Nothing is counted: `queue/iostats` is 0.
+    pub is_off: bool,
 }
 
 impl DiskCounts {
@@ -214,7 +220,14 @@ impl DiskCounts {
         let in_flight = numbers(&read_text(&folder.join("inflight"))?)?;
         let field = |fields: &[u64], index: usize| fields.get(index).copied().ok_or_else(strange);
         // Kernels without discard counts have fewer fields, but none of those is supported.
-        Ok(Self { written: field(&stat, 6)?, discarded: field(&stat, 13)?, in_flight: field(&in_flight, 1)? })
+        Ok(Self {
+            written: field(&stat, 6)?,
+            discarded: field(&stat, 13)?,
+            write_requests: field(&stat, 4)?,
+            discard_requests: field(&stat, 11)?,
+            in_flight: field(&in_flight, 1)?,
+            is_off: read_text(&folder.join("queue/iostats")).is_ok_and(|iostats| iostats == "0"),
+        })
     }
 }
 

@@ -7,16 +7,16 @@
 //! same, then the state folder names the new one, then the old one is removed; killed at any step, the successor finds
 //! a named instance that has seen every write. Does not read volumes.
 //!
-//! Place of what is to come: bio-based devices get programs of their own beside `issue` and `complete`; holes a bitmap
-//! beside `dirty`; doubt follows from `trust`.
+//! What the counts say of a flip (`trust`) decides whether it is good for a cut (`doubt`).
 
 use super::bitmap::{drain, filter_has, forget, peek, which_have};
 use super::device::{Device, read_text};
+use super::doubt::{Doubt, Outcome};
 use super::identity::{Identity, LAYOUT, VolumeIdentity};
-use super::instance::{Instance, MEMO_BYTES_MAX, disks_of};
+use super::instance::{Instance, MEMO_BYTES_MAX};
 use super::pins;
 use super::programs::Programs;
-use super::trust::{Suspects, Trust};
+use super::trust::{Suspects, Trust, TrustReport, Verdict};
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
@@ -36,6 +36,8 @@ pub use super::programs::Sabotage;
 
 /// How long a flip waits for runs that were counted into the old parity.
 const STRAGGLERS_MS: u64 = 250;
+/// A disk that gets passthrough writes all the time is captured whole no more often than this.
+const BLIND_RESCAN_EVERY: Duration = Duration::from_secs(60);
 /// Bytes of the record in the state folder.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
@@ -97,7 +99,7 @@ impl EbpfOptions {
     }
 }
 
-/// The tracker of a group of request-based block devices.
+/// The tracker of a group of block devices.
 pub struct EbpfTracker {
     instance: Instance,
     devices: Vec<Device>,
@@ -111,9 +113,21 @@ pub struct EbpfTracker {
     issue_misses_at_flip: u64,
     marks_lost: u64,
     completions_lost: u64,
+    doubt: Doubt,
+    blind: Blind,
+    rescans: u64,
+    rescanned: Option<String>,
     programs: Programs,
     clock: SystemClock,
     _lock: pins::Lock,
+}
+
+/// Passthrough writes, which may have gone anywhere.
+struct Blind {
+    /// Those that a rescan has answered for.
+    seen: u64,
+    /// When the next rescan may be.
+    rescan_at: Option<Duration>,
 }
 
 /// What was found of an earlier tracking, and what it is worth.
@@ -153,7 +167,7 @@ impl EbpfTracker {
             .map_err(failed("keep the identity of the tracking"))?;
         pins::remove_others(&folder, &instance.folder).map_err(failed("remove an old tracking"))?;
         let clock = SystemClock::new();
-        let trust = Trust::new(&instance, &disks_of(&devices), clock.monotonic()).map_err(failed("read the counts"))?;
+        let trust = Trust::new(&instance, &devices, clock.monotonic()).map_err(failed("read the counts"))?;
         let mut tracker = Self::assemble(instance, devices, trust, lock, clock).map_err(failed("read the counts"))?;
         tracker.started_over = started_over;
         tracker.programs = options.programs();
@@ -187,6 +201,10 @@ impl EbpfTracker {
             issue_misses_at_flip: counts.issue_misses,
             marks_lost: counts.lost,
             completions_lost: 0,
+            doubt: Doubt::default(),
+            blind: Blind { seen: counts.blind, rescan_at: None },
+            rescans: 0,
+            rescanned: None,
             programs: Programs::PLAIN,
             clock,
             _lock: lock,
@@ -267,20 +285,53 @@ impl EbpfTracker {
     }
 
     /// Adds what the counts of this flip say may have been missed.
-    fn distrust(&mut self, verdict: super::trust::Verdict, counts: EventCounts) {
+    ///
+    /// # Errors
+    /// Where they say that it is good for no cut.
+    fn distrust(&mut self, mut verdict: Verdict, counts: EventCounts) -> Result<(), TrackerError> {
+        let now = self.clock.monotonic();
+        let outcome = self.doubt.flipped(verdict.doubt.take(), verdict.quiet, now);
         if verdict.lost {
             self.completions_lost += 1;
         }
-        if let Some(joining) = self.suspects.flipped(&self.pending, verdict, self.clock.monotonic()) {
+        verdict.lost |= matches!(outcome, Outcome::Recapture(_));
+        if let Some(joining) = self.suspects.flipped(&self.pending, &verdict, now) {
             tracing::info!("completions were missed: what was written since the last quiet moment is captured again");
             self.carry(&joining);
         }
         if counts.lost != self.marks_lost {
             self.marks_lost = counts.lost;
-            tracing::error!("the tracker's programs could not make a mark: all volumes are captured again");
-            let all: Vec<_> = self.instance.places.iter().map(super::bitmap::Place::all).collect();
-            self.carry(&all);
+            self.rescan("the tracker's programs could not make a mark");
         }
+        if counts.blind != self.blind.seen && self.blind.rescan_at.is_none_or(|at| now >= at) {
+            self.blind = Blind { seen: counts.blind, rescan_at: Some(now + BLIND_RESCAN_EVERY) };
+            self.rescan("passthrough writes, which do not tell where they go, were sent to a disk");
+        }
+        match outcome {
+            Outcome::Trusted => Ok(()),
+            Outcome::Recapture(reason) => {
+                tracing::warn!(reason, "the tracking was in doubt: what was written meanwhile is captured again");
+                Ok(())
+            }
+            Outcome::Rescan(reason) => {
+                self.rescan(&reason);
+                Ok(())
+            }
+            Outcome::RescanVoid(reason) => {
+                self.rescan(&reason);
+                Err(TrackerError::InDoubt(reason))
+            }
+            Outcome::Void(reason) => Err(TrackerError::InDoubt(reason)),
+        }
+    }
+
+    /// Makes everything dirty.
+    fn rescan(&mut self, reason: &str) {
+        tracing::error!(reason, "marks may be missing: all volumes are captured again");
+        self.rescans += 1;
+        self.rescanned = Some(reason.to_owned());
+        let all: Vec<_> = self.instance.places.iter().map(super::bitmap::Place::all).collect();
+        self.carry(&all);
     }
 
     /// Adds what has to be captured again, from the device: what a hole bit says of it is not believed either.
@@ -323,7 +374,7 @@ impl Tracker for EbpfTracker {
         self.drain(old);
         let verdict = self.trust.judge(&self.instance, &before, self.clock.monotonic()).map_err(failed)?;
         let counts = self.counts_of("read the counts after the flip")?;
-        self.distrust(verdict, counts);
+        self.distrust(verdict, counts)?;
         let none = vec![RoaringBitmap::new(); self.volumes.len()];
         Ok(std::mem::replace(&mut self.pending, none))
     }
@@ -384,6 +435,16 @@ impl Tracker for EbpfTracker {
             issued: counts.issued,
             completed: counts.completed,
             misses: counts.issue_misses + counts.complete_misses + counts.lost,
+            trust: TrustReport {
+                disks: self.trust.disks(),
+                completions_lost: self.completions_lost,
+                blind_writes: counts.blind,
+                unremembered: counts.unremembered,
+                unknown: counts.unknown,
+                doubt: self.doubt.reason().map(str::to_owned),
+                rescans: self.rescans,
+                rescanned: self.rescanned.clone(),
+            },
         }
     }
 }

@@ -7,6 +7,7 @@
 mod barrier;
 pub mod bitmap;
 pub mod device;
+mod doubt;
 pub mod ebpf;
 pub mod identity;
 mod instance;
@@ -15,6 +16,8 @@ mod pins;
 mod programs;
 pub mod scan;
 mod trust;
+
+pub use trust::{DiskReport, TrustReport};
 
 use cdp_protocol::units::{Block, VolumeSlot};
 use roaring::RoaringBitmap;
@@ -96,6 +99,8 @@ pub struct TrackerReport {
     pub completed: u64,
     /// Runs the kernel passed over.
     pub misses: u64,
+    /// How far it is to be trusted.
+    pub trust: TrustReport,
 }
 
 /// Why a tracker cannot vouch.
@@ -112,6 +117,9 @@ pub enum TrackerError {
     /// This cut cannot be had; another may.
     #[error("straggling tracker runs: {0}")]
     Stragglers(String),
+    /// No cut can be had until the tracking is trusted again, by itself.
+    #[error("the tracking is in doubt: {0}")]
+    InDoubt(String),
     /// The tracker cannot work here: which step, and why. The hint says what would help.
     #[error("{step}: {reason}")]
     Unsupported {

@@ -13,11 +13,17 @@
 //! without ever becoming a request (`REQ_NOWAIT` on a full queue), so that what is outstanding does not fall back to
 //! where it was: after a while in which nothing moves, it counts as none.
 //!
-//! Place of what is to come: counts that differ without end put a volume in doubt (`judge` is where to see it).
+//! Writes and discards are compared each for itself. `WRITE_ZEROES` counts as written in the kernel, and some bio-based
+//! drivers (zram) count neither it nor discards: so the exact comparison is made when nothing is in flight, where the difference
+//! has to be none, or just what those operations amount to. A kernel that counts less than the program cannot show a loss: until
+//! it agrees again, what is suspect joins instead of being given up. More completed than was ever issued means that issues were missed;
+//! that, a bio's range that could not be kept or was not there, and a kernel that does not count at all are causes of `doubt`.
 
-use super::device::{DeviceNumber, DiskCounts};
-use super::instance::{EventCounts, Instance, Tally};
+use super::device::{Device, DeviceKind, DeviceNumber, DiskCounts};
+use super::doubt::Cause;
+use super::instance::{EventCounts, Instance, Tally, disks_of};
 use roaring::RoaringBitmap;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::time::Duration;
 
@@ -26,14 +32,55 @@ const SUSPECT_FOR: Duration = Duration::from_secs(60);
 /// How long nothing may have moved for what is outstanding to count as none.
 const STILL_FOR: Duration = Duration::from_millis(50);
 
+/// How far a tracking is to be trusted, by its counts; in sectors where nothing else is said.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TrustReport {
+    /// The disks.
+    pub disks: Vec<DiskReport>,
+    /// Flips at which the kernel had counted completions that the programs had not.
+    pub completions_lost: u64,
+    /// Passthrough writes, whose range is not known.
+    pub blind_writes: u64,
+    /// Writes to bio-based disks whose range could not be kept.
+    pub unremembered: u64,
+    /// Writes to bio-based disks that completed without a range kept.
+    pub unknown: u64,
+    /// Why no cut is made now.
+    pub doubt: Option<String>,
+    /// How often everything was made dirty because marks could not be relied upon.
+    pub rescans: u64,
+    /// Why it was the last time.
+    pub rescanned: Option<String>,
+}
+
+/// The counts of one disk, at the last flip.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// Its number.
+    pub disk: String,
+    /// Issued, by the programs' count.
+    pub issued: u64,
+    /// Completed, by the programs' count.
+    pub completed: u64,
+    /// Written, by the kernel's count since the disk appeared.
+    pub kernel_written: u64,
+    /// Discarded, by the kernel's count.
+    pub kernel_discarded: u64,
+    /// Write and discard requests completed, by the kernel's count.
+    pub kernel_requests: u64,
+    /// Writes in flight, by the kernel's count.
+    pub in_flight: u64,
+}
+
 /// The counts before a flip.
 pub(super) struct Before {
-    issued: Vec<u64>,
+    counted: Vec<Tally>,
     kernel: Vec<DiskCounts>,
 }
 
 /// What a flip's counts say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Verdict {
     /// A completion was lost, or may have been.
     pub(super) lost: bool,
@@ -41,6 +88,8 @@ pub(super) struct Verdict {
     pub(super) quiet: bool,
     /// No completion before the flip can have been lost unseen.
     pub(super) clean: bool,
+    /// Something that a lost completion does not explain.
+    pub(super) doubt: Option<Cause>,
 }
 
 /// The measure of one tracking.
@@ -51,47 +100,138 @@ pub(super) struct Trust {
 
 struct DiskTrust {
     disk: DeviceNumber,
-    /// Most sectors the kernel was ever seen to have completed beyond what the program counted.
-    ahead: i64,
+    bio_based: bool,
+    /// Sectors the kernel had completed and the program had not counted when the measure began.
+    origin: u64,
+    /// Most sectors the kernel was seen to have written and discarded beyond what the program counted, since both agreed.
+    ahead: [i64; 2],
+    /// The counts when nothing was in flight last.
+    base: Option<(DiskCounts, Tally)>,
+    /// The kernel counts less than the program.
+    is_behind: bool,
     /// Sectors issued and not completed, while nothing is on its way.
     outstanding: i64,
+    /// Least sectors ever seen issued, or sent on, beyond those completed; known once nothing was in flight.
+    bottom: Option<i64>,
     /// The counts of issued and completed sectors that were last seen to move, and when they were first seen.
     still: (u64, u64, Duration),
+    report: DiskReport,
+}
+
+/// Sectors by which the kernel is ahead of the program: written, and discarded.
+fn ahead(kernel: &DiskCounts, counted: &Tally) -> [i64; 2] {
+    let written = kernel.written.wrapping_sub(counted.written.wrapping_add(counted.zeroed));
+    [written as i64, kernel.discarded.wrapping_sub(counted.discarded) as i64]
 }
 
 impl DiskTrust {
-    fn new(disk: DeviceNumber, now: Duration) -> Self {
-        Self { disk, ahead: i64::MIN, outstanding: i64::MAX, still: (0, 0, now) }
+    fn new(disk: DeviceNumber, bio_based: bool, kernel: &DiskCounts, counted: &Tally, now: Duration) -> Self {
+        Self {
+            disk,
+            bio_based,
+            origin: kernel.written.wrapping_add(kernel.discarded).wrapping_sub(counted.completed()),
+            ahead: ahead(kernel, counted),
+            base: None,
+            is_behind: false,
+            outstanding: i64::MAX,
+            bottom: None,
+            still: (0, 0, now),
+            report: DiskReport::default(),
+        }
     }
 
-    fn judge(&mut self, kernel: &DiskCounts, issued: u64, counted: &Tally, now: Duration) -> Verdict {
-        let completed = kernel.written.wrapping_add(kernel.discarded);
-        let ahead = completed.wrapping_sub(counted.completed()) as i64;
-        let outstanding = issued.wrapping_sub(completed) as i64;
-        let lost = ahead > self.ahead;
-        self.ahead = self.ahead.max(ahead);
+    fn judge(&mut self, kernel: &DiskCounts, before: &Tally, counted: &Tally, now: Duration) -> Verdict {
+        let by_kernel = kernel.written.wrapping_add(kernel.discarded).wrapping_sub(self.origin);
+        // What the program saw by then is completed, counted by the kernel or not.
+        let completed =
+            if by_kernel.wrapping_sub(before.completed()) as i64 > 0 { by_kernel } else { before.completed() };
+        let outstanding = before.issued.wrapping_sub(completed) as i64;
+        let is_ahead = ahead(kernel, counted);
+        let mut lost = is_ahead[0] > self.ahead[0] || is_ahead[1] > self.ahead[1];
+        self.ahead = [self.ahead[0].max(is_ahead[0]), self.ahead[1].max(is_ahead[1])];
         self.outstanding = self.outstanding.min(outstanding);
-        if (self.still.0, self.still.1) != (issued, completed) || kernel.in_flight != 0 {
-            self.still = (issued, completed, now);
+        if (self.still.0, self.still.1) != (before.issued, completed) || kernel.in_flight != 0 {
+            self.still = (before.issued, completed, now);
         } else if now.saturating_sub(self.still.2) >= STILL_FOR {
             self.outstanding = outstanding;
         }
         let idle = kernel.in_flight == 0 && outstanding == self.outstanding;
-        Verdict { lost, quiet: idle && issued == counted.issued, clean: true }
+        let quiet = idle && before.issued == counted.issued && before.remapped == counted.remapped;
+        // What is issued is asked last here: whatever had completed before was in it.
+        let issued = counted.issued.wrapping_add(counted.remapped);
+        let missing = self.misses_issues(issued.wrapping_sub(completed) as i64, quiet);
+        if quiet {
+            lost |= !self.agrees(kernel, counted) && self.base.is_some();
+            self.base = Some((*kernel, *counted));
+            self.ahead = is_ahead;
+        }
+        self.tell(kernel, counted);
+        Verdict { lost, quiet, clean: true, doubt: self.doubt(kernel, missing) }
+    }
+
+    /// How many sectors were completed that were never seen issued.
+    fn misses_issues(&mut self, outstanding: i64, quiet: bool) -> i64 {
+        let missing = self.bottom.map_or(0, |bottom| bottom.saturating_sub(outstanding).max(0));
+        if quiet || missing > 0 {
+            self.bottom = Some(self.bottom.map_or(outstanding, |bottom| bottom.min(outstanding)));
+        }
+        missing
+    }
+
+    /// Whether kernel and program counted the same since nothing was in flight last; nothing is now.
+    fn agrees(&mut self, kernel: &DiskCounts, counted: &Tally) -> bool {
+        let Some((kernel_base, base)) = &self.base else { return true };
+        let written = kernel.written.wrapping_sub(kernel_base.written);
+        let discarded = kernel.discarded.wrapping_sub(kernel_base.discarded);
+        let seen_written = counted.written.wrapping_sub(base.written);
+        let seen_zeroed = counted.zeroed.wrapping_sub(base.zeroed);
+        let seen_discarded = counted.discarded.wrapping_sub(base.discarded);
+        let writes = written == seen_written.wrapping_add(seen_zeroed) || self.bio_based && written == seen_written;
+        let discards = discarded == seen_discarded || self.bio_based && discarded == 0;
+        self.is_behind = !(writes && discards);
+        writes && discards
+    }
+
+    fn doubt(&self, kernel: &DiskCounts, missing: i64) -> Option<Cause> {
+        let disk = self.disk;
+        // A bio-based driver counts by itself, whatever the queue says (zram says 0, and counts); `agrees` sees if it does not.
+        if kernel.is_off && !self.bio_based {
+            let reason = format!("the kernel does not count what disk {disk} completes (its queue/iostats is 0)");
+            return Some(Cause { reason, is_unmarked: false, persists: true });
+        }
+        let reason = format!("disk {disk} completed {missing} sectors that were never seen issued");
+        (missing > 0).then_some(Cause { reason, is_unmarked: true, persists: false })
+    }
+
+    fn tell(&mut self, kernel: &DiskCounts, counted: &Tally) {
+        self.report = DiskReport {
+            disk: self.disk.to_string(),
+            issued: counted.issued,
+            completed: counted.completed(),
+            kernel_written: kernel.written,
+            kernel_discarded: kernel.discarded,
+            kernel_requests: kernel.write_requests.wrapping_add(kernel.discard_requests),
+            in_flight: kernel.in_flight,
+        };
     }
 
     /// Whether the kernel is not ahead of the program by more than it ever was, though it was asked after it.
     fn is_clean(&self, kernel_after: &DiskCounts, counted: &Tally) -> bool {
-        let completed = kernel_after.written.wrapping_add(kernel_after.discarded);
-        completed.wrapping_sub(counted.completed()) as i64 <= self.ahead
+        let is_ahead = ahead(kernel_after, counted);
+        !self.is_behind && is_ahead[0] <= self.ahead[0] && is_ahead[1] <= self.ahead[1]
     }
 }
 
 impl Trust {
     /// Begins to measure: differences that are there now do not count.
-    pub(super) fn new(instance: &Instance, disks: &[DeviceNumber], now: Duration) -> io::Result<Self> {
-        let disk = |disk: &DeviceNumber| DiskTrust::new(*disk, now);
-        let mut trust = Self { disks: disks.iter().map(disk).collect(), events: instance.counts()? };
+    pub(super) fn new(instance: &Instance, devices: &[Device], now: Duration) -> io::Result<Self> {
+        let mut disks = Vec::new();
+        for (index, disk) in disks_of(devices).into_iter().enumerate() {
+            let kernel = DiskCounts::read(disk)?;
+            let bio_based = devices.iter().any(|device| device.disk == disk && device.kind == DeviceKind::Bio);
+            disks.push(DiskTrust::new(disk, bio_based, &kernel, &instance.tally(index), now));
+        }
+        let mut trust = Self { disks, events: instance.counts()? };
         let before = trust.before(instance)?;
         trust.judge(instance, &before, now)?;
         Ok(trust)
@@ -99,28 +239,49 @@ impl Trust {
 
     /// The counts before a flip: what was issued first, what is in flight last.
     pub(super) fn before(&self, instance: &Instance) -> io::Result<Before> {
-        let issued = (0..self.disks.len()).map(|index| instance.tally(index).issued).collect();
+        let counted = (0..self.disks.len()).map(|index| instance.tally(index)).collect();
         let kernel: io::Result<_> = self.disks.iter().map(|disk| DiskCounts::read(disk.disk)).collect();
-        Ok(Before { issued, kernel: kernel? })
+        Ok(Before { counted, kernel: kernel? })
     }
 
     /// Compares the counts before a flip with those after its barrier.
     pub(super) fn judge(&mut self, instance: &Instance, before: &Before, now: Duration) -> io::Result<Verdict> {
-        let mut verdict = Verdict { lost: false, quiet: true, clean: true };
+        let mut verdict = Verdict { lost: false, quiet: true, clean: true, doubt: None };
         for (index, disk) in self.disks.iter_mut().enumerate() {
             let counted = instance.tally(index);
             let kernel_after = DiskCounts::read(disk.disk)?;
-            let of_disk = disk.judge(&before.kernel[index], before.issued[index], &counted, now);
+            let of_disk = disk.judge(&before.kernel[index], &before.counted[index], &counted, now);
             verdict.clean &= disk.is_clean(&kernel_after, &counted);
             verdict.lost |= of_disk.lost;
             verdict.quiet &= of_disk.quiet;
+            verdict.doubt = verdict.doubt.or(of_disk.doubt);
         }
         let events = instance.counts()?;
         verdict.lost |= events.complete_misses != self.events.complete_misses;
         verdict.quiet &= events.issue_misses == self.events.issue_misses;
+        verdict.doubt = verdict.doubt.or_else(|| doubt_of(&self.events, &events));
         self.events = events;
         Ok(verdict)
     }
+
+    /// The disks' counts at the last flip.
+    pub(super) fn disks(&self) -> Vec<DiskReport> {
+        self.disks.iter().map(|disk| disk.report.clone()).collect()
+    }
+}
+
+/// What the programs themselves say that cannot be made good by marks.
+fn doubt_of(before: &EventCounts, now: &EventCounts) -> Option<Cause> {
+    let cause = |count: u64, what: &str, is_unmarked| {
+        let reason = format!("{count} {what}");
+        (count > 0).then_some(Cause { reason, is_unmarked, persists: false })
+    };
+    let unknown = now.unknown.wrapping_sub(before.unknown);
+    let unremembered = now.unremembered.wrapping_sub(before.unremembered);
+    let misses = now.issue_misses.wrapping_sub(before.issue_misses);
+    cause(unknown, "writes completed of which nothing was known", true)
+        .or_else(|| cause(misses, "writes were issued while the tracker was passed over", true))
+        .or_else(|| cause(unremembered, "writes could not be kept in mind until they complete", false))
 }
 
 /// What was drained since the last flip at which nothing was in flight, or in the last minute or two; by volume.
@@ -145,7 +306,7 @@ impl Suspects {
     pub(super) fn flipped(
         &mut self,
         drained: &[RoaringBitmap],
-        verdict: Verdict,
+        verdict: &Verdict,
         now: Duration,
     ) -> Option<Vec<RoaringBitmap>> {
         let age = now.saturating_sub(self.turned);
@@ -176,13 +337,18 @@ impl Suspects {
 mod tests {
     use super::*;
 
-    const IDLE: DiskCounts = DiskCounts { written: 100, discarded: 20, in_flight: 0 };
+    const IDLE: DiskCounts =
+        DiskCounts { written: 100, discarded: 20, write_requests: 0, discard_requests: 0, in_flight: 0, is_off: false };
 
     const AT: Duration = Duration::from_secs(1);
 
     fn trust() -> DiskTrust {
-        let mut trust = DiskTrust::new(DeviceNumber { major: 7, minor: 0 }, AT);
-        trust.judge(&IDLE, 50, &tally(0, 50), AT);
+        trust_in(false)
+    }
+
+    fn trust_in(bio_based: bool) -> DiskTrust {
+        let mut trust = DiskTrust::new(DeviceNumber { major: 7, minor: 0 }, bio_based, &IDLE, &tally(0, 50), AT);
+        trust.judge(&IDLE, &tally(0, 50), &tally(0, 50), AT);
         trust
     }
 
@@ -191,60 +357,105 @@ mod tests {
     }
 
     fn verdict(lost: bool, quiet: bool) -> Verdict {
-        Verdict { lost, quiet, clean: true }
+        Verdict { lost, quiet, clean: true, doubt: None }
+    }
+
+    /// A flip during which nothing moves.
+    fn at_rest(trust: &mut DiskTrust, kernel: &DiskCounts, counted: &Tally) -> Verdict {
+        trust.judge(kernel, counted, counted, AT)
     }
 
     #[test]
     fn a_completion_the_program_did_not_see_is_noticed_once() {
         let mut trust = trust();
-        let kernel = DiskCounts { written: 108, ..IDLE };
-        assert_eq!(trust.judge(&kernel, 58, &tally(8, 58), AT), verdict(false, true));
+        assert_eq!(at_rest(&mut trust, &DiskCounts { written: 108, ..IDLE }, &tally(8, 58)), verdict(false, true));
         let kernel = DiskCounts { written: 116, ..IDLE };
-        assert_eq!(trust.judge(&kernel, 66, &tally(8, 66), AT), verdict(true, true));
-        assert_eq!(trust.judge(&kernel, 66, &tally(8, 66), AT), verdict(false, true));
+        assert_eq!(at_rest(&mut trust, &kernel, &tally(8, 66)), verdict(true, true));
+        assert_eq!(at_rest(&mut trust, &kernel, &tally(8, 66)), verdict(false, true));
+    }
+
+    #[test]
+    fn a_lost_write_is_not_made_up_for_by_a_discard_the_kernel_does_not_count() {
+        let mut trust = trust_in(true);
+        let zeroed = Tally { discarded: 64, zeroed: 32, ..tally(8, 154) };
+        let kernel = DiskCounts { written: 108, ..IDLE };
+        assert_eq!(at_rest(&mut trust, &kernel, &zeroed), verdict(false, true), "zram counts neither");
+        let kernel = DiskCounts { written: 116, ..IDLE };
+        let more = Tally { discarded: 96, issued: 194, ..zeroed };
+        assert!(at_rest(&mut trust, &kernel, &more).lost);
+    }
+
+    #[test]
+    fn a_kernel_that_counts_less_keeps_everything_suspect() {
+        let mut trust = trust();
+        assert!(at_rest(&mut trust, &IDLE, &tally(8, 58)).lost, "the program saw more than the kernel");
+        assert!(!trust.is_clean(&IDLE, &tally(8, 58)));
+        assert!(!at_rest(&mut trust, &IDLE, &tally(8, 58)).lost);
+        assert!(trust.is_clean(&IDLE, &tally(8, 58)), "nothing more has happened");
     }
 
     #[test]
     fn the_program_may_have_seen_more_by_the_time_it_is_asked() {
-        assert!(!trust().judge(&IDLE, 58, &tally(8, 58), AT).lost);
+        let kernel = DiskCounts { in_flight: 1, ..IDLE };
+        assert!(!trust().judge(&kernel, &tally(0, 58), &tally(8, 58), AT).lost);
     }
 
     #[test]
     fn it_is_not_quiet_while_a_write_is_anywhere_on_its_way() {
-        assert!(!trust().judge(&DiskCounts { in_flight: 1, ..IDLE }, 50, &tally(0, 50), AT).quiet);
-        assert!(!trust().judge(&IDLE, 58, &tally(0, 58), AT).quiet, "issued, and not yet with the driver");
-        assert!(!trust().judge(&IDLE, 50, &tally(0, 58), AT).quiet, "issued during the flip");
+        assert!(!at_rest(&mut trust(), &DiskCounts { in_flight: 1, ..IDLE }, &tally(0, 50)).quiet);
+        assert!(!at_rest(&mut trust(), &IDLE, &tally(0, 58)).quiet, "issued, and not yet with the driver");
+        assert!(!trust().judge(&IDLE, &tally(0, 50), &tally(0, 58), AT).quiet, "issued during the flip");
+        let late = trust().judge(&IDLE, &tally(0, 58), &tally(8, 58), AT);
+        assert!(!late.quiet, "completed during the flip");
     }
 
     #[test]
     fn a_bio_that_never_became_a_request_is_not_waited_for_for_ever() {
         let mut trust = trust();
-        assert!(!trust.judge(&IDLE, 58, &tally(0, 58), AT).quiet);
-        assert!(!trust.judge(&IDLE, 58, &tally(0, 58), AT + STILL_FOR / 2).quiet);
-        assert!(trust.judge(&IDLE, 58, &tally(0, 58), AT + STILL_FOR).quiet);
+        let counted = tally(0, 58);
+        assert!(!trust.judge(&IDLE, &counted, &counted, AT).quiet);
+        assert!(!trust.judge(&IDLE, &counted, &counted, AT + STILL_FOR / 2).quiet);
+        assert!(trust.judge(&IDLE, &counted, &counted, AT + STILL_FOR).quiet);
+    }
+
+    #[test]
+    fn more_completed_than_issued_is_doubt_and_so_is_a_kernel_that_does_not_count() {
+        let mut trust = trust();
+        let kernel = DiskCounts { written: 108, ..IDLE };
+        let doubt = at_rest(&mut trust, &kernel, &tally(8, 50)).doubt.expect("doubt");
+        assert!(doubt.is_unmarked && doubt.reason.contains("8 sectors that were never seen issued"));
+        assert_eq!(at_rest(&mut trust, &kernel, &tally(8, 50)).doubt, None, "told once");
+        let off = DiskCounts { is_off: true, ..kernel };
+        assert!(at_rest(&mut trust, &off, &tally(8, 50)).doubt.expect("doubt").persists);
+    }
+
+    #[test]
+    fn what_a_stacked_driver_sent_on_counts_as_issued() {
+        let sent_on = Tally { remapped: 8, ..tally(8, 50) };
+        assert_eq!(at_rest(&mut trust(), &DiskCounts { written: 108, ..IDLE }, &sent_on).doubt, None);
     }
 
     #[test]
     fn suspects_are_kept_until_a_quiet_flip_and_join_where_a_completion_was_lost() {
         let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
         let mut suspects = Suspects::new(1, AT);
-        assert_eq!(suspects.flipped(&blocks(&[1]), verdict(false, false), AT), None);
-        assert_eq!(suspects.flipped(&blocks(&[2]), verdict(true, false), AT), Some(blocks(&[1])));
-        assert_eq!(suspects.flipped(&blocks(&[3]), verdict(true, true), AT), Some(blocks(&[1, 2])));
-        assert_eq!(suspects.flipped(&blocks(&[4]), verdict(true, false), AT), Some(blocks(&[])));
+        assert_eq!(suspects.flipped(&blocks(&[1]), &verdict(false, false), AT), None);
+        assert_eq!(suspects.flipped(&blocks(&[2]), &verdict(true, false), AT), Some(blocks(&[1])));
+        assert_eq!(suspects.flipped(&blocks(&[3]), &verdict(true, true), AT), Some(blocks(&[1, 2])));
+        assert_eq!(suspects.flipped(&blocks(&[4]), &verdict(true, false), AT), Some(blocks(&[])));
     }
 
     #[test]
     fn suspects_that_were_never_cleared_join_before_they_are_given_up() {
         let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
         let mut suspects = Suspects::new(1, AT);
-        let hidden = Verdict { lost: false, quiet: false, clean: false };
+        let hidden = Verdict { clean: false, ..verdict(false, false) };
         let at = |seconds: u64| AT + Duration::from_secs(seconds);
-        suspects.flipped(&blocks(&[1]), hidden, at(0));
-        assert_eq!(suspects.flipped(&blocks(&[2]), hidden, at(119)), None);
-        assert_eq!(suspects.flipped(&blocks(&[3]), hidden, at(120)), Some(blocks(&[])));
+        suspects.flipped(&blocks(&[1]), &hidden, at(0));
+        assert_eq!(suspects.flipped(&blocks(&[2]), &hidden, at(119)), None);
+        assert_eq!(suspects.flipped(&blocks(&[3]), &hidden, at(120)), Some(blocks(&[])));
         assert_eq!(suspects.of(0), blocks(&[1, 2, 3])[0]);
-        assert_eq!(suspects.flipped(&blocks(&[4]), hidden, at(240)), Some(blocks(&[1, 2])));
+        assert_eq!(suspects.flipped(&blocks(&[4]), &hidden, at(240)), Some(blocks(&[1, 2])));
     }
 
     #[test]
@@ -259,10 +470,10 @@ mod tests {
         let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
         let mut suspects = Suspects::new(1, AT);
         let at = |seconds: u64| AT + Duration::from_secs(seconds);
-        suspects.flipped(&blocks(&[1]), verdict(false, false), at(0));
-        suspects.flipped(&blocks(&[2]), verdict(false, false), at(60));
-        assert_eq!(suspects.flipped(&blocks(&[3]), verdict(true, false), at(119)), Some(blocks(&[1, 2])));
-        suspects.flipped(&blocks(&[4]), verdict(false, false), at(120));
-        assert_eq!(suspects.flipped(&blocks(&[]), verdict(true, false), at(121)), Some(blocks(&[2, 3, 4])));
+        suspects.flipped(&blocks(&[1]), &verdict(false, false), at(0));
+        suspects.flipped(&blocks(&[2]), &verdict(false, false), at(60));
+        assert_eq!(suspects.flipped(&blocks(&[3]), &verdict(true, false), at(119)), Some(blocks(&[1, 2])));
+        suspects.flipped(&blocks(&[4]), &verdict(false, false), at(120));
+        assert_eq!(suspects.flipped(&blocks(&[]), &verdict(true, false), at(121)), Some(blocks(&[2, 3, 4])));
     }
 }

@@ -16,7 +16,10 @@ impl LoopDevice {
     /// Attaches a free device to `file`.
     pub(crate) fn attach(file: &Path) -> Self {
         let node = run("losetup", &["--find", "--show", "--partscan", &file.to_string_lossy()]);
-        Self { node: node.trim().into(), file: file.to_owned() }
+        let device = Self { node: node.trim().into(), file: file.to_owned() };
+        // A device keeps what was set, whoever had it before.
+        device.set_count(true);
+        device
     }
 
     /// Its node.
@@ -36,6 +39,12 @@ impl LoopDevice {
         let file = std::fs::OpenOptions::new().write(true).open(&self.file).expect("opened");
         file.set_len(bytes).expect("resized");
         run("losetup", &["--set-capacity", &self.node.to_string_lossy()]);
+    }
+
+    /// Lets the kernel count what it completes, or not.
+    pub(crate) fn set_count(&self, counts: bool) {
+        let name = self.node.file_name().expect("a name").to_string_lossy();
+        std::fs::write(format!("/sys/block/{name}/queue/iostats"), if counts { "1" } else { "0" }).expect("set");
     }
 
     /// Detaches it.
@@ -97,11 +106,6 @@ impl ZramDevice {
     /// Its node.
     pub(crate) fn node(&self) -> &Path {
         &self.node
-    }
-
-    /// Something in its folder of sysfs.
-    pub(crate) fn set(&self, name: &str, value: &str) {
-        std::fs::write(format!("/sys/block/zram{}/{name}", self.number), value).expect("set");
     }
 }
 

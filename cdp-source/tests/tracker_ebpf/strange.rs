@@ -2,15 +2,20 @@
 //! are wrong on purpose.
 
 use crate::loop_device::{self, LoopDevice, RawDisk, ZramDevice};
-use cdp_protocol::units::{Block, GroupId, VolumeSlot};
+use cdp_protocol::codec::Sealer;
+use cdp_protocol::record::Begin;
+use cdp_protocol::seal::DataKey;
+use cdp_protocol::units::{AttemptId, Block, Epoch, Generation, GroupId, KeyId, VolumeSlot};
 use cdp_seams::clock::SystemClock;
 use cdp_seams::random::{SimRandom, SystemRandom, array};
 use cdp_seams::storage::SystemStorage;
-use cdp_source::capture::Capture;
+use cdp_source::capture::{BlockContent, Capture};
 use cdp_source::cut::{Cut, CutLimits, cut};
+use cdp_source::encoder::Encoder;
 use cdp_source::reader::pread::PreadReader;
-use cdp_source::tracker::Tracker;
+use cdp_source::tracker::device::Device;
 use cdp_source::tracker::ebpf::{BPFFS, EbpfOptions, EbpfTracker, remove, supported};
+use cdp_source::tracker::{Tracker, TrackerError};
 use roaring::RoaringBitmap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -84,9 +89,13 @@ fn discard(node: &Path, offset: u64, len: u64) {
 }
 
 fn capture(tracker: &mut EbpfTracker) -> Capture {
-    let targets: Vec<_> = tracker.devices().iter().map(|device| device.read_target()).collect();
+    capture_with(tracker, LIMITS.blocks_max)
+}
+
+fn capture_with(tracker: &mut EbpfTracker, blocks_max: u64) -> Capture {
+    let targets: Vec<_> = tracker.devices().iter().map(Device::read_target).collect();
     let mut reader = PreadReader::open(&targets).expect("opened");
-    match cut(tracker, &mut reader, &SystemClock::new(), &mut Vec::new(), &LIMITS) {
+    match cut(tracker, &mut reader, &SystemClock::new(), &mut Vec::new(), &CutLimits { blocks_max, ..LIMITS }) {
         Ok(Cut::Captured(capture)) => capture,
         other => panic!("{other:?}"),
     }
@@ -194,4 +203,143 @@ fn a_volume_above_8_tib_is_tracked_in_granules() {
     discard(device.node(), 4096, 40 * 4096);
     assert_eq!(tracker.flip().expect("flipped"), [(0..44).collect()]);
     assert_eq!(tracker.holes(0, &(0..60).collect()), (4..40).collect::<RoaringBitmap>());
+}
+
+#[test]
+fn a_kernel_that_does_not_count_is_in_doubt_until_it_does_and_all_is_captured_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, BYTES);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mut tracker = group.open_clean();
+    device.set_count(false);
+    RawDisk::open(device.node()).write(0, 4096, 1);
+    let refused = tracker.flip().expect_err("in doubt");
+    assert!(matches!(&refused, TrackerError::InDoubt(reason) if reason.contains("iostats")), "{refused}");
+    assert!(tracker.report().trust.doubt.is_some());
+    device.set_count(true);
+    assert_eq!(tracker.flip().expect("flipped"), [touched(0, BYTES)]);
+    let trust = tracker.report().trust;
+    assert_eq!((trust.doubt, trust.rescans), (None, 1));
+    assert!(trust.rescanned.is_some_and(|reason| reason.contains("iostats")));
+    assert_eq!(tracker.flip().expect("flipped"), [RoaringBitmap::new()]);
+}
+
+#[test]
+fn the_counts_are_told_and_agree() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, BYTES);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mut tracker = group.open_clean();
+    let before = tracker.report().trust.disks.remove(0);
+    RawDisk::open(device.node()).write(0, MIB, 1);
+    discard(device.node(), MIB, MIB);
+    loop_device::run("blkdiscard", &["-z", "-l", "1048576", &device.node().to_string_lossy()]);
+    tracker.flip().expect("flipped");
+    let trust = tracker.report().trust;
+    let disk = &trust.disks[0];
+    assert_eq!((disk.issued - before.issued, disk.completed - before.completed), (6144, 6144));
+    assert_eq!(disk.kernel_written - before.kernel_written, 4096);
+    assert_eq!(disk.kernel_discarded - before.kernel_discarded, 2048);
+    assert_eq!((trust.completions_lost, trust.blind_writes, trust.doubt), (0, 0, None));
+}
+
+/// A mounted file system; unmounted when the test ends.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(node: &Path, folder: &tempfile::TempDir) -> Self {
+        let path = folder.path().join("mounted");
+        std::fs::create_dir(&path).expect("made");
+        loop_device::run("mkfs.ext4", &["-q", "-E", "nodiscard", &node.to_string_lossy()]);
+        loop_device::run("mount", &[&node.to_string_lossy(), &path.to_string_lossy()]);
+        Self(path)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        drop(std::process::Command::new("umount").arg(&self.0).output());
+    }
+}
+
+fn frame_bytes(capture: &Capture) -> u64 {
+    let sealer = Sealer::new(GroupId([1; 16]), Epoch(1), Generation(1), AttemptId([2; 16]), &DataKey::new([3; 32]));
+    let begin = Begin { key: KeyId([1; 8]), volumes: vec![] };
+    Encoder::new(1).encode(capture, &[VolumeSlot(0)], &begin, Arc::new(sealer)).bytes
+}
+
+#[test]
+fn a_trim_of_a_mounted_file_system_costs_next_to_nothing_and_a_file_written_after_it_is_there() {
+    const GIB: u64 = 1 << 30;
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, GIB + 200 * MIB);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    let mount = Mount::new(device.node(), &folder);
+    let mut tracker = group.open_clean();
+    loop_device::run("fstrim", &[&mount.0.to_string_lossy()]);
+    let trimmed = capture_with(&mut tracker, 10_000);
+    assert!(trimmed.meters.hole_blocks * 4096 >= GIB, "{:?}", trimmed.meters);
+    assert!(frame_bytes(&trimmed) < 64 << 10, "{} bytes", frame_bytes(&trimmed));
+
+    drop(mount);
+    let folder = tempfile::tempdir().expect("a folder");
+    let mount = Mount::new(device.node(), &folder);
+    tracker.flip().expect("flipped");
+    loop_device::run("fstrim", &[&mount.0.to_string_lossy()]);
+    std::fs::write(mount.0.join("after"), [0x5a; 40960]).expect("written");
+    rustix::fs::sync();
+    let written = capture_with(&mut tracker, 10_000);
+    assert!(written.meters.hole_blocks * 4096 >= GIB, "{:?}", written.meters);
+    let is_its = |content: BlockContent<'_>| matches!(content, BlockContent::Bytes(bytes) if bytes == [0x5a; 4096]);
+    assert_eq!(written.volumes[0].iter().filter(|(_, content)| is_its(*content)).count(), 10);
+}
+
+#[cfg(feature = "sabotage")]
+mod sabotage {
+    use super::*;
+    use cdp_source::tracker::ebpf::Sabotage;
+
+    fn wrong(group: &Group, sabotage: Sabotage) -> EbpfTracker {
+        group.open_clean_with(&EbpfOptions { sabotage: Some(sabotage), ..group.options() })
+    }
+
+    #[test]
+    fn completions_that_are_dropped_are_noticed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let device = loop_of(&folder, BYTES);
+        let Some(group) = Group::new(&[device.node()]) else { return };
+        let mut tracker = wrong(&group, Sabotage::DropCompletions);
+        let disk = RawDisk::open(device.node());
+        // None of 10,000 is dropped once in 20,000 times.
+        for _ in 0..100 {
+            for block in 0..100 {
+                disk.write(block * 4096, 512, 1);
+            }
+            assert_eq!(tracker.flip().expect("flipped")[0].range_cardinality(0..100), 100);
+        }
+        let trust = tracker.report().trust;
+        assert!(trust.completions_lost > 0, "{trust:?}");
+        assert_eq!((trust.doubt, trust.rescans), (None, 0));
+    }
+
+    #[test]
+    fn each_wrong_tracker_is_wrong_in_its_own_way() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let device = loop_of(&folder, BYTES);
+        let Some(group) = Group::new(&[device.node()]) else { return };
+        let disk = RawDisk::open(device.node());
+        let conflicts = |sabotage| {
+            let mut tracker = wrong(&group, sabotage);
+            disk.write(0, 4096, 1);
+            let flipped = tracker.flip().expect("flipped");
+            assert!(flipped[0].contains(0), "{sabotage:?}");
+            disk.write(0, 4096, 2);
+            tracker.is_conflicted(0, Block(0))
+        };
+        assert!(conflicts(Sabotage::IssueOnly));
+        assert!(conflicts(Sabotage::CompletionOnly));
+        assert!(conflicts(Sabotage::HoldIssues));
+        assert!(conflicts(Sabotage::NoBarrier));
+        assert!(!conflicts(Sabotage::NoValidation));
+    }
 }

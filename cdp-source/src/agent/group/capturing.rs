@@ -26,7 +26,7 @@ impl Group {
             self.primed = true;
             match devices.tracker.flip() {
                 Ok(marked) => self.ledger.carry_more(&marked),
-                Err(TrackerError::Stragglers(_)) => {}
+                Err(TrackerError::Stragglers(_) | TrackerError::InDoubt(_)) => {}
                 Err(error) => return Err(error.into()),
             }
         }

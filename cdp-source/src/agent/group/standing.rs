@@ -41,6 +41,11 @@ impl Group {
         (left > 0 && self.acked_bytes > 0).then(|| (left as f64 * since / self.acked_bytes as f64).ceil() as u64)
     }
 
+    /// Why the tracker makes no cut possible now.
+    fn doubt(&self) -> Option<String> {
+        self.devices.as_ref()?.tracker.report().trust.doubt
+    }
+
     pub(super) fn state(&self) -> (GroupPhase, Option<String>) {
         let many_failed = self.failed_cuts >= FAILED_CUTS_MAX;
         let has_point = self.open.is_some_and(|open| open.has_point);
@@ -50,6 +55,8 @@ impl Group {
             (GroupPhase::Disconnected, None)
         } else if let Some(reason) = &self.put_off {
             (GroupPhase::Stalled, Some(reason.clone()))
+        } else if let Some(reason) = self.doubt() {
+            (GroupPhase::Stalled, Some(format!("the tracking is in doubt: {reason}")))
         } else if many_failed {
             (GroupPhase::Stalled, Some(format!("{} cuts in a row did not validate", self.failed_cuts)))
         } else if let Some(reason) = &self.rescan {
