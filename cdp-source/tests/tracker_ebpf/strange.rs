@@ -182,6 +182,72 @@ fn a_hole_of_a_partition_is_whole_blocks_of_the_partition() {
     assert_eq!(tracker.holes(1, &flipped[1]), &flipped[1] - touched(0, 512));
 }
 
+/// What happens to a disk, as a naive oracle keeps it for one window: sectors, no words, no bits.
+struct Window {
+    start: u64,
+    sectors: u64,
+    dirty: RoaringBitmap,
+    holes: RoaringBitmap,
+}
+
+impl Window {
+    fn new(start: u64, sectors: u64) -> Self {
+        Self { start, sectors, dirty: RoaringBitmap::new(), holes: RoaringBitmap::new() }
+    }
+
+    fn happens(&mut self, from: u64, to: u64, is_discard: bool) {
+        for block in 0..self.sectors.div_ceil(8) {
+            let sectors = self.start + block * 8..self.start + (block * 8 + 8).min(self.sectors);
+            let inside = sectors.clone().filter(|sector| (from..to).contains(sector)).count() as u64;
+            if inside > 0 {
+                self.dirty.insert(block as u32);
+                self.holes.remove(block as u32);
+                if is_discard && inside == sectors.end - sectors.start {
+                    self.holes.insert(block as u32);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_that_start_and_end_anywhere_are_clipped_as_a_naive_oracle_clips_them() {
+    const SECTORS: u64 = 4 * 2048;
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = loop_of(&folder, SECTORS * 512);
+    let partition = device.partition(63, 2 * 2048 + 5);
+    let Some(group) = Group::new(&[device.node(), &partition]) else { return };
+    let mut tracker = group.open_clean();
+    let disk = RawDisk::open(device.node());
+    let mut windows = [Window::new(0, SECTORS), Window::new(63, 2 * 2048 + 5)];
+    let random = SimRandom::new(11);
+    for _ in 0..150 {
+        for _ in 0..random.below(6) {
+            let from = random.below(SECTORS);
+            let to = (from + 1 + random.below(900)).min(SECTORS);
+            let is_discard = random.below(2) == 0;
+            if is_discard {
+                discard(device.node(), from * 512, (to - from) * 512);
+            } else {
+                disk.write(from * 512, (to - from) * 512, 1);
+            }
+            // The kernel begins a discard with a bio of its own up to the next multiple of the device's granularity: a block
+            // of the partition that lies across is wholly inside neither.
+            let aligned = if is_discard { from.next_multiple_of(8).min(to) } else { from };
+            for window in &mut windows {
+                window.happens(from, aligned, is_discard);
+                window.happens(aligned, to, is_discard);
+            }
+        }
+        let flipped = tracker.flip().expect("flipped");
+        for (volume, window) in windows.iter_mut().enumerate() {
+            assert_eq!(flipped[volume], std::mem::take(&mut window.dirty), "volume {volume}");
+            let all: RoaringBitmap = (0..window.sectors.div_ceil(8) as u32).collect();
+            assert_eq!(tracker.holes(volume, &all), window.holes, "volume {volume}");
+        }
+    }
+}
+
 #[test]
 fn a_volume_above_8_tib_is_tracked_in_granules() {
     const TIB: u64 = 1 << 40;
