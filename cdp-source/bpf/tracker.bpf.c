@@ -524,7 +524,7 @@ static __always_inline __u32 enter(struct gate *gate, struct control *control)
 	return 3;
 }
 
-// For tests of the barrier: one issue in 64 is held up for half a millisecond between its entry and its marks.
+// For tests of the barrier: one run in 64 is held up for half a millisecond between its entry and its marks.
 static __always_inline void hold_up(void)
 {
 #ifdef SABOTAGE_HOLD
@@ -695,6 +695,7 @@ int BPF_PROG(complete, struct request *rq, int error, unsigned int bytes)
 	range.first_volume = disk->first_volume;
 	range.volumes = disk->volumes;
 	range.parities = enter(gate, switches);
+	hold_up();
 	if (op == OPERATION_WRITE) {
 		range.sector = rq->__sector;
 		range.sectors = ((__u64)bytes + 511) >> 9;
@@ -756,6 +757,7 @@ int BPF_PROG(bio_complete, struct request_queue *queue, struct bio *bio)
 	range.volumes = disk->volumes;
 	range.hole = makes_holes(was.operation) && !bio->bi_status;
 	range.parities = enter(gate, switches);
+	hold_up();
 	if (!makes_holes(was.operation))
 		touch_discards(&range, switches);
 	mark_range(&range);

@@ -12,6 +12,7 @@ pub mod process;
 pub mod site;
 pub mod slow_disk;
 pub mod sqlite;
+pub mod zram_device;
 
 /// Whether the privileged tests can run here; says on stderr why not.
 #[must_use]

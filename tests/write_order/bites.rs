@@ -12,6 +12,8 @@ use std::time::Duration;
 
 /// Cuts until a defect must have shown, several times as many as it ever took.
 const CUTS_MAX: u64 = 4000;
+/// Between two cuts of a disk that answers late.
+const REST: Duration = Duration::from_millis(3);
 /// Cuts that must be clean where nothing is wrong.
 const CUTS_CLEAN: u64 = 200;
 
@@ -34,12 +36,19 @@ fn on<T>(disk: &On, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     }
 }
 
+fn rest(disk: &On) -> Duration {
+    match disk {
+        On::Fast => Duration::ZERO,
+        On::Slow(_) => REST,
+    }
+}
+
 fn is_caught(test: &str, disk: &On, layout: &Layout, sabotage: Sabotage) -> Result<()> {
     if !cdp_tests::privileged(test) {
         return Ok(());
     }
     on(disk, |node| {
-        let run = run(node, layout, CUTS_MAX, Duration::ZERO, |options| options.sabotage = Some(sabotage))?;
+        let run = run(node, layout, CUTS_MAX, rest(disk), |options| options.sabotage = Some(sabotage))?;
         let violation = run.violation.with_context(|| format!("{sabotage:?} is not noticed: {}", run.figures))?;
         eprintln!("{sabotage:?}: caught at cut {}: {violation}", run.figures.tried);
         Ok(())
@@ -48,8 +57,7 @@ fn is_caught(test: &str, disk: &On, layout: &Layout, sabotage: Sabotage) -> Resu
 
 fn is_clean(disk: &On, sabotage: Sabotage) -> Result<Figures> {
     on(disk, |node| {
-        let run =
-            run(node, &Layout::new(512), CUTS_CLEAN, Duration::ZERO, |options| options.sabotage = Some(sabotage))?;
+        let run = run(node, &Layout::new(512), CUTS_CLEAN, rest(disk), |options| options.sabotage = Some(sabotage))?;
         eprintln!("{sabotage:?}: {}", run.figures);
         ensure!(run.violation.is_none(), "{sabotage:?}: cut {}: {:?}", run.figures.tried, run.violation);
         Ok(run.figures)
@@ -78,7 +86,12 @@ fn marks_at_completion_only_are_caught() -> Result<()> {
 
 #[test]
 fn flips_that_do_not_wait_for_runs_are_caught() -> Result<()> {
-    is_caught("flips_that_do_not_wait_for_runs_are_caught", &On::Fast, &Layout::hot_behind_much(), Sabotage::NoBarrier)
+    is_caught(
+        "flips_that_do_not_wait_for_runs_are_caught",
+        &On::Slow(Landing::WithAnswer),
+        &Layout::new(512),
+        Sabotage::NoBarrier,
+    )
 }
 
 #[test]
@@ -91,7 +104,7 @@ fn flips_that_wait_for_runs_that_are_held_up_are_clean() -> Result<()> {
     if !cdp_tests::privileged("flips_that_wait_for_runs_that_are_held_up_are_clean") {
         return Ok(());
     }
-    is_clean(&On::Fast, Sabotage::HoldIssues).map(drop)
+    is_clean(&On::Fast, Sabotage::HoldRuns).map(drop)
 }
 
 /// Of every thousand completions one is not seen: the sums notice, and nothing is missing from any point.

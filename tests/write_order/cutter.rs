@@ -39,6 +39,8 @@ pub(crate) struct Figures {
     /// Nothing had changed.
     pub(crate) unchanged: u64,
     pub(crate) blocks: u64,
+    /// Blocks that were zeros.
+    pub(crate) zeros: u64,
     /// Rounds of each cut.
     pub(crate) rounds: Vec<u32>,
     pub(crate) slowest_us: u64,
@@ -56,11 +58,12 @@ impl fmt::Display for Figures {
         let rounds = |percent: usize| rounds.get(rounds.len() * percent / 100).or(rounds.last()).copied().unwrap_or(0);
         write!(
             f,
-            "{} cuts, {} captured and checked ({share:.1} % validated), {} blocks, {} records, slowest {:.1} ms, {} flips with lost \
+            "{} cuts, {} captured and checked ({share:.1} % validated), {} blocks, {} of them zeros, {} records, slowest {:.1} ms, {} flips with lost \
              completions, rounds {} at p50, {} at p99, {} at most",
             self.tried,
             self.validated,
             self.blocks,
+            self.zeros,
             self.records,
             self.slowest_us as f64 / 1000.0,
             self.completions_lost,
@@ -149,6 +152,7 @@ impl Cutter {
         let meters = &capture.meters;
         self.figures.validated += 1;
         self.figures.blocks += meters.dirty_blocks;
+        self.figures.zeros += meters.hole_blocks;
         self.figures.slowest_us = self.figures.slowest_us.max(meters.cut_us);
         self.figures.rounds.push(meters.cut_rounds);
         for (block, content) in capture.volumes[0].iter() {
@@ -229,6 +233,10 @@ impl Tracker for Watched<'_> {
 
     fn is_conflicted(&self, volume: usize, block: Block) -> bool {
         self.tracker.is_conflicted(volume, block)
+    }
+
+    fn holes(&self, volume: usize, blocks: &RoaringBitmap) -> RoaringBitmap {
+        self.tracker.holes(volume, blocks)
     }
 
     fn settle(&mut self) -> Result<bool, TrackerError> {

@@ -95,15 +95,6 @@ impl Layout {
         Self { alone, at_depth: Vec::new(), buffered: 0..0, mapped: 0..0 }
     }
 
-    /// Hot blocks behind long records: by the time a cut reads them, much has happened since its flip.
-    #[cfg(feature = "sabotage")]
-    pub(crate) fn hot_behind_much() -> Self {
-        let mut plan = Plan { next_sector: 0, next_index: 0 };
-        let mut alone = vec![plan.chain("long", 6, MIB, &[MIB])];
-        alone.extend((0..8).map(|_| Chain { rest: HOT, ..plan.chain("one block", 1, BLOCK, &[BLOCK]) }));
-        Self { alone, at_depth: Vec::new(), buffered: 0..0, mapped: 0..0 }
-    }
-
     /// Single blocks all over the volume, eight in flight.
     pub(crate) fn scattered() -> Self {
         let mut plan = Plan { next_sector: 0, next_index: 0 };

@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use board::{Board, StopAtEnd};
 use cdp_source::tracker::ebpf::EbpfOptions;
 use cdp_tests::loop_device::LoopDevice;
+use cdp_tests::zram_device::{self, ZramDevice};
 use check::Violation;
 use cutter::{BOUND, Cutter, Figures, Outcome};
 use layout::{Layout, VOLUME_BYTES};
@@ -142,4 +143,15 @@ fn every_cut_of_a_partition_at_sector_63_is_one_instant() -> Result<()> {
     let device = LoopDevice::new(&folder.path().join("disk.img"), VOLUME_BYTES + (1 << 20))?;
     let partition = device.add_partition(1, 63, VOLUME_BYTES / 512 + 1)?;
     prove("partition at sector 63", &partition, 512)
+}
+
+#[test]
+fn every_cut_of_a_zram_device_is_one_instant() -> Result<()> {
+    let test = "every_cut_of_a_zram_device_is_one_instant";
+    if !cdp_tests::privileged(test) || !zram_device::is_there(test) {
+        return Ok(());
+    }
+    let _alone = alone();
+    let device = ZramDevice::new(VOLUME_BYTES)?;
+    prove("zram", device.node(), 4096)
 }

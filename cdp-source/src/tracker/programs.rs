@@ -9,7 +9,7 @@ static PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tra
 #[derive(Clone, Copy)]
 pub(super) struct Programs {
     pub(super) object: &'static [u8],
-    /// A flip does not wait for runs of the old parity.
+    /// A flip does not wait for runs of the old parity, nor look for what they left there.
     pub(super) skips_barrier: bool,
     /// No block is ever conflicted.
     pub(super) skips_validation: bool,
@@ -33,9 +33,9 @@ pub enum Sabotage {
     IssueOnly,
     /// Issues mark nothing; completions mark `dirty`, and are what conflicts.
     CompletionOnly,
-    /// One issue in 64 is held up for half a millisecond before its marks. Not wrong: the barrier waits for it.
-    HoldIssues,
-    /// Issues are held up, and a flip does not wait for them.
+    /// One run in 64 is held up for half a millisecond before its marks. Not wrong: the barrier waits for it.
+    HoldRuns,
+    /// Runs are held up, and a flip does not wait for them.
     NoBarrier,
     /// No block is ever conflicted.
     NoValidation,
@@ -55,7 +55,7 @@ impl Sabotage {
         match self {
             Self::IssueOnly => Programs { object: ISSUE_ONLY, ..plain },
             Self::CompletionOnly => Programs { object: COMPLETION_ONLY, ..plain },
-            Self::HoldIssues => Programs { object: HOLD, ..plain },
+            Self::HoldRuns => Programs { object: HOLD, ..plain },
             Self::NoBarrier => Programs { object: HOLD, skips_barrier: true, ..plain },
             Self::NoValidation => Programs { skips_validation: true, ..plain },
             Self::DropCompletions => Programs { object: DROP, ..plain },
