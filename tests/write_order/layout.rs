@@ -16,6 +16,8 @@ const MIB: u64 = 1024 * KIB;
 
 /// Hot blocks rest for this long: written flat out they make cuts of many rounds, and so few cuts.
 const HOT: Duration = Duration::from_micros(200);
+/// On a device that writes in the writer's own time, and never lets it wait, all rest.
+const IN_MEMORY: Duration = Duration::from_millis(1);
 
 /// Who writes where; in sectors of the volume.
 #[derive(Clone, Debug)]
@@ -82,7 +84,10 @@ impl Layout {
             alone.push(Chain { fourth, ..chain });
         }
         let at_depth = (0..8).map(|_| plan.chain("at depth", 16, 16 * KIB, &[BLOCK, 16 * KIB, BLOCK, 8 * KIB]));
-        let at_depth = at_depth.collect();
+        let mut at_depth: Vec<Chain> = at_depth.collect();
+        if unit != 1 {
+            alone.iter_mut().chain(&mut at_depth).for_each(|chain| chain.rest = IN_MEMORY);
+        }
         let (buffered, mapped) = (plan.area(2 * MIB), plan.area(MIB));
         assert!(mapped.end * 512 <= VOLUME_BYTES, "the volume holds them all");
         Self { alone, at_depth, buffered, mapped }

@@ -4,6 +4,8 @@
 //! cut run beside them as fast as they can. `CDP_CUTS` is the number of cuts over all devices. Needs root, kernel BTF and loop
 //! devices; says so and passes over where they are missing.
 
+#![allow(clippy::disallowed_methods, reason = "tests use the real clock")]
+
 #[cfg(feature = "sabotage")]
 mod bites;
 mod board;
@@ -25,12 +27,15 @@ use cutter::{BOUND, Cutter, Figures, Outcome};
 use layout::{Layout, VOLUME_BYTES};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Kinds of devices.
 const DEVICES: u64 = 4;
 /// Cuts over all devices without `CDP_CUTS`.
 const CUTS: u64 = 2400;
+
+/// How long no cut may validate.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// One at a time: a device that has the machine for itself is cut more often.
 fn alone() -> MutexGuard<'static, ()> {
@@ -63,11 +68,16 @@ fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, change: impl FnO
         let stop = StopAtEnd(&board);
         let handles = writers::start(scope, node, layout, &board);
         let mut violation = None;
+        let mut last = (Instant::now(), 0);
         while violation.is_none() && cutter.figures.validated < cuts && !board.is_stopped() {
             match cutter.cut(&board, BOUND)? {
                 Outcome::Violated(found) => violation = Some(found),
                 Outcome::Checked | Outcome::NotValidated | Outcome::Unchanged => {}
             }
+            if last.1 != cutter.figures.validated {
+                last = (Instant::now(), cutter.figures.validated);
+            }
+            ensure!(last.0.elapsed() < PATIENCE, "no cut validates any more: {}", cutter.figures);
             if !rest.is_zero() {
                 std::thread::park_timeout(rest);
             }

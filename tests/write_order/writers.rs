@@ -81,11 +81,15 @@ fn write_alone(node: &Path, chain: &Chain, board: &Board) -> Result<()> {
         }
         .with_context(|| format!("record {number} of {}", chain.name))?;
         board.finish(chain.index, number);
-        if !chain.rest.is_zero() {
-            park_timeout(chain.rest);
-        }
+        rest(chain);
     }
     Ok(())
+}
+
+fn rest(chain: &Chain) {
+    if !chain.rest.is_zero() {
+        park_timeout(chain.rest);
+    }
 }
 
 fn write_at_depth(node: &Path, chains: &[Chain], board: &Board) -> Result<()> {
@@ -114,6 +118,7 @@ fn write_at_depth(node: &Path, chains: &[Chain], board: &Board) -> Result<()> {
             board.finish(chains[index].index, numbers[index]);
             idle.push(index);
         }
+        rest(&chains[0]);
     }
 }
 
