@@ -17,7 +17,7 @@ use cdp_source::capture::{BlockContent, Capture};
 use cdp_source::cut::{Cut, CutLimits, cut};
 use cdp_source::reader::aligned::AlignedBuffer;
 use cdp_source::reader::{self, BlockReader};
-use cdp_source::tracker::ebpf::{BPFFS, EbpfOptions, EbpfTracker, remove};
+use cdp_source::tracker::ebpf::{EbpfOptions, EbpfTracker, remove};
 use cdp_source::tracker::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use roaring::RoaringBitmap;
 use std::fmt;
@@ -85,9 +85,9 @@ pub(crate) enum Outcome {
 
 /// A volume under cuts.
 pub(crate) struct Cutter {
-    group: GroupId,
-    state: tempfile::TempDir,
     tracker: EbpfTracker,
+    /// Declared, and so dropped, after the tracker, which holds the group's lock.
+    pins: Pins,
     reader: Box<dyn BlockReader>,
     carry: Vec<RoaringBitmap>,
     clock: SystemClock,
@@ -96,28 +96,49 @@ pub(crate) struct Cutter {
     pub(crate) figures: Figures,
 }
 
+/// What a cutter leaves for the next one.
+pub(crate) struct Left {
+    group: GroupId,
+    state: tempfile::TempDir,
+}
+
 impl Cutter {
     /// Tracks `node`, which holds zeros where `layout` has chains; `change` has the last word on how.
     pub(crate) fn open(node: &Path, layout: &Layout, change: impl FnOnce(&mut EbpfOptions)) -> Result<Self> {
-        let group = GroupId(array(&SystemRandom));
-        let state = tempfile::tempdir()?;
+        let left = Left { group: GroupId(array(&SystemRandom)), state: tempfile::tempdir()? };
+        Self::open_in(left, node, layout, change)
+    }
+
+    /// The same, as the successor of one that was closed. Its replica is empty.
+    pub(crate) fn open_in(
+        left: Left,
+        node: &Path,
+        layout: &Layout,
+        change: impl FnOnce(&mut EbpfOptions),
+    ) -> Result<Self> {
         let volumes = vec![(VolumeSlot(0), node.to_owned())];
-        let mut options = EbpfOptions::new(group, volumes, state.path().to_owned(), Arc::new(SystemStorage));
+        let state = left.state.path().to_owned();
+        let mut options = EbpfOptions::new(left.group, volumes, state, Arc::new(SystemStorage));
         change(&mut options);
+        let pins = Pins { left: Some(left), bpffs: options.bpffs.clone() };
         let mut tracker = EbpfTracker::open(&options).with_context(|| format!("track {}", node.display()))?;
         let size_bytes = tracker.volumes()[0].size_bytes;
         let reader = reader::open(&[tracker.devices()[0].read_target()])?;
         Ok(Self {
             carry: tracker.take_recovered(),
-            group,
-            state,
             tracker,
+            pins,
             reader,
             clock: SystemClock::new(),
             image: vec![0; size_bytes as usize],
             oracle: Oracle::new(layout.chains(), size_bytes / SECTOR_BYTES as u64),
             figures: Figures::default(),
         })
+    }
+
+    /// Stops cutting; the tracking goes on in the kernel.
+    pub(crate) fn close(mut self) -> Left {
+        self.pins.left.take().expect("it is taken once")
     }
 
     /// One cut, validated within `bound` or not.
@@ -194,17 +215,28 @@ impl Cutter {
         Ok(())
     }
 
-    /// Where the tracking is pinned.
-    pub(crate) fn pins(&self) -> PathBuf {
-        Path::new(BPFFS).join("cdp").join(self.group.to_string())
+    /// Where this tracking is pinned.
+    pub(crate) fn pin_folder(&self) -> PathBuf {
+        self.tracker.pin_folder().to_owned()
+    }
+
+    /// Why everything was dirty when it was opened.
+    pub(crate) fn started_over(&self) -> Option<String> {
+        self.tracker.report().started_over
     }
 }
 
-impl Drop for Cutter {
+/// What is pinned goes when the test ends, however it ends.
+struct Pins {
+    left: Option<Left>,
+    bpffs: PathBuf,
+}
+
+impl Drop for Pins {
     fn drop(&mut self) {
-        // The group's lock is held by the tracker that goes with this: what is pinned is removed by hand.
-        let _ = std::fs::remove_dir_all(self.pins());
-        let _ = remove(Path::new(BPFFS), self.state.path(), &SystemStorage, self.group);
+        if let Some(left) = &self.left {
+            let _ = remove(&self.bpffs, left.state.path(), &SystemStorage, left.group);
+        }
     }
 }
 

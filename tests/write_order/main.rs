@@ -11,6 +11,7 @@ mod bites;
 mod board;
 mod check;
 mod cutter;
+mod damage;
 mod layout;
 mod raw;
 mod record;

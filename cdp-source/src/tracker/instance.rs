@@ -110,6 +110,8 @@ pub(super) struct Instance {
     tallies: SharedWords,
     memo: SharedWords,
     programs: Vec<ProgramFd>,
+    /// Held open: a program whose link's pin is removed while this process runs would be detached, and nothing would say so.
+    _links: Vec<FdLink>,
     cpus: usize,
 }
 
@@ -178,6 +180,7 @@ impl Instance {
         let pair = |name: &str, words: usize| {
             Ok::<_, String>([map(&format!("{name}_0"), words)?, map(&format!("{name}_1"), words)?])
         };
+        let (programs, links) = live_programs(&folder)?;
         Ok(Self {
             dirty: pair("dirty", words)?,
             summary: pair("summary", spans)?,
@@ -188,7 +191,8 @@ impl Instance {
             gates: map("gates", cpus * GATE_WORDS)?,
             tallies: map("tallies", cpus * VOLUMES_MAX * TALLY_WORDS)?,
             memo: map("memo", 1 + 2 * MEMO_WORDS)?,
-            programs: live_programs(&folder)?,
+            programs,
+            _links: links,
             folder,
             identity,
             places,
@@ -381,7 +385,7 @@ fn map_words(folder: &Path, name: &str, words: usize) -> Result<SharedWords, Str
 }
 
 /// The pinned programs, if their links are live and they use the pinned maps.
-fn live_programs(folder: &Path) -> Result<Vec<ProgramFd>, String> {
+fn live_programs(folder: &Path) -> Result<(Vec<ProgramFd>, Vec<FdLink>), String> {
     let mut maps = Vec::new();
     for name in MAPS_OF_PROGRAMS {
         let info =
@@ -389,9 +393,9 @@ fn live_programs(folder: &Path) -> Result<Vec<ProgramFd>, String> {
         maps.push(info.id());
     }
     let program = |(name, _): &(&str, &str)| {
-        let (program, used) = live_program(folder, name)?;
+        let (program, link, used) = live_program(folder, name)?;
         if maps.iter().all(|map| used.contains(map)) {
-            Ok(program)
+            Ok((program, link))
         } else {
             Err(format!("the pinned {name} program marks other maps than the pinned ones"))
         }
@@ -399,10 +403,11 @@ fn live_programs(folder: &Path) -> Result<Vec<ProgramFd>, String> {
     PROGRAMS.iter().map(program).collect()
 }
 
-fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, Vec<u32>), String> {
+fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, FdLink, Vec<u32>), String> {
     let link = PinnedLink::from_pin(folder.join(format!("{name}_link")))
         .map_err(|_| format!("the link of the {name} program is detached"))?;
-    let attached = FdLink::from(link).info().map_err(|error| format!("the link of {name} is strange: {error}"))?;
+    let link = FdLink::from(link);
+    let attached = link.info().map_err(|error| format!("the link of {name} is strange: {error}"))?;
     let info = ProgramInfo::from_pin(folder.join(format!("{name}_program")))
         .map_err(|_| format!("the pinned {name} program is gone"))?;
     if attached.program_id() != info.id() {
@@ -410,7 +415,7 @@ fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, Vec<u32>), Stri
     }
     let strange = |error| format!("the {name} program is strange: {error}");
     let maps = info.map_ids().map_err(strange)?.unwrap_or_default();
-    Ok((info.fd().map_err(strange)?, maps))
+    Ok((info.fd().map_err(strange)?, link, maps))
 }
 
 fn recursion_misses(program: &ProgramFd) -> io::Result<u64> {
