@@ -66,14 +66,23 @@ impl LoopDevice {
 
     /// Puts another file behind the same device node.
     pub fn reattach(&mut self, file: &Path) -> Result<()> {
+        self.reattach_with(file, &[])
+    }
+
+    /// Puts a window of a file behind the same device node.
+    pub fn reattach_at(&mut self, file: &Path, offset_bytes: u64, size_bytes: u64) -> Result<()> {
+        let (offset, size) = (offset_bytes.to_string(), size_bytes.to_string());
+        self.reattach_with(file, &["--offset", &offset, "--sizelimit", &size])
+    }
+
+    fn reattach_with(&mut self, file: &Path, options: &[&str]) -> Result<()> {
         let node = self.node.to_str().context("a path of text")?;
         if tool("losetup", &[node]).is_ok() {
             self.detach()?;
         }
         let file_text = file.to_str().context("a path of text")?;
-        wait_for("the device to be free", Duration::from_secs(10), || {
-            Ok(tool("losetup", &["--partscan", "--direct-io=on", node, file_text]).ok())
-        })?;
+        let arguments = [options, &["--partscan", "--direct-io=on", node, file_text]].concat();
+        wait_for("the device to be free", Duration::from_secs(10), || Ok(tool("losetup", &arguments).ok()))?;
         file.clone_into(&mut self.file);
         Ok(())
     }
