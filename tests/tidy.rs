@@ -133,7 +133,7 @@ fn metric_rows(path: &str) -> Vec<String> {
     let (mut rows, mut described) = (Vec::new(), String::new());
     for line in text.lines() {
         if let Some(description) = line.strip_prefix("/// ") {
-            described = description.to_owned();
+            description.clone_into(&mut described);
         } else if let Some((_, name)) = line.strip_prefix("pub const ").and_then(|line| line.split_once(": &str = ")) {
             rows.push(format!("| `{}` | {described} |", name.trim_matches(['"', ';'])));
         }

@@ -1,4 +1,5 @@
 //! How soon the sender comes back, on a clock that stands still but for it.
+#![expect(clippy::disallowed_methods, reason = "the paused clock of the runtime is the one that is tested by")]
 
 use super::{BACKOFF_MAX, BACKOFF_MIN, ConnectError, Connector, LASTED, PROTOCOL_VERSION, Sender, clock_warning};
 use cdp_protocol::escrow::Envelope;
@@ -98,9 +99,9 @@ impl Clock for PausedClock {
 
 /// How long the sender waits after each of `count` connections.
 async fn waits(fate: Fate, count: usize) -> Vec<Duration> {
-    let (tried, mut tries) = mpsc::unbounded_channel();
+    let (attempted, mut tries) = mpsc::unbounded_channel();
     let (ended, mut ends) = mpsc::unbounded_channel();
-    let connector = Arc::new(Target { fate, tried, ended });
+    let connector = Arc::new(Target { fate, tried: attempted, ended });
     let clock = Arc::new(PausedClock(Instant::now()));
     let sender = Sender::start(&Handle::current(), connector, clock, Arc::new(SimRandom::new(7)));
     let envelope = Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] };

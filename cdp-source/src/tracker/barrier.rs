@@ -107,13 +107,17 @@ mod tests {
             let gate = &self.gates[cpu];
             let parities = self.enter(gate);
             if self.defect == Defect::LeavesFirst {
-                parities.iter().for_each(|parity| self.count(&gate.exits[*parity]));
+                for parity in &parities {
+                    self.count(&gate.exits[*parity]);
+                }
             }
             for parity in &parities {
                 self.dirty[*parity].fetch_or(mark, Ordering::Relaxed);
             }
             if self.defect != Defect::LeavesFirst {
-                parities.iter().for_each(|parity| self.count(&gate.exits[*parity]));
+                for parity in &parities {
+                    self.count(&gate.exits[*parity]);
+                }
             }
         }
 
@@ -158,7 +162,9 @@ mod tests {
                 })
                 .collect();
             let drained = model.flip();
-            threads.into_iter().for_each(|thread| thread.join().expect("a run does not panic"));
+            for thread in threads {
+                thread.join().expect("a run does not panic");
+            }
             let (old, new) = (model.dirty[0].load(Ordering::Acquire), model.dirty[1].load(Ordering::Acquire));
             if let Some(drained) = drained {
                 assert_eq!(old, 0, "marked in the old parity after it was drained");

@@ -404,7 +404,7 @@ mod sabotage {
         };
         assert!(conflicts(Sabotage::IssueOnly));
         assert!(conflicts(Sabotage::CompletionOnly));
-        assert!(conflicts(Sabotage::HoldIssues));
+        assert!(conflicts(Sabotage::HoldRuns));
         assert!(conflicts(Sabotage::NoBarrier));
         assert!(!conflicts(Sabotage::NoValidation));
     }

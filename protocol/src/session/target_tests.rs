@@ -118,13 +118,15 @@ fn branched() -> (Lineage, [(u64, u64); 2]) {
     (Lineage::new(lines).expect("rising"), [(12, 2), (13, 2)])
 }
 
+/// The target's newest point; the source's generation, acked, sent; what comes of it.
+type LineageRow<'a> = (u64, u64, &'a [u64], &'a [u64], Short);
+
 #[test]
 fn only_what_is_of_the_lineage_goes_on() {
     let (lineage, made) = branched();
     let to = |epoch: u64| Ok((Verdict::Rollback { to: Some(Epoch(epoch)) }, 3, vec![]));
     let fork = || Err(RefusalReason::Fork);
-    // The target's newest point; the source's generation, acked, sent; what comes of it.
-    let table: [(u64, u64, &[u64], &[u64], Short); 12] = [
+    let table: [LineageRow<'_>; 12] = [
         (13, 2, &[13, 12], &[], Ok((Verdict::Continue, 2, vec![]))),
         (13, 2, &[12, 11], &[], to(12)),
         (13, 2, &[12, 11], &[13], Ok((Verdict::Continue, 2, vec![]))),
@@ -162,14 +164,16 @@ fn a_new_generation_says_where_it_goes_on_from() {
     assert_eq!(begins(&OpenGroup { anew: true, ..request(2, &[13], &[]) }), (Some(13), at(2, 13)), "asked for");
 }
 
+/// What was chosen and left; the source's generation and acked; what comes of it.
+type RulingRow<'a> = (Option<u64>, &'a [Claim], u64, &'a [u64], Short);
+
 #[test]
 fn a_ruling_is_followed_by_this_table() {
     let (lineage, made) = branched();
     let claim = |generation, epoch| Claim { generation: Generation(generation), head: head(epoch) };
     let left = || Err(RefusalReason::Left);
     let rollback = |to: Option<u64>| Ok((Verdict::Rollback { to: to.map(Epoch) }, 3, vec![]));
-    // What was chosen and left; the source's generation and acked; what comes of it.
-    let table: [(Option<u64>, &[Claim], u64, &[u64], Short); 10] = [
+    let table: [RulingRow<'_>; 10] = [
         (Some(11), &[claim(2, 13)], 1, &[11, 10], rollback(Some(11))),
         (Some(11), &[claim(2, 13)], 2, &[13, 12], left()),
         (Some(11), &[claim(2, 13)], 1, &[10], left()),
