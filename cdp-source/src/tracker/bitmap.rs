@@ -104,6 +104,16 @@ impl SharedWords {
         self.word(index).fetch_and(!bits, Ordering::SeqCst);
     }
 
+    /// Puts 0 at `index` if `seen` is there; whether it was.
+    pub(super) fn clear_if(&self, index: usize, seen: u64) -> bool {
+        self.word(index).compare_exchange(seen, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Takes 1 off the word at `index`.
+    pub(super) fn decrement(&self, index: usize) {
+        self.word(index).fetch_sub(1, Ordering::SeqCst);
+    }
+
     /// Moves the word at `index` out, having put it into `unacked` first.
     fn take_word(&self, index: usize, unacked: &Self) -> u64 {
         let mut found = self.load(index);

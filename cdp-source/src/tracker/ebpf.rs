@@ -294,6 +294,9 @@ impl EbpfTracker {
         if verdict.lost {
             self.completions_lost += 1;
         }
+        if verdict.quiet {
+            self.instance.free_discards();
+        }
         verdict.lost |= matches!(outcome, Outcome::Recapture(_));
         if let Some(joining) = self.suspects.flipped(&self.pending, &verdict, now) {
             tracing::info!("completions were missed: what was written since the last quiet moment is captured again");

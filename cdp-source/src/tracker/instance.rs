@@ -48,6 +48,10 @@ const MAPS_OF_PROGRAMS: [&str; 13] = [
 const GATE_WORDS: usize = 8;
 const TALLY_WORDS: usize = 8;
 const VOLUME_WORDS: usize = 8;
+/// Discards that may be on their way at once and make holes; words of the record of one; one that is being filled in.
+const DISCARDS_MAX: usize = 32;
+const DISCARD_WORDS: usize = 8;
+const DISCARD_RESERVED: u64 = u64::MAX;
 /// Bios of bio-based disks that may be on their way at once: their ranges take about 2 MiB.
 const RANGES_MAX: u32 = 16 * 1024;
 /// Bytes of an identity, and of a memo.
@@ -106,6 +110,7 @@ pub(super) struct Instance {
     pub(super) holes: SharedWords,
     pub(super) unacked: Unacked,
     control: SharedWords,
+    discards: SharedWords,
     gates: SharedWords,
     tallies: SharedWords,
     memo: SharedWords,
@@ -187,7 +192,8 @@ impl Instance {
             issued: pair("issued", ISSUED_WORDS)?,
             holes: map("holes", words)?,
             unacked: Unacked::new(map("unacked", words)?),
-            control: map("control", 1)?,
+            control: map("control", 2)?,
+            discards: map("discards", DISCARDS_MAX * DISCARD_WORDS)?,
             gates: map("gates", cpus * GATE_WORDS)?,
             tallies: map("tallies", cpus * VOLUMES_MAX * TALLY_WORDS)?,
             memo: map("memo", 1 + 2 * MEMO_WORDS)?,
@@ -213,6 +219,20 @@ impl Instance {
     /// Whether every run that was counted into `parity` has left it.
     pub(super) fn is_passed(&self, parity: usize) -> bool {
         barrier::is_passed(self, parity)
+    }
+
+    /// Frees the entries of discards whose completion went missing, while nothing is in flight. One that is issued just now
+    /// may lose its entry with them, and makes no holes then.
+    pub(super) fn free_discards(&self) {
+        if self.control.load(1) == 0 {
+            return;
+        }
+        for entry in (0..DISCARDS_MAX).map(|entry| entry * DISCARD_WORDS) {
+            let left = self.discards.load(entry);
+            if left != 0 && left != DISCARD_RESERVED && self.discards.clear_if(entry, left) {
+                self.control.decrement(1);
+            }
+        }
     }
 
     /// What the programs counted.
