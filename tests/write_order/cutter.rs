@@ -189,6 +189,25 @@ impl Cutter {
         }
     }
 
+    /// After a violation: says whether later cuts make up for it, and whether the sums noticed anything. What is missing for
+    /// one cut has another cause than what is missing for ever.
+    pub(crate) fn follow_up(&mut self, board: &Board) -> Result<()> {
+        let (at, lost) = (self.figures.tried, self.tracker.completions_lost());
+        for later in 1..=20 {
+            if self.cut(board, BOUND)? == Outcome::Checked {
+                let noticed = self.tracker.completions_lost() - lost;
+                eprintln!(
+                    "cut {at} is wrong, {later} cuts later all is right; {lost} and {noticed} lost completions noticed"
+                );
+                self.figures.tried = at;
+                return Ok(());
+            }
+        }
+        eprintln!("cut {at} is wrong, and so are 20 later ones; {lost} lost completions were noticed");
+        self.figures.tried = at;
+        Ok(())
+    }
+
     /// Cuts until nothing is left: to be asked when nobody writes.
     pub(crate) fn come_to_rest(&mut self, board: &Board) -> Result<Outcome> {
         for _ in 0..100 {

@@ -72,7 +72,10 @@ fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, change: impl FnO
         let mut last = (Instant::now(), 0);
         while violation.is_none() && cutter.figures.validated < cuts && !board.is_stopped() {
             match cutter.cut(&board, BOUND)? {
-                Outcome::Violated(found) => violation = Some(found),
+                Outcome::Violated(found) => {
+                    violation = Some(found);
+                    cutter.follow_up(&board)?;
+                }
                 Outcome::Checked | Outcome::NotValidated | Outcome::Unchanged => {}
             }
             if last.1 != cutter.figures.validated {
