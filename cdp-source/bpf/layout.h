@@ -30,6 +30,7 @@
 struct control {
 	__u64 active; // parity that is marked now
 	__u64 discards; // entries of `discards` that are in use
+	__u64 paths; // entries of `paths`
 };
 
 // One a possible CPU; a cache line.
@@ -74,6 +75,10 @@ struct disk {
 	__u32 index; // of its tally
 	__u32 bio_based;
 };
+
+// Key of `paths`: a hidden disk's name, filled up with zeros. Its value is the key in `disks` of the disk it is a path of.
+#define DISK_NAME_BYTES 32
+#define PATHS_MAX 1024
 
 // What a bio that is on its way was issued for; key of `ranges` is the bio's address.
 struct bio_range {

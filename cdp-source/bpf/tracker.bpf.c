@@ -45,6 +45,7 @@ struct block_device {
 	struct gendisk *bd_disk;
 };
 struct gendisk {
+	char disk_name[DISK_NAME_BYTES];
 	struct block_device *part0;
 };
 struct bvec_iter {
@@ -111,6 +112,13 @@ struct {
 	__type(key, __u32);
 	__type(value, struct disk);
 } disks SEC(".maps");
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PATHS_MAX);
+	__type(key, char[DISK_NAME_BYTES]);
+	__type(value, __u32);
+} paths SEC(".maps");
 RECORDS(discards, struct discard, DISCARDS_MAX);
 // Preallocated; as large as the loader says, and of one entry where no disk is bio-based.
 struct {
@@ -369,6 +377,23 @@ static __always_inline struct disk *disk_of(struct gendisk *gendisk, __u32 *dev)
 	return bpf_map_lookup_elem(&disks, dev);
 }
 
+// A request to a native NVMe multipath disk completes on the queue of a path, a hidden disk that is not in `disks`: it is
+// known by its name, and stands for its head (drivers/nvme/host/multipath.c).
+static __always_inline struct disk *head_of(struct gendisk *path, __u32 *dev)
+{
+	char name[DISK_NAME_BYTES] = {};
+	__u32 zero = 0, *head;
+	struct control *switches = bpf_map_lookup_elem(&control, &zero);
+
+	if (!switches || !switches->paths || BPF_CORE_READ_STR_INTO(&name, path, disk_name) < 0)
+		return 0;
+	head = bpf_map_lookup_elem(&paths, name);
+	if (!head)
+		return 0;
+	*dev = *head;
+	return bpf_map_lookup_elem(&disks, head);
+}
+
 static __always_inline struct tally *tally_of(struct disk *disk, __u32 cpu)
 {
 	__u32 index = cpu * VOLUMES_MAX + disk->index;
@@ -467,7 +492,7 @@ int BPF_PROG(remap, struct bio *bio, __u32 dev, sector_t from)
 	return issue_to(bio, bio->bi_iter.bi_sector + bio->bi_bdev->bd_start_sect, 1);
 }
 
-// The request's queue names the disk: a path of a multipath device completes on a queue of its own.
+// The request's queue names the disk.
 SEC("tp_btf/block_rq_complete")
 int BPF_PROG(complete, struct request *rq, int error, unsigned int bytes)
 {
@@ -481,6 +506,8 @@ int BPF_PROG(complete, struct request *rq, int error, unsigned int bytes)
 	if (!is_write(op) || (!bytes && op != OPERATION_PASSTHROUGH_OUT))
 		return 0;
 	disk = disk_of(rq->q->disk, &range.dev);
+	if (!disk)
+		disk = head_of(rq->q->disk, &range.dev);
 	if (!disk || disk->bio_based)
 		return 0;
 	switches = bpf_map_lookup_elem(&control, &zero);

@@ -239,8 +239,11 @@ pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
 fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
     let rollback = point.after_rollback_to.map(|to| format!("after rollback to {to}"));
     let unreadable = (unreadable > 0).then(|| format!("{unreadable} blocks unreadable at the source"));
+    let recaptured = point.meters.recaptured_blocks;
+    let recaptured = (recaptured > 0)
+        .then(|| format!("{recaptured} blocks captured again: writes to them may have been missed before"));
     let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
-    let warnings: Vec<String> = [damaged, unreadable, rollback].into_iter().flatten().collect();
+    let warnings: Vec<String> = [damaged, unreadable, recaptured, rollback].into_iter().flatten().collect();
     PointInfo {
         epoch: point.epoch,
         first_epoch: point.first_epoch,

@@ -106,6 +106,8 @@ pub struct Meters {
     pub unreadable_blocks: u64,
     /// Bytes of the epoch's frames before the commit.
     pub frame_bytes: u64,
+    /// Blocks captured again since the point before because writes to them may have been missed.
+    pub recaptured_blocks: u64,
 }
 
 /// The target's proof that everything before an offset of a segment was durable.
@@ -219,6 +221,7 @@ impl Commit {
             meters.hole_blocks,
             meters.unreadable_blocks,
             meters.frame_bytes,
+            meters.recaptured_blocks,
         ] {
             out.extend_from_slice(&number.to_le_bytes());
         }
@@ -257,6 +260,7 @@ impl Commit {
             hole_blocks: input.u64()?,
             unreadable_blocks: input.u64()?,
             frame_bytes: input.u64()?,
+            recaptured_blocks: input.u64()?,
         };
         let label = Some(input.text()?).filter(|label| !label.is_empty());
         let record = Self {
@@ -420,7 +424,7 @@ mod tests {
             after_rollback_to: Some(Epoch(1)),
             class: Class::Filesystem,
             cut_time: Timestamp(-1),
-            meters: Meters { cut_rounds: 2, cut_us: 3, dirty_blocks: 4, ..Meters::default() },
+            meters: Meters { cut_rounds: 2, cut_us: 3, dirty_blocks: 4, recaptured_blocks: 5, ..Meters::default() },
             label: Some("before-upgrade".into()),
         }
     }

@@ -90,6 +90,13 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        let name = self.node.file_name().unwrap_or_default();
+        let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+        // Once detached, the number may have become another test's.
+        let is_ours = std::fs::read_to_string(backing).is_ok_and(|file| Path::new(file.trim_end()) == self.file);
+        if !is_ours {
+            return;
+        }
         let _ = tool("partx", &["--delete", &self.node.display().to_string()]);
         let _ = tool("losetup", &["--detach", &self.node.display().to_string()]);
     }

@@ -244,6 +244,8 @@ struct Group {
     retain_at: Option<Duration>,
     told_unchanged: Option<Duration>,
     failed_cuts: u64,
+    /// What the tracker had captured again when that was told last.
+    recaptured_blocks: u64,
     cuts: Cuts,
     captured_epoch: Option<Epoch>,
     acked_time: Option<Timestamp>,
@@ -312,6 +314,7 @@ impl Group {
             retain_at: None,
             told_unchanged: None,
             failed_cuts: 0,
+            recaptured_blocks: 0,
             cuts: Cuts::default(),
             captured_epoch: None,
             acked_time: None,

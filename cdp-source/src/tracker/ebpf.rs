@@ -116,6 +116,7 @@ pub struct EbpfTracker {
     doubt: Doubt,
     blind: Blind,
     rescans: u64,
+    recaptured_blocks: u64,
     rescanned: Option<String>,
     programs: Programs,
     clock: SystemClock,
@@ -204,6 +205,7 @@ impl EbpfTracker {
             doubt: Doubt::default(),
             blind: Blind { seen: counts.blind, rescan_at: None },
             rescans: 0,
+            recaptured_blocks: 0,
             rescanned: None,
             programs: Programs::PLAIN,
             clock,
@@ -343,6 +345,7 @@ impl EbpfTracker {
             self.instance.unacked.add(place, blocks);
             forget(&self.instance.holes, place, blocks);
             *pending |= blocks;
+            self.recaptured_blocks += blocks.len();
         }
     }
 
@@ -448,6 +451,7 @@ impl Tracker for EbpfTracker {
                 unknown: counts.unknown,
                 doubt: self.doubt.reason().map(str::to_owned),
                 rescans: self.rescans,
+                recaptured_blocks: self.recaptured_blocks,
                 rescanned: self.rescanned.clone(),
             },
         }

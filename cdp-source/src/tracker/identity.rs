@@ -40,6 +40,9 @@ pub struct VolumeIdentity {
     pub start_sectors: Sectors,
     /// How long its window is.
     pub length_sectors: Sectors,
+    /// The hidden disks its requests complete on.
+    #[serde(default)]
+    pub paths: Vec<String>,
 }
 
 impl VolumeIdentity {
@@ -52,6 +55,7 @@ impl VolumeIdentity {
             diskseq: device.diskseq,
             start_sectors: device.start,
             length_sectors: device.length,
+            paths: device.paths.clone(),
         }
     }
 
@@ -71,6 +75,9 @@ impl VolumeIdentity {
         if before.length_sectors != self.length_sectors {
             let (is, was) = (self.length_sectors, before.length_sectors);
             return Some(format!("volume {slot} has {is} sectors, had {was}"));
+        }
+        if before.paths != self.paths {
+            return Some(format!("volume {slot} has the paths {:?}, had {:?}", self.paths, before.paths));
         }
         if before.start_sectors != self.start_sectors {
             let (is, was) = (self.start_sectors, before.start_sectors);
@@ -122,6 +129,7 @@ mod tests {
             diskseq,
             start_sectors: Sectors(63),
             length_sectors: Sectors(1000),
+            paths: Vec::new(),
         };
         Identity {
             layout: LAYOUT,

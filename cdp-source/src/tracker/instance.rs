@@ -28,6 +28,11 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("complete", "block_rq_complete"),
     ("bio_complete", "block_bio_complete"),
 ];
+/// Bytes of a disk's name, filled up with zeros.
+const DISK_NAME_BYTES: usize = 32;
+/// Words of `control`, and which of them counts the paths.
+const CONTROL_WORDS: usize = 3;
+const CONTROL_PATHS: usize = 2;
 /// Maps every program looks into.
 const MAPS_OF_PROGRAMS: [&str; 13] = [
     "issued_0",
@@ -192,7 +197,7 @@ impl Instance {
             issued: pair("issued", ISSUED_WORDS)?,
             holes: map("holes", words)?,
             unacked: Unacked::new(map("unacked", words)?),
-            control: map("control", 2)?,
+            control: map("control", CONTROL_WORDS)?,
             discards: map("discards", DISCARDS_MAX * DISCARD_WORDS)?,
             gates: map("gates", cpus * GATE_WORDS)?,
             tallies: map("tallies", cpus * VOLUMES_MAX * TALLY_WORDS)?,
@@ -367,6 +372,28 @@ fn fill_tables(ebpf: &mut Ebpf, places: &[Place], devices: &[Device]) -> io::Res
         let record = [first as u32, (row - first) as u32, index as u32, u32::from(bio_based)];
         disks.insert(disk.to_kernel(), record, 0).map_err(other)?;
     }
+    fill_paths(ebpf, devices)
+}
+
+/// The hidden disks that requests to a tracked disk complete on, by name; how many there are stands last, since the
+/// programs look at nothing else where there are none.
+fn fill_paths(ebpf: &mut Ebpf, devices: &[Device]) -> io::Result<()> {
+    let paths = ebpf.map_mut("paths").ok_or_else(|| io::Error::other("the object has no table of paths"))?;
+    let mut paths: HashMap<_, [u8; DISK_NAME_BYTES], u32> = HashMap::try_from(paths).map_err(other)?;
+    let mut count = 0;
+    for device in devices {
+        for path in &device.paths {
+            let mut name = [0; DISK_NAME_BYTES];
+            let place = name.get_mut(..path.len()).ok_or_else(|| io::Error::other("a disk's name is too long"))?;
+            place.copy_from_slice(path.as_bytes());
+            paths.insert(name, device.disk.to_kernel(), 0).map_err(other)?;
+            count += 1;
+        }
+    }
+    let Some(Map::Array(control)) = ebpf.map("control") else {
+        return Err(io::Error::other("the object has no control"));
+    };
+    SharedWords::map(control.fd().as_fd(), CONTROL_WORDS)?.store(CONTROL_PATHS, count);
     Ok(())
 }
 

@@ -48,6 +48,8 @@ pub struct TrustReport {
     pub unknown: u64,
     /// Why no cut is made now.
     pub doubt: Option<String>,
+    /// Blocks captured again because writes to them may have been missed.
+    pub recaptured_blocks: u64,
     /// How often everything was made dirty because marks could not be relied upon.
     pub rescans: u64,
     /// Why it was the last time.

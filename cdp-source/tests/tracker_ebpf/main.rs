@@ -4,13 +4,16 @@
 mod loop_device;
 mod strange;
 
+use aya::maps::{Array, HashMap, Map, MapData};
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
 use cdp_seams::random::{SimRandom, SystemRandom, array};
 use cdp_seams::storage::SystemStorage;
 use cdp_source::tracker::ebpf::{BPFFS, EbpfOptions, EbpfTracker, remove, supported};
+use cdp_source::tracker::memory::kernel_memory_bytes;
 use cdp_source::tracker::{Tracker, TrackerError};
 use loop_device::{LoopDevice, RawDisk};
 use roaring::RoaringBitmap;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -112,6 +115,56 @@ fn a_flip_gives_exactly_what_was_written_since_the_last() {
     assert_eq!(tracker.flip().expect("flipped"), [RoaringBitmap::new()]);
     let report = tracker.report();
     assert!(report.issued > 0 && report.completed > 0);
+}
+
+#[test]
+fn the_kernel_takes_the_memory_that_was_foretold() {
+    let Some(mut group) = Group::new() else { return };
+    let (small, large) = (group.add_device(VOLUME_BYTES), group.add_device(5 << 30));
+    let tracker = group.open(&[&small, &large]);
+    let mut taken = 0;
+    for entry in std::fs::read_dir(tracker.pin_folder()).expect("listed") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        if name.ends_with("_program") || name.ends_with("_link") {
+            continue;
+        }
+        let map = MapData::from_pin(&path).expect("a map");
+        let info = format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd());
+        let info = std::fs::read_to_string(info).expect("told");
+        let bytes = info.lines().find_map(|line| line.strip_prefix("memlock:")).expect("a size");
+        taken += bytes.trim().parse::<u64>().expect("a number");
+    }
+    let foretold = kernel_memory_bytes(&[VOLUME_BYTES, 5 << 30]);
+    assert!(taken <= foretold && foretold - taken < 5 << 20, "{taken} bytes taken, {foretold} foretold");
+}
+
+/// Another loop device stands in for a path of native NVMe multipath, which this machine does not have.
+#[test]
+fn what_completes_on_a_path_is_marked_on_its_head() {
+    let Some(mut group) = Group::new() else { return };
+    let (head, path) = (group.add_device(VOLUME_BYTES), group.add_device(VOLUME_BYTES));
+    let mut tracker = group.open_clean(&[&head]);
+    let number = tracker.devices()[0].disk.to_kernel();
+    RawDisk::open(&path).write(4096, 4096, 1);
+    assert_eq!(tracker.flip().expect("flipped"), [RoaringBitmap::new()], "no path of it yet");
+
+    let pinned = |name: &str| MapData::from_pin(tracker.pin_folder().join(name)).expect("pinned");
+    let mut name = [0; 32];
+    let text = path.file_name().expect("a name").as_encoded_bytes();
+    name[..text.len()].copy_from_slice(text);
+    let mut paths: HashMap<_, [u8; 32], u32> = Map::HashMap(pinned("paths")).try_into().expect("a table");
+    paths.insert(name, number, 0).expect("inserted");
+    let mut control: Array<_, [u64; 3]> = Map::Array(pinned("control")).try_into().expect("an array");
+    let [active, discards, _] = control.get(&0, 0).expect("read");
+    control.set(0, [active, discards, 1], 0).expect("set");
+    let before = tracker.report().completed;
+    RawDisk::open(&path).write(8192, 4096, 2);
+    let dirty: Array<_, u64> = Map::Array(pinned(&format!("dirty_{active}"))).try_into().expect("an array");
+    assert_eq!(dirty.get(&0, 0).expect("read"), 1 << 2);
+    assert_eq!(tracker.report().completed, before + 1);
+    // It was issued to no head: the counts are in doubt over that.
+    assert_eq!(tracker.flip().expect("flipped"), [blocks(0..VOLUME_BLOCKS)]);
 }
 
 #[test]

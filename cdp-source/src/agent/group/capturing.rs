@@ -68,8 +68,19 @@ impl Group {
         Ok(())
     }
 
-    pub(super) fn captured(&mut self, capture: Capture) {
+    /// Blocks that the tracker gave again since this was asked last, in no trust.
+    fn take_recaptured(&mut self) -> u64 {
+        let Some(devices) = &self.devices else { return 0 };
+        let all = devices.tracker.report().trust.recaptured_blocks;
+        // A tracker that was opened anew counts from 0.
+        let new = all.checked_sub(self.recaptured_blocks).unwrap_or(all);
+        self.recaptured_blocks = all;
+        new
+    }
+
+    pub(super) fn captured(&mut self, mut capture: Capture) {
         let Some(open) = self.open else { return };
+        capture.meters.recaptured_blocks = self.take_recaptured();
         self.failed_cuts = 0;
         self.unchanged_as_of = None;
         self.last_cut = Some(CutStatus {
