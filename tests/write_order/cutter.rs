@@ -3,6 +3,9 @@
 //! Owns tracker, reader and the replica: an image in memory that only captures reach. The tracker and `cut` are the product's
 //! own; between them stands one that looks at the board before and after each flip, which is the instant of a cut.
 
+#![allow(clippy::disallowed_methods, reason = "tests use the real clock")]
+
+use crate::PATIENCE;
 use crate::board::Board;
 use crate::check::{Around, Oracle, Violation};
 use crate::layout::Layout;
@@ -23,7 +26,8 @@ use roaring::RoaringBitmap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread::park_timeout;
+use std::time::{Duration, Instant};
 
 /// The agent's own bound at an interval of a second.
 pub(crate) const BOUND: Duration = Duration::from_millis(250);
@@ -210,13 +214,16 @@ impl Cutter {
 
     /// Cuts until nothing is left: to be asked when nobody writes.
     pub(crate) fn come_to_rest(&mut self, board: &Board) -> Result<Outcome> {
-        for _ in 0..100 {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
             match self.cut(board, BOUND)? {
-                Outcome::Checked | Outcome::NotValidated => {}
+                Outcome::Checked => {}
+                // In doubt: it takes a moment of rest until it is believed again.
+                Outcome::NotValidated => park_timeout(Duration::from_millis(20)),
                 end => return Ok(end),
             }
         }
-        anyhow::bail!("a volume nobody writes to does not come to rest")
+        anyhow::bail!("a volume nobody writes to does not come to rest: {}", self.figures)
     }
 
     /// Fails with the first byte in which the replica and the volume differ.
