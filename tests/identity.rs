@@ -17,6 +17,8 @@ use std::process::Command;
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 32 * MIB;
+/// As many as a group may have.
+const VOLUMES: u32 = 64;
 
 /// Writes 1 MiB that only `seed` gives, scattered over the first 16 MiB of a device or a file.
 fn scribble(path: &Path, seed: u64) -> Result<()> {

@@ -107,17 +107,19 @@ mod tests {
             let gate = &self.gates[cpu];
             let parities = self.enter(gate);
             if self.defect == Defect::LeavesFirst {
-                for parity in &parities {
-                    self.count(&gate.exits[*parity]);
-                }
+                self.leave(gate, &parities);
             }
             for parity in &parities {
                 self.dirty[*parity].fetch_or(mark, Ordering::Relaxed);
             }
             if self.defect != Defect::LeavesFirst {
-                for parity in &parities {
-                    self.count(&gate.exits[*parity]);
-                }
+                self.leave(gate, &parities);
+            }
+        }
+
+        fn leave(&self, gate: &Gate, parities: &[usize]) {
+            for parity in parities {
+                self.count(&gate.exits[*parity]);
             }
         }
 
