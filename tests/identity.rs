@@ -157,9 +157,6 @@ fn a_volume_that_is_part_of_another_one_is_refused() -> Result<()> {
     newest_point_equals(&site, &[("part", partition.as_path())], folder.path())
 }
 
-/// As many volumes as a group may have.
-const VOLUMES: u32 = 64;
-
 /// As many volumes as a group may have, one more than that, and an agent too many.
 #[test]
 fn sixty_four_volumes_are_one_group_and_a_second_agent_is_refused() -> Result<()> {
