@@ -125,5 +125,6 @@ fn a_manifest_of_version_1_is_read_as_one_without_a_lineage() {
     let (disk, _) = made();
     let (now, _) = Manifest::decode_file(&bytes_of(&disk, "manifest")).expect("read");
     assert!(!is_damaged && manifest.lineage.lines().is_empty() && manifest.forks.is_empty());
-    assert_eq!(Manifest { lineage: now.lineage.clone(), ..manifest }, now, "the rest is the same");
+    assert_eq!((&manifest.identity, manifest.open), (&now.identity, now.open));
+    assert_eq!(manifest.sealed.len(), now.sealed.len(), "the same history, of commits that were shorter then");
 }
