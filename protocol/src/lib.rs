@@ -12,7 +12,6 @@ pub mod escrow;
 pub mod frame;
 pub mod hex;
 pub mod join;
-mod lanes;
 pub mod limits;
 pub mod message;
 pub mod packer;

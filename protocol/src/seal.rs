@@ -5,8 +5,7 @@
 //! else needs a new attempt. Records (begin, part end, commit) are in the clear, so that a target without the key can
 //! index and prune; they carry a keyed BLAKE3 instead, for which a repeated input is harmless.
 
-use crate::lanes;
-use crate::units::{AttemptId, Sequence};
+use crate::units::{AttemptId, BLOCK_BYTES, Sequence};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
@@ -90,8 +89,11 @@ impl DigestKey {
     /// The digest of each block of `BLOCK_BYTES` in `blocks`, in their order.
     #[must_use]
     pub fn digests(&self, blocks: &[u8]) -> Vec<Digest> {
-        let hashes = lanes::keyed_hashes(&self.0, blocks).into_iter();
-        hashes.map(|hash| *hash.first_chunk().expect("a hash has 32 bytes")).collect()
+        let digest = |block: &[u8]| {
+            let hash = blake3::keyed_hash(&self.0, block);
+            *hash.as_bytes().first_chunk().expect("a hash has 32 bytes")
+        };
+        blocks.chunks_exact(BLOCK_BYTES).map(digest).collect()
     }
 }
 
