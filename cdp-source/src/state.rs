@@ -473,7 +473,7 @@ mod tests {
             let full = matches!(&error, StateError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull);
             assert!(full, "{error:?}");
         }
-        kept.keep(&Memo::default());
+        kept.keep(&Memo { generation: Some(cdp_protocol::units::Generation(6)), ..Memo::default() });
         assert_eq!(state.group("main").expect("read"), Some(made));
         assert_eq!(state.config_text().expect("read"), "# mine\n");
         assert_eq!(kept.load(), memo);
