@@ -67,7 +67,7 @@ fn bpffs_finding() -> Finding {
     const ADVICE: &str = "mount -t bpf bpf /sys/fs/bpf; without it only tracker = \"scan\" works";
     match rustix::fs::statfs("/sys/fs/bpf") {
         Ok(stat) if stat.f_type as u64 == BPF_FS_MAGIC => Finding::ok("bpffs", "/sys/fs/bpf"),
-        Ok(_) => Finding::warn("bpffs", "nothing is mounted on /sys/fs/bpf", ADVICE),
+        Ok(_) => Finding::ok("bpffs", "not mounted on /sys/fs/bpf: the agent mounts it"),
         Err(error) => Finding::warn("bpffs", format!("/sys/fs/bpf: {error}"), ADVICE),
     }
 }

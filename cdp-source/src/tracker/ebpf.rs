@@ -16,7 +16,8 @@ use super::identity::{Identity, LAYOUT, VolumeIdentity};
 use super::instance::{Instance, MEMO_BYTES_MAX};
 use super::pins;
 use super::programs::Programs;
-use super::trust::{Suspects, Trust, TrustReport, Verdict};
+use super::suspects::Suspects;
+use super::trust::{Trust, TrustReport, Verdict};
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
@@ -223,6 +224,7 @@ impl EbpfTracker {
         for (recovered, pending) in self.recovered.iter_mut().zip(&mut self.pending) {
             *recovered |= std::mem::take(pending);
         }
+        self.suspects.add(&self.recovered);
         Ok(())
     }
 

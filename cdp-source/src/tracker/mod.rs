@@ -15,6 +15,7 @@ pub mod memory;
 mod pins;
 mod programs;
 pub mod scan;
+mod suspects;
 mod trust;
 
 pub use trust::{DiskReport, TrustReport};

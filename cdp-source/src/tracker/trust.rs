@@ -1,16 +1,14 @@
 //! Whether the completion program saw every completion, measured against the kernel's own counts.
 //!
-//! Completion runs do go missing now and then, in bursts and without a miss being counted. A lost completion can only
-//! hurt a write that was in flight across a flip: its issue mark is in what was drained since the last flip at which
-//! nothing was in flight. So that is kept, for a minute at least (no write is in flight for longer), and joins the cut
-//! at which the kernel is found to have counted more than the program. A false alarm costs re-reading those blocks,
-//! nothing else.
+//! Completion runs do go missing now and then, in bursts and without a miss being counted. What that can hurt is in
+//! `suspects`; here is how it is noticed: the kernel has counted more than the program.
 //!
 //! The kernel's counts are read before a flip and the program's after it, so that what completes in between cannot look
 //! lost; it can hide a loss. So both are asked once more the other way round, the kernel last: there a loss cannot hide, and
 //! what completes in between looks like one, so they are asked again until the kernel is not ahead. If it always is, a
-//! completion was lost, now or before. A bio may be issued and given back without ever becoming a request (`REQ_NOWAIT` on a full queue), so that what is outstanding does not fall back to
-//! where it was: after a while in which nothing moves, it counts as none.
+//! completion was lost, now or before. A bio may be issued and given back without ever becoming a request (`REQ_NOWAIT` on a
+//! full queue), so that what is outstanding does not fall back to where it was: after a while in which nothing moves, it
+//! counts as none.
 //!
 //! Writes and discards are compared each for itself. `WRITE_ZEROES` counts as written in the kernel, and some bio-based
 //! drivers (zram) count neither it nor discards: so the exact comparison is made when nothing is in flight, where the difference
@@ -21,13 +19,10 @@
 use super::device::{Device, DeviceKind, DeviceNumber, DiskCounts};
 use super::doubt::Cause;
 use super::instance::{EventCounts, Instance, Tally, disks_of};
-use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::time::Duration;
 
-/// How long suspects are kept at least, where no flip is quiet.
-const SUSPECT_FOR: Duration = Duration::from_secs(60);
 /// How long nothing may have moved for what is outstanding to count as none.
 const STILL_FOR: Duration = Duration::from_millis(50);
 /// How often the counts are asked for at a flip, at most: some 20 µs each, in few of which nothing completes.
@@ -152,13 +147,15 @@ impl DiskTrust {
         let is_ahead = ahead(kernel, counted);
         let mut lost = is_ahead[0] > self.ahead[0] || is_ahead[1] > self.ahead[1];
         self.ahead = [self.ahead[0].max(is_ahead[0]), self.ahead[1].max(is_ahead[1])];
+        // The first time there is nothing to compare with: a write that was announced and not started may be outstanding.
+        let is_first = self.outstanding == i64::MAX;
         self.outstanding = self.outstanding.min(outstanding);
         if (self.still.0, self.still.1) != (before.issued, completed) || kernel.in_flight != 0 {
             self.still = (before.issued, completed, now);
         } else if now.saturating_sub(self.still.2) >= STILL_FOR {
             self.outstanding = outstanding;
         }
-        let idle = kernel.in_flight == 0 && outstanding == self.outstanding;
+        let idle = !is_first && kernel.in_flight == 0 && outstanding == self.outstanding;
         let quiet = idle && before.issued == counted.issued && before.remapped == counted.remapped;
         // What is issued is asked last here: whatever had completed before was in it.
         let issued = counted.issued.wrapping_add(counted.remapped);
@@ -305,55 +302,6 @@ fn doubt_of(before: &EventCounts, now: &EventCounts) -> Option<Cause> {
         .or_else(|| cause(unremembered, "writes could not be kept in mind until they complete", false))
 }
 
-/// What was drained since the last flip at which nothing was in flight, or in the last minute or two; by volume.
-pub(super) struct Suspects {
-    recent: Vec<RoaringBitmap>,
-    older: Vec<RoaringBitmap>,
-    turned: Duration,
-}
-
-impl Suspects {
-    pub(super) fn new(volumes: usize, now: Duration) -> Self {
-        let none = vec![RoaringBitmap::new(); volumes];
-        Self { recent: none.clone(), older: none, turned: now }
-    }
-
-    /// The suspects of a volume: of no epoch any more, and not to be forgotten by an agent's death.
-    pub(super) fn of(&self, volume: usize) -> RoaringBitmap {
-        &self.recent[volume] | &self.older[volume]
-    }
-
-    /// Takes in what a flip drained. Gives what has to join its cut, where a completion was lost or may have been.
-    pub(super) fn flipped(
-        &mut self,
-        drained: &[RoaringBitmap],
-        verdict: &Verdict,
-        now: Duration,
-    ) -> Option<Vec<RoaringBitmap>> {
-        let age = now.saturating_sub(self.turned);
-        let joining = if verdict.lost {
-            Some((0..drained.len()).map(|volume| self.of(volume)).collect())
-        } else if age >= SUSPECT_FOR * 2 && !verdict.clean && !verdict.quiet {
-            Some(self.older.clone())
-        } else {
-            None
-        };
-        if verdict.quiet {
-            *self = Self::new(drained.len(), now);
-            return joining;
-        }
-        if age >= SUSPECT_FOR * 2 || age >= SUSPECT_FOR && verdict.clean {
-            let none = vec![RoaringBitmap::new(); drained.len()];
-            self.older = std::mem::replace(&mut self.recent, none);
-            self.turned = now;
-        }
-        for (recent, drained) in self.recent.iter_mut().zip(drained) {
-            *recent |= drained;
-        }
-        joining
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -369,7 +317,8 @@ mod tests {
 
     fn trust_in(bio_based: bool) -> DiskTrust {
         let mut trust = DiskTrust::new(DeviceNumber { major: 7, minor: 0 }, bio_based, &IDLE, &tally(0, 50), AT);
-        trust.judge(&IDLE, &tally(0, 50), &tally(0, 50), AT);
+        assert!(!at_rest(&mut trust, &IDLE, &tally(0, 50)).quiet, "the first time nothing is known");
+        assert!(at_rest(&mut trust, &IDLE, &tally(0, 50)).quiet);
         trust
     }
 
@@ -457,29 +406,6 @@ mod tests {
     }
 
     #[test]
-    fn suspects_are_kept_until_a_quiet_flip_and_join_where_a_completion_was_lost() {
-        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
-        let mut suspects = Suspects::new(1, AT);
-        assert_eq!(suspects.flipped(&blocks(&[1]), &verdict(false, false), AT), None);
-        assert_eq!(suspects.flipped(&blocks(&[2]), &verdict(true, false), AT), Some(blocks(&[1])));
-        assert_eq!(suspects.flipped(&blocks(&[3]), &verdict(true, true), AT), Some(blocks(&[1, 2])));
-        assert_eq!(suspects.flipped(&blocks(&[4]), &verdict(true, false), AT), Some(blocks(&[])));
-    }
-
-    #[test]
-    fn suspects_that_were_never_cleared_join_before_they_are_given_up() {
-        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
-        let mut suspects = Suspects::new(1, AT);
-        let hidden = Verdict { clean: false, ..verdict(false, false) };
-        let at = |seconds: u64| AT + Duration::from_secs(seconds);
-        suspects.flipped(&blocks(&[1]), &hidden, at(0));
-        assert_eq!(suspects.flipped(&blocks(&[2]), &hidden, at(119)), None);
-        assert_eq!(suspects.flipped(&blocks(&[3]), &hidden, at(120)), Some(blocks(&[])));
-        assert_eq!(suspects.of(0), blocks(&[1, 2, 3])[0]);
-        assert_eq!(suspects.flipped(&blocks(&[4]), &hidden, at(240)), Some(blocks(&[1, 2])));
-    }
-
-    #[test]
     fn a_loss_that_later_completions_hide_is_seen_when_the_kernel_is_asked_last() {
         let mut trust = trust();
         // One of 8 sectors was lost before the flip; one was seen between the kernel's answer and the program's.
@@ -503,17 +429,5 @@ mod tests {
         let excess = least_excess(counts, trust.ahead).expect("asked");
         assert_eq!(asked, 40);
         assert!(!trust.is_late(excess));
-    }
-
-    #[test]
-    fn suspects_are_kept_for_a_minute_at_least_and_two_at_most() {
-        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
-        let mut suspects = Suspects::new(1, AT);
-        let at = |seconds: u64| AT + Duration::from_secs(seconds);
-        suspects.flipped(&blocks(&[1]), &verdict(false, false), at(0));
-        suspects.flipped(&blocks(&[2]), &verdict(false, false), at(60));
-        assert_eq!(suspects.flipped(&blocks(&[3]), &verdict(true, false), at(119)), Some(blocks(&[1, 2])));
-        suspects.flipped(&blocks(&[4]), &verdict(false, false), at(120));
-        assert_eq!(suspects.flipped(&blocks(&[]), &verdict(true, false), at(121)), Some(blocks(&[2, 3, 4])));
     }
 }

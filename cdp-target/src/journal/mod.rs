@@ -4,7 +4,7 @@
 //! * `segment`, `index`: the bytes of a segment: header, frames, index, footer.
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
-//! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `resolve`: which frame holds a
+//! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
 //!   block at a point; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
 //!   not be read.
 //!
@@ -14,9 +14,9 @@ mod bytes;
 pub mod index;
 mod listing;
 pub mod manifest;
+pub(crate) mod pieces;
 mod reach;
 pub mod recovery;
-pub(crate) mod resolve;
 mod scan;
 mod sealed;
 pub mod segment;

@@ -4,7 +4,7 @@
 //! is an error, never zeros and never older content. Nothing is loaded whole: a few decoded frames are kept.
 
 use crate::journal::index::{CommitEntry, EntryKind};
-use crate::journal::resolve::{Piece, PiecePlace};
+use crate::journal::pieces::{Piece, PiecePlace};
 use crate::journal::{GroupView, JournalError};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame;
