@@ -6,7 +6,7 @@ use std::process::{Command, exit};
 
 const SOURCE: &str = "bpf/tracker.bpf.c";
 /// What the programs can be built to do wrong, for tests that must notice.
-const FAULTS: [&str; 4] = ["ISSUE_ONLY", "COMPLETION_ONLY", "DROP", "HOLD"];
+const FAULTS: [&str; 5] = ["ISSUE_ONLY", "COMPLETION_ONLY", "DROP", "HOLD", "REFUSED"];
 const PACKAGES: &str = "hint: apt-get install clang llvm libbpf-dev linux-libc-dev";
 
 fn main() {

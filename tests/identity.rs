@@ -11,6 +11,7 @@ use cdp_tests::image::assert_same;
 use cdp_tests::loop_device::LoopDevice;
 use cdp_tests::process::{program, tool, wait_for};
 use cdp_tests::site::{PATIENCE, Site};
+use cdp_tests::zram_device::{self, ZramDevice};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -127,6 +128,68 @@ fn a_device_that_grew_while_nobody_looked_is_captured_in_whole_or_said_to_differ
     scribble(device.node(), 3)?;
     site.start_source()?;
     newest_point_equals(&site, &[("data", device.node())], folder.path())
+}
+
+/// zram keeps its sequence number over a reset, so that nothing in its identity tells. (It has no partitions: the kernel does not
+/// make any on it.)
+#[test]
+fn a_zram_device_cannot_be_reset_while_it_is_protected_and_is_another_one_afterwards() -> Result<()> {
+    let test = "a_zram_device_cannot_be_reset_while_it_is_protected_and_is_another_one_afterwards";
+    if !cdp_tests::privileged(test) || !zram_device::is_there(test) {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let device = ZramDevice::new(DISK_BYTES)?;
+    let mut site = Site::new(folder.path())?;
+    scribble(device.node(), 1)?;
+    site.source(&["protect", &format!("data={}", device.node().display())])?;
+    site.start_source()?;
+    site.wait_for_points(1, PATIENCE)?;
+    let volumes = [("data", device.node())];
+    for seed in 2..6 {
+        // Nobody else has it open between two of them: the agent has.
+        scribble(device.node(), seed)?;
+        let refused = format!("{:#}", device.reset().err().context("it is reset under the agent")?);
+        ensure!(refused.contains("busy"), "{refused}");
+    }
+    newest_point_equals(&site, &volumes, folder.path())?;
+    ensure!(site.source_status()?["reason"].is_null(), "nothing is wrong with it: {}", site.source_status()?);
+
+    site.stop_source()?;
+    device.reset()?;
+    device.set_size(DISK_BYTES)?;
+    scribble(device.node(), 7)?;
+    site.start_source()?;
+    let reason = started_over(&site)?;
+    ensure!(reason.contains("was reset"), "{reason}");
+    newest_point_equals(&site, &volumes, folder.path())
+}
+
+/// Nothing was interrupted: the group goes on, and what joins is copied.
+#[test]
+fn a_volume_that_joins_a_group_with_points_is_a_first_copy_and_no_interruption() -> Result<()> {
+    if !cdp_tests::privileged("a_volume_that_joins_a_group_with_points_is_a_first_copy_and_no_interruption") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let first = LoopDevice::new(&folder.path().join("first.img"), DISK_BYTES)?;
+    let second = LoopDevice::new(&folder.path().join("second.img"), DISK_BYTES)?;
+    let mut site = Site::new(folder.path())?;
+    scribble(first.node(), 1)?;
+    scribble(second.node(), 2)?;
+    site.source(&["protect", &format!("first={}", first.node().display())])?;
+    site.start_source()?;
+    site.wait_for_points(1, PATIENCE)?;
+    site.stop_source()?;
+    site.source(&["protect", &format!("second={}", second.node().display())])?;
+    site.start_source()?;
+    newest_point_equals(&site, &[("first", first.node()), ("second", second.node())], folder.path())?;
+    let tracker = site.source_status()?["tracker"].clone();
+    ensure!(tracker["started_over"].is_null(), "{tracker}");
+    ensure!(tracker["first_copy"].as_str().is_some_and(|text| text.contains("not tracked before")), "{tracker}");
+    let log = site.source_daemon().log();
+    ensure!(log.contains("first copy") && !log.contains("interrupted"), "{log}");
+    Ok(())
 }
 
 /// A disk and a partition of it: whichever comes second is refused, in any group, and the first goes on. (That the tracker itself

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //
-// The layout of the pinned maps, as docs/format/tracker-maps.md gives it. src/tracker/{instance,bitmap}.rs hold the
-// same numbers; whoever changes one raises LAYOUT in src/tracker/identity.rs.
+// The layout of the pinned maps, as docs/format/tracker-maps.md gives it. src/tracker/{instance,loading,bitmap}.rs hold
+// the same numbers; whoever changes one raises LAYOUT in src/tracker/identity.rs.
 
 #define VOLUMES_MAX 64
 // Bios of one merged request; the kernel merges at most max_discard_segments of them.
@@ -55,7 +55,7 @@ struct tally {
 	__u64 issued;
 	__u64 issued_events;
 	__u64 remapped; // writes a stacked driver sent on to this disk: issued ones again, or for the first time
-	__u64 reserved;
+	__u64 origin; // of CPU 0, by user space: sectors the kernel had written beyond `written`, at least
 };
 
 // A window of a disk, in sectors; `word_base` is where its words begin in `dirty`; a bit stands for 2^bit_shift sectors.

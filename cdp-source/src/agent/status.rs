@@ -138,6 +138,9 @@ pub struct TrackerStatus {
     pub kind: String,
     /// Why everything was dirty when it was opened.
     pub started_over: Option<String>,
+    /// Which volumes joined, and are captured for the first time.
+    #[serde(default)]
+    pub first_copy: Option<String>,
     /// Writes issued.
     pub issued: u64,
     /// Writes completed.
@@ -154,6 +157,7 @@ impl From<TrackerReport> for TrackerStatus {
         Self {
             kind: report.kind.to_owned(),
             started_over: report.started_over,
+            first_copy: report.first_copy,
             issued: report.issued,
             completed: report.completed,
             misses: report.misses,

@@ -1,29 +1,28 @@
 //! The eBPF tracker: one instance of programs and maps a group, pinned, so that tracking outlives this process.
 //!
-//! Owns the flip, and the decision what a tracking found in bpffs is worth. Invariants: a block leaves the kernel's
-//! record only for `unacked`; no path starts an empty record and goes on: whatever was not tracked without a gap is
-//! wholly dirty. One instance holds all volumes of the group in maps sized for them. When the volumes (or the programs)
-//! change, a new instance is attached first, then the old one's marks are carried over for the volumes that are the
-//! same, then the state folder names the new one, then the old one is removed; killed at any step, the successor finds
-//! a named instance that has seen every write. Does not read volumes.
+//! Owns the flip, and the order in which a tracking is taken over: the new instance is attached, the old one's marks are
+//! carried over (`takeover` says which), then the state folder names the new one, then the old one is removed; killed at
+//! any step, the successor finds a named instance that has seen every write. Invariants: a block leaves the kernel's
+//! record only for `unacked`; no path starts an empty record and goes on. One instance holds all volumes of the group in
+//! maps sized for them. Does not read volumes.
 //!
 //! What the counts say of a flip (`trust`) decides whether it is good for a cut (`doubt`).
 
-use super::bitmap::{drain, filter_has, forget, peek, which_have};
+use super::bitmap::{drain, filter_has, forget, which_have};
 use super::device::{Device, read_text};
 use super::doubt::{Doubt, Outcome};
-use super::identity::{Identity, LAYOUT, VolumeIdentity};
+use super::identity::{Identity, VolumeIdentity};
 use super::instance::{Instance, MEMO_BYTES_MAX};
 use super::pins;
 use super::programs::Programs;
 use super::suspects::Suspects;
-use super::trust::{Trust, TrustReport, Verdict};
+use super::takeover::{TakenOver, take_over};
+use super::trust::{Before, Trust, TrustReport, Verdict};
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
 use cdp_seams::clock::{Clock, SystemClock};
-use cdp_seams::random::{SystemRandom, array};
-use cdp_seams::storage::{Storage, read_all, replace};
+use cdp_seams::storage::{Storage, replace};
 use roaring::RoaringBitmap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -39,8 +38,6 @@ pub use super::programs::Sabotage;
 const STRAGGLERS_MS: u64 = 250;
 /// A disk that gets passthrough writes all the time is captured whole no more often than this.
 const BLIND_RESCAN_EVERY: Duration = Duration::from_secs(60);
-/// Bytes of the record in the state folder.
-const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
 /// What to track, and where the tracking is kept.
 pub struct EbpfOptions {
@@ -85,17 +82,17 @@ impl EbpfOptions {
     }
 
     #[cfg(feature = "sabotage")]
-    fn programs(&self) -> Programs {
+    pub(super) fn programs(&self) -> Programs {
         self.sabotage.map_or(Programs::PLAIN, Sabotage::programs)
     }
 
     #[cfg(not(feature = "sabotage"))]
     #[expect(clippy::unused_self, reason = "only tests choose")]
-    const fn programs(&self) -> Programs {
+    pub(super) const fn programs(&self) -> Programs {
         Programs::PLAIN
     }
 
-    fn record(&self) -> PathBuf {
+    pub(super) fn record(&self) -> PathBuf {
         self.state_folder.join(format!("tracker-{}.json", self.group))
     }
 }
@@ -109,6 +106,7 @@ pub struct EbpfTracker {
     pending: Vec<RoaringBitmap>,
     recovered: Vec<RoaringBitmap>,
     started_over: Option<String>,
+    first_copy: Option<String>,
     trust: Trust,
     suspects: Suspects,
     issue_misses_at_flip: u64,
@@ -132,16 +130,6 @@ struct Blind {
     rescan_at: Option<Duration>,
 }
 
-/// What was found of an earlier tracking, and what it is worth.
-enum Found {
-    /// It is just what is wanted.
-    Same(Box<Instance>),
-    /// It can be trusted, but has other volumes or programs.
-    Other(Box<Instance>),
-    /// It is worth nothing, for this reason.
-    Nothing(String),
-}
-
 impl EbpfTracker {
     /// Starts to track, or goes on with the tracking a predecessor left.
     ///
@@ -157,12 +145,8 @@ impl EbpfTracker {
             move |source: io::Error| TrackerError::Io { step, source }
         };
         let boot = read_text(&options.boot_id_path).map_err(failed("read the boot id for the tracking"))?;
-        let wanted = identity(options, &devices, boot);
-        let (instance, recovered, started_over) = match find(options, &folder, &wanted)? {
-            Found::Same(instance) => (*instance, None, None),
-            Found::Other(old) => succeed(options, wanted, &devices, &old)?,
-            Found::Nothing(reason) => begin(options, wanted, &devices, reason)?,
-        };
+        let TakenOver { instance, recovered, started_over, first_copy } = take_over(options, &folder, &devices, boot)?;
+        instance.note_origins(&devices).map_err(failed("keep the kernel's counts"))?;
         let record = serde_json::to_vec_pretty(&instance.identity).expect("an identity has only plain fields");
         let kept = options.storage.create_dir_all(&options.state_folder);
         kept.and_then(|()| replace(&*options.storage, &options.record(), &record))
@@ -172,6 +156,7 @@ impl EbpfTracker {
         let trust = Trust::new(&instance, &devices, clock.monotonic()).map_err(failed("read the counts"))?;
         let mut tracker = Self::assemble(instance, devices, trust, lock, clock).map_err(failed("read the counts"))?;
         tracker.started_over = started_over;
+        tracker.first_copy = first_copy;
         tracker.programs = options.programs();
         tracker.recover(recovered)?;
         Ok(tracker)
@@ -199,6 +184,7 @@ impl EbpfTracker {
             instance,
             devices,
             started_over: None,
+            first_copy: None,
             trust,
             issue_misses_at_flip: counts.issue_misses,
             marks_lost: counts.lost,
@@ -286,6 +272,14 @@ impl EbpfTracker {
             device.still_same().map_err(changed)?;
         }
         Ok(())
+    }
+
+    /// A disk whose counts went back was reset, which some bio-based ones do without becoming another device.
+    fn check_counts(&self, before: &Before) -> Result<(), TrackerError> {
+        let Some(disk) = self.trust.started_anew(before) else { return Ok(()) };
+        let volume = self.devices.iter().position(|device| device.disk == disk).map(|index| self.volumes[index].slot);
+        let reason = format!("disk {disk} counts fewer sectors written than it had: it was reset");
+        Err(TrackerError::VolumeChanged { slot: volume.unwrap_or(VolumeSlot(0)), reason })
     }
 
     /// Adds what the counts of this flip say may have been missed.
@@ -378,6 +372,7 @@ impl Tracker for EbpfTracker {
         }
         self.instance.issued[new].clear();
         let before = self.trust.before(&self.instance).map_err(failed)?;
+        self.check_counts(&before)?;
         self.issue_misses_at_flip = self.counts_of("read the counts before the flip")?.issue_misses;
         self.instance.set_active(new);
         self.pass(old)?;
@@ -442,6 +437,7 @@ impl Tracker for EbpfTracker {
         TrackerReport {
             kind: "ebpf",
             started_over: self.started_over.clone(),
+            first_copy: self.first_copy.clone(),
             issued: counts.issued,
             completed: counts.completed,
             misses: counts.issue_misses + counts.complete_misses + counts.lost,
@@ -485,101 +481,4 @@ fn inspect(volumes: &[(VolumeSlot, PathBuf)]) -> Result<Vec<Device>, TrackerErro
         return Err(TrackerError::Unsupported { step: "track a group".to_owned(), reason });
     }
     volumes.iter().map(|(_, path)| Device::inspect(path)).collect()
-}
-
-fn identity(options: &EbpfOptions, devices: &[Device], boot: String) -> Identity {
-    let volumes = options.volumes.iter().zip(devices).map(|((slot, _), device)| VolumeIdentity::new(*slot, device));
-    let tracker = format!("{:032x}", u128::from_le_bytes(array(&SystemRandom)));
-    Identity {
-        layout: LAYOUT,
-        tracker,
-        program: options.programs().hash(),
-        boot,
-        group: options.group,
-        volumes: volumes.collect(),
-    }
-}
-
-/// The tracking the state folder names, if it can be trusted.
-fn find(options: &EbpfOptions, folder: &Path, wanted: &Identity) -> Result<Found, TrackerError> {
-    let nothing = |reason: &str| Ok(Found::Nothing(reason.to_owned()));
-    let record = match read_all(&*options.storage, &options.record(), RECORD_BYTES_MAX) {
-        Ok(record) => record,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return nothing("no earlier tracking is known in the state folder");
-        }
-        Err(source) => {
-            return Err(TrackerError::Io { step: format!("read {}", options.record().display()), source });
-        }
-    };
-    let Ok(named) = serde_json::from_slice::<Identity>(&record) else {
-        return nothing("the record of the tracking in the state folder cannot be read");
-    };
-    if let Some(reason) = named.unusable(&wanted.boot, wanted.group) {
-        return Ok(Found::Nothing(reason));
-    }
-    if !pins::is_tracker_name(&named.tracker) {
-        return nothing("the record of the tracking in the state folder is damaged");
-    }
-    let instance = match Instance::adopt(folder.join(&named.tracker), &named) {
-        Ok(instance) => Box::new(instance),
-        Err(reason) => return Ok(Found::Nothing(reason)),
-    };
-    let same = named.volumes == wanted.volumes && named.program == wanted.program;
-    Ok(if same { Found::Same(instance) } else { Found::Other(instance) })
-}
-
-type Begun = (Instance, Option<Vec<RoaringBitmap>>, Option<String>);
-
-/// A new instance with every volume dirty.
-fn begin(options: &EbpfOptions, wanted: Identity, devices: &[Device], reason: String) -> Result<Begun, TrackerError> {
-    let instance = create(options, wanted, devices)?;
-    Ok(all_dirty(instance, reason))
-}
-
-fn all_dirty(instance: Instance, reason: String) -> Begun {
-    let mut all = Vec::new();
-    for place in &instance.places {
-        let blocks = place.all();
-        instance.unacked.add(place, &blocks);
-        all.push(blocks);
-    }
-    (instance, Some(all), Some(reason))
-}
-
-fn create(options: &EbpfOptions, wanted: Identity, devices: &[Device]) -> Result<Instance, TrackerError> {
-    let folder = pins::group_folder(&options.bpffs, options.group).join(&wanted.tracker);
-    Instance::create(&folder, wanted, devices, options.programs().object)
-}
-
-/// A new instance that takes over the marks of `old` for the volumes that are the same.
-fn succeed(options: &EbpfOptions, wanted: Identity, devices: &[Device], old: &Instance) -> Result<Begun, TrackerError> {
-    let differences = wanted.differences(&old.identity);
-    let instance = create(options, wanted, devices)?;
-    // Runs of the old programs that began before the new ones were attached end before the old marks are read. Where
-    // that cannot be waited for, the old marks may lack a write, and nothing is carried over.
-    if let Err(error) = pins::wait_for_runs() {
-        let reason = format!("the volumes changed, and the running programs cannot be waited for: {error}");
-        return Ok(all_dirty(instance, reason));
-    }
-    let mut carried = Vec::new();
-    for ((volume, place), difference) in instance.identity.volumes.iter().zip(&instance.places).zip(&differences) {
-        let before = old.identity.volumes.iter().position(|before| before.slot == volume.slot);
-        let blocks = match (difference, before) {
-            (None, Some(before)) => {
-                let before = &old.places[before];
-                let dirty = peek(&old.dirty[0], before) | peek(&old.dirty[1], before);
-                dirty | old.unacked.blocks(before)
-            }
-            _ => place.all(),
-        };
-        instance.unacked.add(place, &blocks);
-        carried.push(blocks);
-    }
-    if let Some(memo) = old.memo() {
-        instance.set_memo(&memo);
-    }
-    let reasons: Vec<String> = differences.into_iter().flatten().collect();
-    let started_over = (!reasons.is_empty()).then(|| reasons.join("; "));
-    Ok((instance, Some(carried), started_over))
 }

@@ -45,6 +45,15 @@ pub struct VolumeIdentity {
     pub paths: Vec<String>,
 }
 
+/// Why a volume is dirty as a whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// It was not tracked before: nothing is lost.
+    Joined(String),
+    /// The marks made before are worth nothing.
+    Lost(String),
+}
+
 impl VolumeIdentity {
     /// The identity of `device` in `slot`.
     #[must_use]
@@ -105,10 +114,10 @@ impl Identity {
 
     /// Per volume of `self`: `None` where the marks `before` holds for it go on, else why they do not.
     #[must_use]
-    pub fn differences(&self, before: &Self) -> Vec<Option<String>> {
+    pub fn differences(&self, before: &Self) -> Vec<Option<Difference>> {
         let difference = |volume: &VolumeIdentity| match before.volume(volume.slot) {
-            None => Some(format!("volume {} was not tracked before", volume.slot)),
-            Some(before) => volume.differs_from(before),
+            None => Some(Difference::Joined(format!("volume {} was not tracked before", volume.slot))),
+            Some(before) => volume.differs_from(before).map(Difference::Lost),
         };
         self.volumes.iter().map(difference).collect()
     }
@@ -149,9 +158,10 @@ mod tests {
         now.volumes[1].diskseq = 7;
         let differences = now.differences(&before);
         assert_eq!(differences[0], None);
-        assert!(differences[1].as_ref().is_some_and(|reason| reason.contains("another device")));
+        assert!(matches!(&differences[1], Some(Difference::Lost(reason)) if reason.contains("another device")));
         now.volumes[1].slot = VolumeSlot(4);
-        assert!(now.differences(&before)[1].as_ref().is_some_and(|reason| reason.contains("not tracked")));
+        let differences = now.differences(&before);
+        assert!(matches!(&differences[1], Some(Difference::Joined(reason)) if reason.contains("not tracked")));
     }
 
     #[test]

@@ -1,38 +1,36 @@
 //! One set of the tracker's programs and maps in the kernel, pinned in a folder of bpffs.
 //!
-//! Owns loading, attaching, pinning, finding again and removing. Invariants: the programs are attached only when the
-//! tables they look into are filled, and an instance is taken up only if every object is there, both links are live and
-//! lead to programs that use these maps, and the identity in the maps is the one in the state folder. Does not decide
-//! what becomes of marks (`ebpf` does). The layout of the maps is in `docs/format/tracker-maps.md`.
+//! Owns making, pinning, finding again and removing (`loading` is how the kernel gets them). Invariants: the programs are
+//! attached only when the tables they look into are filled; what is refused leaves nothing pinned; and an instance is taken
+//! up only if every object is there, the links are live and lead to programs that use these maps, and the identity in the
+//! maps is the one in the state folder. Does not decide what becomes of marks (`takeover` does). The layout of the maps is in `docs/format/tracker-maps.md`.
 
 use super::TrackerError;
 use super::barrier::{self, Gates};
 use super::bitmap::{ISSUED_WORDS, Place, SPAN_WORDS, SharedWords, Unacked};
-use super::device::{Device, DeviceKind, DeviceNumber, read_text};
+use super::device::{Device, DeviceKind, DeviceNumber, DiskCounts, read_text};
 use super::identity::Identity;
-use aya::maps::{HashMap, Map, MapData};
+use super::loading::{attach, fill_tables, load};
+use aya::maps::MapData;
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{BtfTracePoint, ProgramFd, ProgramInfo};
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::programs::{ProgramFd, ProgramInfo};
 use cdp_protocol::limits::VOLUMES_MAX;
 use cdp_protocol::units::blocks_in;
+use cdp_seams::storage::{Storage, SystemStorage};
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 
 /// Each program and the tracepoint it is attached to.
-const PROGRAMS: [(&str, &str); 4] = [
+pub(super) const PROGRAMS: [(&str, &str); 4] = [
     ("issue", "block_bio_queue"),
     ("remap", "block_bio_remap"),
     ("complete", "block_rq_complete"),
     ("bio_complete", "block_bio_complete"),
 ];
-/// Bytes of a disk's name, filled up with zeros.
-const DISK_NAME_BYTES: usize = 32;
-/// Words of `control`, and which of them counts the paths.
-const CONTROL_WORDS: usize = 3;
-const CONTROL_PATHS: usize = 2;
+/// Words of `control`.
+pub(super) const CONTROL_WORDS: usize = 3;
 /// Maps every program looks into.
 const MAPS_OF_PROGRAMS: [&str; 13] = [
     "issued_0",
@@ -49,16 +47,15 @@ const MAPS_OF_PROGRAMS: [&str; 13] = [
     "volumes",
     "disks",
 ];
-/// Words of a record of `gates`, `tallies`, `volumes`.
+/// Words of a record of `gates`, `tallies`.
 const GATE_WORDS: usize = 8;
 const TALLY_WORDS: usize = 8;
-const VOLUME_WORDS: usize = 8;
+/// Word of a disk's first tally in which its origin is kept.
+const TALLY_ORIGIN: usize = 7;
 /// Discards that may be on their way at once and make holes; words of the record of one; one that is being filled in.
 const DISCARDS_MAX: usize = 32;
 const DISCARD_WORDS: usize = 8;
 const DISCARD_RESERVED: u64 = u64::MAX;
-/// Bios of bio-based disks that may be on their way at once: their ranges take about 2 MiB.
-const RANGES_MAX: u32 = 16 * 1024;
 /// Bytes of an identity, and of a memo.
 const IDENTITY_BYTES_MAX: usize = 16376;
 pub(super) const MEMO_BYTES_MAX: usize = 1024;
@@ -137,28 +134,39 @@ fn places(identity: &Identity) -> Vec<Place> {
 }
 
 impl Instance {
-    /// Loads a new instance with empty maps into `folder`, which is made, and attaches it.
+    /// Loads a new instance with empty maps into `folder`, which is made, and attaches it. Where the kernel refuses any of
+    /// it, nothing stays pinned.
     pub(super) fn create(
         folder: &Path,
         identity: Identity,
         devices: &[Device],
         object: &[u8],
     ) -> Result<Self, TrackerError> {
+        rustix::fs::mkdir(folder, rustix::fs::Mode::RWXU).map_err(|error| TrackerError::Io {
+            step: format!("make the pin folder {}", folder.display()),
+            source: error.into(),
+        })?;
+        Self::build(folder, identity, devices, object).inspect_err(|_| {
+            let removed = SystemStorage.list(folder).and_then(|names| remove(folder, &names));
+            // It is a leftover, removed by whoever tracks the group next.
+            removed.unwrap_or_else(|error| tracing::warn!(%error, "what was pinned of a refused tracking is left"));
+        })
+    }
+
+    fn build(folder: &Path, identity: Identity, devices: &[Device], object: &[u8]) -> Result<Self, TrackerError> {
         let failed = |step: &str| {
             let step = format!("{step} for {}", folder.display());
             move |source: io::Error| TrackerError::Io { step, source }
         };
         let places = places(&identity);
         let cpus = possible_cpus().map_err(failed("count CPUs"))?;
-        rustix::fs::mkdir(folder, rustix::fs::Mode::RWXU)
-            .map_err(|error| failed("make the pin folder")(error.into()))?;
-        let mut ebpf = load(object, &places, devices, cpus).map_err(failed("load the tracker's programs and maps"))?;
+        let mut ebpf = load(object, &places, devices, cpus)?;
         fill_tables(&mut ebpf, &places, devices).map_err(failed("fill the tracker's tables"))?;
         for (name, map) in ebpf.maps() {
             map.pin(folder.join(name)).map_err(|error| failed("pin a map")(other(error)))?;
         }
         put_identity(folder, &identity).map_err(failed("keep the identity"))?;
-        attach(&mut ebpf, folder).map_err(failed("attach the tracker's programs"))?;
+        attach(&mut ebpf, folder)?;
         drop(ebpf);
         Self::open(folder.to_owned(), identity, places)
             .map_err(|reason| failed("open the pinned maps")(io::Error::other(reason)))
@@ -267,6 +275,40 @@ impl Instance {
         Tally { written: sum(0), discarded: sum(1), zeroed: sum(2), issued: sum(4), remapped: sum(6) }
     }
 
+    /// Keeps by how much the kernel's count of written sectors is ahead of the programs', for `reset_disks`. Only grows.
+    pub(super) fn note_origins(&self, devices: &[Device]) -> io::Result<()> {
+        for (index, disk) in disks_of(devices).into_iter().enumerate() {
+            // The kernel first: what completes in between makes it less.
+            let written = DiskCounts::read(disk)?.written;
+            let ahead = written.wrapping_sub(self.tally(index).written) as i64;
+            let place = index * TALLY_WORDS + TALLY_ORIGIN;
+            self.tallies.store(place, ahead.max(self.tallies.load(place) as i64) as u64);
+        }
+        Ok(())
+    }
+
+    /// Bio-based disks among `devices` that this instance watches and whose count of written sectors fell behind: zram keeps
+    /// its sequence number over a reset, and begins to count anew. What was written since is in both counts.
+    pub(super) fn reset_disks(&self, devices: &[Device]) -> Vec<DeviceNumber> {
+        let mut names: Vec<&str> = Vec::new();
+        for volume in &self.identity.volumes {
+            if !names.contains(&volume.disk.as_str()) {
+                names.push(&volume.disk);
+            }
+        }
+        let is_reset = |device: &&Device| {
+            let name = device.disk.to_string();
+            let Some(index) = names.iter().position(|known| *known == name) else { return false };
+            // The programs first: a bio is counted by the kernel before they see that it has ended.
+            let counted = self.tally(index).written;
+            let Ok(kernel) = DiskCounts::read(device.disk) else { return true };
+            let origin = self.tallies.load(index * TALLY_WORDS + TALLY_ORIGIN) as i64;
+            (kernel.written.wrapping_sub(counted) as i64) < origin
+        };
+        let bio_based = devices.iter().filter(|device| device.kind == DeviceKind::Bio);
+        bio_based.filter(is_reset).map(|device| device.disk).collect()
+    }
+
     /// The memo; empty where none was kept.
     pub(super) fn memo(&self) -> Option<Vec<u8>> {
         let place = (self.memo.load(0) & 1) as usize;
@@ -324,77 +366,12 @@ pub(super) fn remove(folder: &Path, names: &[PathBuf]) -> io::Result<()> {
     Ok(rustix::fs::rmdir(folder)?)
 }
 
-fn other(error: impl Error + Send + Sync + 'static) -> io::Error {
+pub(super) fn other(error: impl Error + Send + Sync + 'static) -> io::Error {
     io::Error::other(error)
 }
 
-fn words_of(places: &[Place]) -> usize {
+pub(super) fn words_of(places: &[Place]) -> usize {
     places.iter().map(Place::words).sum()
-}
-
-fn load(object: &[u8], places: &[Place], devices: &[Device], cpus: usize) -> io::Result<Ebpf> {
-    let too_large = |_| io::Error::other("the volumes are too large together");
-    let words = u32::try_from(words_of(places)).map_err(too_large)?;
-    let spans = words / SPAN_WORDS as u32;
-    let mut loader = EbpfLoader::new();
-    for name in ["dirty_0", "dirty_1", "holes", "unacked"] {
-        loader.map_max_entries(name, words);
-    }
-    for name in ["summary_0", "summary_1"] {
-        loader.map_max_entries(name, spans);
-    }
-    if devices.iter().any(|device| device.kind == DeviceKind::Bio) {
-        loader.map_max_entries("ranges", RANGES_MAX);
-    }
-    loader.map_max_entries("gates", cpus as u32);
-    loader.map_max_entries("tallies", (cpus * VOLUMES_MAX) as u32);
-    loader.load(object).map_err(other)
-}
-
-/// The kernel's table of windows, sorted by disk, and where each disk's begin in it.
-fn fill_tables(ebpf: &mut Ebpf, places: &[Place], devices: &[Device]) -> io::Result<()> {
-    let Some(Map::Array(volumes)) = ebpf.map("volumes") else {
-        return Err(io::Error::other("the object has no table of volumes"));
-    };
-    let table = SharedWords::map(volumes.fd().as_fd(), VOLUMES_MAX * VOLUME_WORDS)?;
-    let disks = ebpf.map_mut("disks").ok_or_else(|| io::Error::other("the object has no table of disks"))?;
-    let mut disks: HashMap<_, u32, [u32; 4]> = HashMap::try_from(disks).map_err(other)?;
-    let mut row = 0;
-    for (index, disk) in disks_of(devices).into_iter().enumerate() {
-        let first = row;
-        for (device, place) in devices.iter().zip(places).filter(|(device, _)| device.disk == disk) {
-            let bit_shift = u64::from(place.bit_shift());
-            let record = [device.start.0, device.length.0, place.bits(), place.word_base as u64, bit_shift];
-            record.iter().enumerate().for_each(|(field, value)| table.store(row * VOLUME_WORDS + field, *value));
-            row += 1;
-        }
-        let bio_based = devices.iter().any(|device| device.disk == disk && device.kind == DeviceKind::Bio);
-        let record = [first as u32, (row - first) as u32, index as u32, u32::from(bio_based)];
-        disks.insert(disk.to_kernel(), record, 0).map_err(other)?;
-    }
-    fill_paths(ebpf, devices)
-}
-
-/// The hidden disks that requests to a tracked disk complete on, by name; how many there are stands last, since the
-/// programs look at nothing else where there are none.
-fn fill_paths(ebpf: &mut Ebpf, devices: &[Device]) -> io::Result<()> {
-    let paths = ebpf.map_mut("paths").ok_or_else(|| io::Error::other("the object has no table of paths"))?;
-    let mut paths: HashMap<_, [u8; DISK_NAME_BYTES], u32> = HashMap::try_from(paths).map_err(other)?;
-    let mut count = 0;
-    for device in devices {
-        for path in &device.paths {
-            let mut name = [0; DISK_NAME_BYTES];
-            let place = name.get_mut(..path.len()).ok_or_else(|| io::Error::other("a disk's name is too long"))?;
-            place.copy_from_slice(path.as_bytes());
-            paths.insert(name, device.disk.to_kernel(), 0).map_err(other)?;
-            count += 1;
-        }
-    }
-    let Some(Map::Array(control)) = ebpf.map("control") else {
-        return Err(io::Error::other("the object has no control"));
-    };
-    SharedWords::map(control.fd().as_fd(), CONTROL_WORDS)?.store(CONTROL_PATHS, count);
-    Ok(())
 }
 
 fn put_identity(folder: &Path, identity: &Identity) -> io::Result<()> {
@@ -404,20 +381,6 @@ fn put_identity(folder: &Path, identity: &Identity) -> io::Result<()> {
     }
     let words = map_words(folder, "identity", 1 + IDENTITY_BYTES_MAX / 8).map_err(io::Error::other)?;
     words.put_counted_bytes(0, &json);
-    Ok(())
-}
-
-fn attach(ebpf: &mut Ebpf, folder: &Path) -> io::Result<()> {
-    let btf = Btf::from_sys_fs().map_err(other)?;
-    for (name, tracepoint) in PROGRAMS {
-        let program = ebpf.program_mut(name).ok_or_else(|| io::Error::other(format!("the object has no {name}")))?;
-        let program: &mut BtfTracePoint = program.try_into().map_err(other)?;
-        program.load(tracepoint, &btf).map_err(other)?;
-        program.pin(folder.join(format!("{name}_program"))).map_err(other)?;
-        let link = program.attach().map_err(other)?;
-        let link: FdLink = program.take_link(link).map_err(other)?.into();
-        link.pin(folder.join(format!("{name}_link"))).map_err(other)?;
-    }
     Ok(())
 }
 

@@ -11,11 +11,13 @@ mod doubt;
 pub mod ebpf;
 pub mod identity;
 mod instance;
+mod loading;
 pub mod memory;
 mod pins;
 mod programs;
 pub mod scan;
 mod suspects;
+mod takeover;
 mod trust;
 
 pub use trust::{DiskReport, TrustReport};
@@ -94,6 +96,8 @@ pub struct TrackerReport {
     pub kind: &'static str,
     /// Why everything was dirty at open; `None` where the tracking went on.
     pub started_over: Option<String>,
+    /// Which volumes are dirty because they joined and were not tracked before; `None` where none did.
+    pub first_copy: Option<String>,
     /// Writes issued, as the tracker counted them.
     pub issued: u64,
     /// Writes completed, as the tracker counted them.

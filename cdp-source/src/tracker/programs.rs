@@ -41,6 +41,8 @@ pub enum Sabotage {
     NoValidation,
     /// One completion in a thousand is not seen.
     DropCompletions,
+    /// The kernel refuses the last program, after the others were attached.
+    RefusedProgram,
 }
 
 #[cfg(feature = "sabotage")]
@@ -51,6 +53,7 @@ impl Sabotage {
             aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_completion_only.bpf.o"));
         static DROP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_drop.bpf.o"));
         static HOLD: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_hold.bpf.o"));
+        static REFUSED: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker_refused.bpf.o"));
         let plain = Programs::PLAIN;
         match self {
             Self::IssueOnly => Programs { object: ISSUE_ONLY, ..plain },
@@ -59,6 +62,7 @@ impl Sabotage {
             Self::NoBarrier => Programs { object: HOLD, skips_barrier: true, ..plain },
             Self::NoValidation => Programs { skips_validation: true, ..plain },
             Self::DropCompletions => Programs { object: DROP, ..plain },
+            Self::RefusedProgram => Programs { object: REFUSED, ..plain },
         }
     }
 }

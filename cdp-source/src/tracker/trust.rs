@@ -261,6 +261,12 @@ impl Trust {
         Ok(Before { counted, kernel: kernel? })
     }
 
+    /// A disk that had written more by the last flip than it has ever written now.
+    pub(super) fn started_anew(&self, before: &Before) -> Option<DeviceNumber> {
+        let mut disks = self.disks.iter().zip(&before.kernel);
+        disks.find(|(disk, kernel)| kernel.written < disk.report.kernel_written).map(|(disk, _)| disk.disk)
+    }
+
     /// Compares the counts before a flip with those after its barrier.
     pub(super) fn judge(&mut self, instance: &Instance, before: &Before, now: Duration) -> io::Result<Verdict> {
         let mut verdict = Verdict { lost: false, quiet: true, clean: true, doubt: None };

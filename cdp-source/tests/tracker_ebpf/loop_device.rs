@@ -107,6 +107,15 @@ impl ZramDevice {
     pub(crate) fn node(&self) -> &Path {
         &self.node
     }
+
+    /// Drops its content, and gives it a size again. Nobody may have it open.
+    pub(crate) fn reset(&self, bytes: u64) {
+        let put = |name: &str, value: u64| {
+            std::fs::write(format!("/sys/block/zram{}/{name}", self.number), value.to_string()).expect("put");
+        };
+        put("reset", 1);
+        put("disksize", bytes);
+    }
 }
 
 impl Drop for ZramDevice {

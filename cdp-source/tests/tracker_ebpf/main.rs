@@ -2,7 +2,9 @@
 #![expect(clippy::disallowed_methods, reason = "a test works on real files and devices")]
 
 mod loop_device;
+mod refused;
 mod strange;
+mod versions;
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
@@ -242,6 +244,7 @@ fn starts_over(words: &str, change: impl FnOnce(&mut Group, &Path, &mut EbpfOpti
     let reason = tracker.report().started_over.expect("a reason");
     assert!(reason.contains(words), "{reason}");
     assert_eq!(tracker.take_recovered(), [blocks(0..VOLUME_BLOCKS)]);
+    assert_eq!(std::fs::read_dir(group.pinned()).expect("listed").count(), 1, "the old pins are gone");
     drop(tracker);
     // And the new tracking is one that goes on.
     let mut tracker = EbpfTracker::open(&options).expect("tracked");
@@ -311,8 +314,9 @@ fn a_volume_that_joins_is_dirty_and_the_others_go_on() {
     drop(tracker);
 
     let mut tracker = group.open(&[&first, &second]);
-    let reason = tracker.report().started_over.expect("a reason");
-    assert!(reason.contains("volume 1 was not tracked before"), "{reason}");
+    let report = tracker.report();
+    assert_eq!(report.started_over, None, "nothing was interrupted");
+    assert_eq!(report.first_copy.as_deref(), Some("volume 1 was not tracked before"));
     assert_eq!(tracker.take_recovered(), [blocks(0..1) | blocks(10..11), blocks(0..2048)]);
     assert_eq!(tracker.memo().expect("read"), b"head");
     disk.write(8192, 4096, 3);

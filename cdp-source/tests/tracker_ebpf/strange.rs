@@ -131,6 +131,52 @@ fn a_bio_based_device_is_tracked_at_issue_and_at_completion() {
     assert_eq!(tracker.holes(0, &touched(0, 4 * MIB)), touched(MIB, MIB));
 }
 
+/// A reset keeps the device's sequence number: nothing but its counts tell that all of it is zeros now.
+#[test]
+fn a_zram_device_that_was_reset_is_not_the_one_that_was_tracked() {
+    if !ZramDevice::is_supported() {
+        eprintln!("skipped: no zram here");
+        return;
+    }
+    let device = ZramDevice::new(BYTES);
+    let Some(group) = Group::new(&[device.node()]) else { return };
+    RawDisk::open(device.node()).write(0, MIB, 1);
+    let mut tracker = group.open_clean();
+    RawDisk::open(device.node()).write(MIB, MIB, 2);
+    discard(device.node(), 0, 4096);
+    loop_device::run("blkdiscard", &["-z", "-l", "4096", &device.node().to_string_lossy()]);
+    assert_eq!(tracker.flip().expect("flipped"), [touched(0, 4096) | touched(MIB, MIB)]);
+    tracker.retain_unacked(&[RoaringBitmap::new()]).expect("acked");
+    drop(tracker);
+    let mut tracker = EbpfTracker::open(&group.options()).expect("tracked");
+    assert_eq!(tracker.report().started_over, None, "not reset");
+
+    // While it is watched, and nobody has it open.
+    device.reset(BYTES);
+    let noticed = tracker.flip().expect_err("noticed");
+    assert!(matches!(&noticed, TrackerError::VolumeChanged { reason, .. } if reason.contains("reset")), "{noticed}");
+    drop(tracker);
+    let everything = touched(0, BYTES);
+    starts_over(&group, &everything);
+
+    // While nobody looks, with more written since than ever before.
+    RawDisk::open(device.node()).write(0, MIB, 3);
+    drop(group.open_clean());
+    device.reset(BYTES);
+    RawDisk::open(device.node()).write(4 * MIB, 4 * MIB, 4);
+    starts_over(&group, &everything);
+}
+
+/// Opened, with all of it dirty because the device was reset; and once more, with nothing to complain of.
+fn starts_over(group: &Group, everything: &RoaringBitmap) {
+    let mut tracker = EbpfTracker::open(&group.options()).expect("tracked");
+    assert!(tracker.report().started_over.is_some_and(|reason| reason.contains("was reset")));
+    assert_eq!(&tracker.take_recovered()[0], everything);
+    tracker.flip().expect("flipped");
+    drop(tracker);
+    assert_eq!(EbpfTracker::open(&group.options()).expect("tracked").report().started_over, None);
+}
+
 #[test]
 fn whole_blocks_of_a_discard_are_holes_until_they_are_written() {
     let folder = tempfile::tempdir().expect("a folder");

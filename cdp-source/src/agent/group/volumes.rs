@@ -7,8 +7,12 @@ impl Group {
     pub(super) fn take_up(&mut self, mut devices: Devices) {
         let recovered = devices.tracker.take_recovered();
         self.ledger.carry_more(&recovered);
-        if let Some(reason) = devices.tracker.report().started_over {
-            let group = &self.setup.facts.name;
+        let report = devices.tracker.report();
+        let group = &self.setup.facts.name;
+        if let Some(reason) = report.first_copy {
+            tracing::info!(group, reason, "first copy");
+        }
+        if let Some(reason) = report.started_over {
             // Where nothing was ever acked there was nothing to interrupt.
             if self.memo.head().is_none() {
                 tracing::info!(group, reason, "first copy");
