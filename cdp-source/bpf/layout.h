@@ -31,6 +31,7 @@ struct control {
 	__u64 active; // parity that is marked now
 	__u64 discards; // entries of `discards` that are in use
 	__u64 paths; // entries of `paths`
+	__u64 answered; // by user space: how many events that leave marks in doubt it has answered for
 };
 
 // One a possible CPU; a cache line.

@@ -149,8 +149,13 @@ impl EbpfTracker {
         instance.note_origins(&devices).map_err(failed("keep the kernel's counts"))?;
         let record = serde_json::to_vec_pretty(&instance.identity).expect("an identity has only plain fields");
         let kept = options.storage.create_dir_all(&options.state_folder);
-        kept.and_then(|()| replace(&*options.storage, &options.record(), &record))
-            .map_err(failed("keep the identity of the tracking"))?;
+        if let Err(error) = kept.and_then(|()| replace(&*options.storage, &options.record(), &record)) {
+            if recovered.is_some() {
+                // It is new, and nothing names it: it is not to stay for each time this fails.
+                pins::remove(&instance.folder).map_err(failed("remove a tracking that cannot be named"))?;
+            }
+            return Err(failed("keep the identity of the tracking")(error));
+        }
         pins::remove_others(&folder, &instance.folder).map_err(failed("remove an old tracking"))?;
         let clock = SystemClock::new();
         let trust = Trust::new(&instance, &devices, clock.monotonic()).map_err(failed("read the counts"))?;
@@ -158,6 +163,12 @@ impl EbpfTracker {
         tracker.started_over = started_over;
         tracker.first_copy = first_copy;
         tracker.programs = options.programs();
+        // Asked after the measure began: what comes later is seen at the first flip.
+        let counts = tracker.counts_of("read the counts at the start")?;
+        if counts.unmarked() != tracker.instance.answered() {
+            tracker.rescan("writes may have gone unmarked while no agent looked");
+            tracker.instance.set_answered(&counts);
+        }
         tracker.recover(recovered)?;
         Ok(tracker)
     }
@@ -308,6 +319,14 @@ impl EbpfTracker {
             self.blind = Blind { seen: counts.blind, rescan_at: Some(now + BLIND_RESCAN_EVERY) };
             self.rescan("passthrough writes, which do not tell where they go, were sent to a disk");
         }
+        let answered = self.settle_doubt(outcome);
+        if self.doubt.reason().is_none() && self.blind.seen == counts.blind {
+            self.instance.set_answered(&counts);
+        }
+        answered
+    }
+
+    fn settle_doubt(&mut self, outcome: Outcome) -> Result<(), TrackerError> {
         match outcome {
             Outcome::Trusted => Ok(()),
             Outcome::Recapture(reason) => {

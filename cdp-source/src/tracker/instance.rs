@@ -30,7 +30,8 @@ pub(super) const PROGRAMS: [(&str, &str); 4] = [
     ("bio_complete", "block_bio_complete"),
 ];
 /// Words of `control`.
-pub(super) const CONTROL_WORDS: usize = 3;
+pub(super) const CONTROL_WORDS: usize = 4;
+const CONTROL_ANSWERED: usize = 3;
 /// Maps every program looks into.
 const MAPS_OF_PROGRAMS: [&str; 13] = [
     "issued_0",
@@ -80,6 +81,13 @@ pub struct EventCounts {
     pub issue_misses: u64,
     /// Runs of the completion program the kernel passed over.
     pub complete_misses: u64,
+}
+
+impl EventCounts {
+    /// Events after which a mark may be missing, or at the wrong place.
+    pub(super) const fn unmarked(&self) -> u64 {
+        self.blind + self.lost + self.unremembered + self.unknown + self.issue_misses
+    }
 }
 
 /// Sectors the programs counted on a disk, summed over CPUs.
@@ -265,6 +273,16 @@ impl Instance {
             issue_misses: recursion_misses(&self.programs[0])? + recursion_misses(&self.programs[1])?,
             complete_misses: recursion_misses(&self.programs[2])? + recursion_misses(&self.programs[3])?,
         })
+    }
+
+    /// How many of `EventCounts::unmarked` were answered for: it outlives the agent, so that what happens while none looks counts.
+    pub(super) fn answered(&self) -> u64 {
+        self.control.load(CONTROL_ANSWERED)
+    }
+
+    /// All of `counts` are answered for: what they may have hurt is dirty.
+    pub(super) fn set_answered(&self, counts: &EventCounts) {
+        self.control.store(CONTROL_ANSWERED, counts.unmarked());
     }
 
     /// What the programs counted on disk `index`, in the order of the disks' first volumes.

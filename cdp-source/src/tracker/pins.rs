@@ -125,10 +125,15 @@ pub(super) fn remove_others(folder: &Path, kept: &Path) -> io::Result<()> {
     for name in SystemStorage.list(folder)? {
         let tracking = folder.join(name);
         if tracking != kept {
-            instance::remove(&tracking, &SystemStorage.list(&tracking)?)?;
+            remove(&tracking)?;
         }
     }
     Ok(())
+}
+
+/// Removes one tracking.
+pub(super) fn remove(tracking: &Path) -> io::Result<()> {
+    instance::remove(tracking, &SystemStorage.list(tracking)?)
 }
 
 /// Removes every tracking of a group, and its folder.

@@ -6,19 +6,24 @@
 
 use super::TrackerError;
 use super::bitmap::peek;
-use super::device::Device;
+use super::device::{Device, DeviceKind, DiskCounts};
 use super::ebpf::EbpfOptions;
 use super::identity::{Difference, Identity, LAYOUT, VolumeIdentity};
 use super::instance::Instance;
 use super::pins;
+use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{SystemRandom, array};
 use cdp_seams::storage::read_all;
 use roaring::RoaringBitmap;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 /// Bytes of the record in the state folder.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
+
+/// How long a moment is waited for in which nothing is on its way to a bio-based disk.
+const QUIET_WITHIN: Duration = Duration::from_secs(1);
 
 /// An instance that watches, and what it does not know.
 pub(super) struct TakenOver {
@@ -54,7 +59,11 @@ pub(super) fn take_over(
             Ok(TakenOver { instance: *instance, recovered: None, started_over: None, first_copy: None })
         }
         Found::Other(old) => succeed(options, wanted, devices, &old),
-        Found::Nothing(reason) => Ok(all_dirty(create(options, wanted, devices)?, reason)),
+        Found::Nothing(reason) => {
+            let instance = create(options, wanted, devices)?;
+            answer_for_the_past(&instance, devices).map_err(looking)?;
+            Ok(all_dirty(instance, reason))
+        }
     }
 }
 
@@ -132,6 +141,7 @@ fn succeed(
         let reason = format!("the volumes changed, and the running programs cannot be waited for: {error}");
         return Ok(all_dirty(instance, reason));
     }
+    answer_for_the_past(&instance, devices).map_err(looking)?;
     let mut carried = Vec::new();
     for ((volume, place), difference) in instance.identity.volumes.iter().zip(&instance.places).zip(&differences) {
         let before = old.identity.volumes.iter().position(|before| before.slot == volume.slot);
@@ -158,6 +168,24 @@ fn succeed(
     }
     let told = |reasons: Vec<String>| (!reasons.is_empty()).then(|| reasons.join("; "));
     Ok(TakenOver { instance, recovered: Some(carried), started_over: told(lost), first_copy: told(joined) })
+}
+
+/// Waits a while for the bios that were on their way when the new programs were attached, which know nothing of them, and
+/// answers for all that have ended by now: everything is read later, or the old programs have marked them.
+fn answer_for_the_past(instance: &Instance, devices: &[Device]) -> io::Result<()> {
+    let clock = SystemClock::new();
+    for device in devices.iter().filter(|device| device.kind == DeviceKind::Bio) {
+        let deadline = clock.monotonic() + QUIET_WITHIN;
+        while DiskCounts::read(device.disk)?.in_flight > 0 && clock.monotonic() < deadline {
+            std::thread::yield_now();
+        }
+    }
+    instance.set_answered(&instance.counts()?);
+    Ok(())
+}
+
+fn looking(source: io::Error) -> TrackerError {
+    TrackerError::Io { step: "look at what is on its way to the volumes".to_owned(), source }
 }
 
 /// Per volume of `wanted`: why the marks of `old` do not hold for it.

@@ -141,6 +141,22 @@ fn the_kernel_takes_the_memory_that_was_foretold() {
     assert!(taken <= foretold && foretold - taken < 5 << 20, "{taken} bytes taken, {foretold} foretold");
 }
 
+#[test]
+fn marks_that_could_not_be_made_while_no_agent_looked_make_everything_dirty() {
+    let Some(mut group) = Group::new() else { return };
+    let node = group.add_device(VOLUME_BYTES);
+    let folder = group.open_clean(&[&node]).pin_folder().to_owned();
+    assert_eq!(group.open(&[&node]).take_recovered(), [RoaringBitmap::new()]);
+    let gates = MapData::from_pin(folder.join("gates")).expect("pinned");
+    let mut gates: Array<_, [u64; 8]> = Map::Array(gates).try_into().expect("an array");
+    let mut gate = gates.get(&0, 0).expect("read");
+    gate[5] += 1;
+    gates.set(0, gate, 0).expect("set");
+    assert_eq!(group.open(&[&node]).take_recovered(), [blocks(0..VOLUME_BLOCKS)]);
+    group.open_clean(&[&node]);
+    assert_eq!(group.open(&[&node]).take_recovered(), [RoaringBitmap::new()], "once");
+}
+
 /// Another loop device stands in for a path of native NVMe multipath, which this machine does not have.
 #[test]
 fn what_completes_on_a_path_is_marked_on_its_head() {
@@ -157,9 +173,9 @@ fn what_completes_on_a_path_is_marked_on_its_head() {
     name[..text.len()].copy_from_slice(text);
     let mut paths: HashMap<_, [u8; 32], u32> = Map::HashMap(pinned("paths")).try_into().expect("a table");
     paths.insert(name, number, 0).expect("inserted");
-    let mut control: Array<_, [u64; 3]> = Map::Array(pinned("control")).try_into().expect("an array");
-    let [active, discards, _] = control.get(&0, 0).expect("read");
-    control.set(0, [active, discards, 1], 0).expect("set");
+    let mut control: Array<_, [u64; 4]> = Map::Array(pinned("control")).try_into().expect("an array");
+    let [active, discards, _, answered] = control.get(&0, 0).expect("read");
+    control.set(0, [active, discards, 1, answered], 0).expect("set");
     let before = tracker.report().completed;
     RawDisk::open(&path).write(8192, 4096, 2);
     let dirty: Array<_, u64> = Map::Array(pinned(&format!("dirty_{active}"))).try_into().expect("an array");
