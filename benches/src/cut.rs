@@ -18,7 +18,7 @@ const ROUNDS: usize = 5;
 
 pub(crate) fn run(folder: &Path) -> Result<()> {
     let device = LoopDevice::new(&folder.join("cut.img"), VOLUME_BYTES)?;
-    let mut tracker = attach(&device, folder)?;
+    let mut tracker = attach(device.node(), folder)?;
     let target = tracker.devices()[0].read_target();
     let mut reader = reader::open(&[target]).context("open the volume")?;
     let clock = SystemClock::new();

@@ -6,32 +6,36 @@
 #![allow(clippy::disallowed_methods, reason = "a benchmark measures with the real clock on real files")]
 
 mod cut;
+mod drain;
 mod first_copy;
 mod machine;
+mod programs;
 mod tracker;
 
 use anyhow::{Result, bail};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// A benchmark gets a folder for its files and prints its tables.
+type Benchmark = fn(&Path) -> Result<()>;
+
+/// All there are, in the order they run.
+const BENCHMARKS: [(&str, Benchmark); 4] =
+    [("tracker", tracker::run), ("drain", drain::run), ("cut", cut::run), ("first-copy", first_copy::run)];
 
 fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    for name in &wanted {
-        if !["tracker", "first-copy", "cut"].contains(&name.as_str()) {
-            bail!("no benchmark {name}: there are tracker, first-copy and cut");
+    for entry in &wanted {
+        if !BENCHMARKS.iter().any(|(name, _)| name == entry) {
+            bail!("no benchmark {entry}: there are {}", BENCHMARKS.map(|(name, _)| name).join(", "));
         }
     }
-    let runs = |name: &str| wanted.is_empty() || wanted.iter().any(|entry| entry == name);
     let folder =
         tempfile::tempdir_in(std::env::var_os("CDP_BENCH_FOLDER").map_or_else(std::env::temp_dir, PathBuf::from))?;
     println!("{}", machine::describe()?);
-    if runs("tracker") {
-        tracker::run(folder.path())?;
-    }
-    if runs("cut") {
-        cut::run(folder.path())?;
-    }
-    if runs("first-copy") {
-        first_copy::run(folder.path())?;
+    for (name, benchmark) in BENCHMARKS {
+        if wanted.is_empty() || wanted.iter().any(|entry| entry == name) {
+            benchmark(folder.path())?;
+        }
     }
     Ok(())
 }

@@ -257,6 +257,13 @@ impl EbpfTracker {
         self.completions_lost
     }
 
+    /// What is marked now, left where it is, by a look at every word: what a drain would be without the summaries.
+    #[must_use]
+    pub fn marked(&self) -> Vec<RoaringBitmap> {
+        let dirty = &self.instance.dirty[self.instance.active()];
+        self.instance.places.iter().map(|place| peek(dirty, place)).collect()
+    }
+
     /// The straggler barrier of `parity`.
     fn pass(&self, parity: usize) -> Result<(), TrackerError> {
         let deadline = self.clock.monotonic() + Duration::from_millis(STRAGGLERS_MS);
