@@ -69,7 +69,7 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
         metrics::serve(listen)?;
     }
     let recorder = tokio::spawn(record_metrics(Arc::clone(&shared)));
-    let instance = instance(&**state.storage());
+    let instance = instance();
     let mut groups = start(&state, &identity, &instance, config, &shared).await?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -213,9 +213,9 @@ fn start_group(
 }
 
 /// This process, as the target tells it from a copy of its machine and from the agent after it.
-fn instance(storage: &dyn Storage) -> Instance {
-    let name = cdp_seams::storage::read_all(storage, Path::new("/proc/sys/kernel/hostname"), 256).unwrap_or_default();
-    let host = String::from_utf8_lossy(&name).trim().chars().take_while(char::is_ascii_graphic).take(64).collect();
+fn instance() -> Instance {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let host = name.chars().take_while(char::is_ascii_graphic).take(64).collect();
     Instance { process: random::array(&SystemRandom), host }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! What the counts say of a flip (`trust`) decides whether it is good for a cut (`doubt`).
 
-use super::bitmap::{drain, filter_has, forget, which_have};
+use super::bitmap::{drain, filter_has, forget, peek, which_have};
 use super::device::{Device, read_text};
 use super::doubt::{Doubt, Outcome};
 use super::identity::{Identity, VolumeIdentity};
