@@ -201,7 +201,8 @@ impl Claim {
 /// What an operator decided about forks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Ruling {
-    /// The history that is to go on, until a source that stands there has come.
+    /// The end of the history that is to go on, until a source has come that may go on with it: one that stands there, at an
+    /// ancestor of it, or that knows nothing.
     pub chosen: Option<Head>,
     /// Histories that do not go on: their sources are refused, and freeze nothing any more.
     pub left: Vec<Claim>,
@@ -249,18 +250,19 @@ pub fn judge<E>(
     made_in: &mut dyn FnMut(Head) -> Result<Option<Generation>, E>,
 ) -> Result<Judgement, E> {
     let claimed = request.generation.unwrap_or_default();
-    let stands_at = |head: &Head| claimed_heads(request).any(|claimed| claimed == *head);
-    let left = |left: &Claim| left.generation == claimed && stands_at(&left.head);
-    let chosen = &standing.ruling.chosen;
-    if standing.ruling.left.iter().any(left) || chosen.as_ref().is_some_and(|chosen| !stands_at(chosen)) {
+    let is_left = |left: &Claim| left.generation == claimed && stands_at(request, left.head);
+    if standing.ruling.left.iter().any(is_left) {
         return Ok(Judgement::Refuse(RefusalReason::Left));
     }
-    let found = if chosen.is_some() {
-        Some(chosen_history(standing, request, made_in)?)
-    } else {
-        compare(standing, request, made_in)?
+    let chosen = standing.ruling.chosen;
+    let found = match chosen {
+        Some(chosen) => of_the_chosen(standing, chosen, request, made_in)?.ok_or(RefusalReason::Left),
+        None => compare(standing, request, made_in)?.ok_or(RefusalReason::Fork),
     };
-    let Some(Found { verdict, lost, from }) = found else { return Ok(Judgement::Refuse(RefusalReason::Fork)) };
+    let Found { verdict, lost, from } = match found {
+        Ok(found) => found,
+        Err(reason) => return Ok(Judgement::Refuse(reason)),
+    };
     // Its own parts, heard of or not; or exactly those it knows of: else another's could end up in its next point.
     let same_parts = standing.same_process || request.parts == standing.parts;
     let asks_anew = request.anew || chosen.is_some();
@@ -278,7 +280,42 @@ fn claimed_heads(request: &OpenGroup) -> impl Iterator<Item = Head> + '_ {
     request.sent.iter().chain(request.acked.first()).copied()
 }
 
-/// The history an operator chose goes on, whatever the lineage says: from the newest of its points that the journal has.
+fn stands_at(request: &OpenGroup, head: Head) -> bool {
+    claimed_heads(request).any(|claimed| claimed == head)
+}
+
+/// The history an operator chose goes on, with a source that stands at its end, at an ancestor of that, or nowhere; `None`
+/// for any other.
+///
+/// The machine that stood at the end may never return as it was: put back from a backup it stands before, and new hardware
+/// knows nothing. Were both refused, nothing could be protected any more. Neither can mix histories: all get a new
+/// generation and compare everything, and what they go on from is of the chosen history, or is nothing.
+fn of_the_chosen<E>(
+    standing: &Standing<'_>,
+    chosen: Head,
+    request: &OpenGroup,
+    made_in: &mut dyn FnMut(Head) -> Result<Option<Generation>, E>,
+) -> Result<Option<Found>, E> {
+    if stands_at(request, chosen) {
+        return chosen_history(standing, request, made_in).map(Some);
+    }
+    if Claim::of(request).is_none() {
+        return Ok(Some(Found { verdict: Verdict::Rollback { to: None }, lost: vec![], from: None }));
+    }
+    // Of an end that the journal never had nobody knows the ancestors.
+    let Some(generation) = made_in(chosen)? else { return Ok(None) };
+    let end = Place { generation, epoch: chosen.epoch };
+    let claimed = request.generation.unwrap_or_default();
+    for head in claimed_heads(request).filter(|head| head.epoch <= end.epoch) {
+        let place = made_in(head)?.map(|made| standing.lineage.place(claimed, head.epoch, made));
+        if let Some(place) = place.filter(|place| standing.lineage.holds(end.generation, *place)) {
+            return Ok(Some(Found { verdict: rollback(standing, place), lost: vec![], from: Some(place) }));
+        }
+    }
+    Ok(None)
+}
+
+/// The chosen history's own source, whatever the lineage says: from the newest of its points that the journal has.
 fn chosen_history<E>(
     standing: &Standing<'_>,
     request: &OpenGroup,

@@ -173,16 +173,24 @@ fn a_ruling_is_followed_by_this_table() {
     let claim = |generation, epoch| Claim { generation: Generation(generation), head: head(epoch) };
     let left = || Err(RefusalReason::Left);
     let rollback = |to: Option<u64>| Ok((Verdict::Rollback { to: to.map(Epoch) }, 3, vec![]));
-    let table: [RulingRow<'_>; 10] = [
+    let table: [RulingRow<'_>; 16] = [
         (Some(11), &[claim(2, 13)], 1, &[11, 10], rollback(Some(11))),
         (Some(11), &[claim(2, 13)], 2, &[13, 12], left()),
-        (Some(11), &[claim(2, 13)], 1, &[10], left()),
-        (Some(11), &[claim(2, 13)], 0, &[], left()),
         (Some(13), &[claim(1, 11)], 2, &[13, 12], Ok((Verdict::Continue, 3, vec![]))),
         (Some(13), &[claim(1, 11)], 1, &[11, 10], left()),
+        // One that stands before the chosen place, in its lineage: put back from a backup, or granted and dead before it stored it.
+        (Some(11), &[claim(2, 13)], 1, &[10], rollback(Some(10))),
+        (Some(11), &[claim(2, 13)], 1, &[9, 8], rollback(Some(9))),
+        (Some(13), &[claim(1, 11)], 2, &[12], rollback(Some(12))),
+        (Some(13), &[claim(1, 11)], 1, &[10], rollback(Some(10))),
+        (Some(11), &[claim(2, 13)], 2, &[12], left()),
+        // New hardware.
+        (Some(11), &[claim(2, 13)], 0, &[], rollback(None)),
+        (Some(40), &[claim(2, 13)], 0, &[], rollback(None)),
         // One that the journal never had.
         (Some(40), &[claim(2, 13)], 7, &[40, 12], Ok((Verdict::Rollback { to: Some(Epoch(12)) }, 8, vec![]))),
         (Some(40), &[claim(2, 13)], 2, &[40, 39], rollback(None)),
+        (Some(40), &[claim(2, 13)], 2, &[12], left()),
         // Long after.
         (None, &[claim(1, 11)], 1, &[11, 10], left()),
         (None, &[claim(1, 11)], 2, &[13], Ok((Verdict::Continue, 2, vec![]))),
