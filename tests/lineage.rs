@@ -132,7 +132,7 @@ fn a_state_folder_put_back_goes_on_and_the_original_is_refused() -> Result<()> {
     stalled(&site, "fork")?;
     stalled(&restored, "fork")?;
     let (ours, theirs) = heads(&wait_for_state(&site, "frozen")?)?;
-    ensure!(theirs.starts_with(&format!("{newest}:")), "{theirs}");
+    ensure!(theirs.contains(&format!("/{newest}:")), "{theirs}");
     site.stop_source()?;
     site.target(&["resolve", "office/main", "--continue-from", &ours])?;
     restored.stop_source()?;
@@ -184,7 +184,7 @@ fn a_clone_is_a_fork_both_are_kept_and_resolve_ends_it() -> Result<()> {
     stalled(&site, "fork")?;
     stalled(&clone, "fork")?;
     let (ours, theirs) = heads(&frozen)?;
-    ensure!(ours.starts_with(&format!("{of_clone}:")) && theirs.starts_with(&format!("{left}:")), "{frozen}");
+    ensure!(ours.contains(&format!("/{of_clone}:")) && theirs.contains(&format!("/{left}:")), "{frozen}");
 
     // Frozen, both are readable; and stay so when one goes on.
     exported_equals(&site, of_clone, &clone_node, folder.path())?;

@@ -5,7 +5,7 @@
 
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
-use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_head};
+use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_claim};
 use crate::points::{PointInfo, PointTimes, point_time};
 use crate::restore::keyring::Keyring;
 use crate::store::{GroupPlace, Store, StoreError};
@@ -271,14 +271,14 @@ pub fn write_label(store: &Store, place: GroupPlace, epoch: Epoch, label: &str) 
     journal.label(epoch, Some(label))
 }
 
-/// Ends a fork; gives the head that goes on, as people read it. The caller holds the store's lock.
+/// Ends a fork; gives the end of the history that goes on, as people read it. The caller holds the store's lock.
 ///
 /// # Errors
 /// Where the group cannot be opened or written, is not forked, or no history ends at `continue_from`.
 pub fn write_resolution(store: &Store, place: GroupPlace, continue_from: &str) -> Result<String, JournalError> {
     let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
     let (mut journal, _) = GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?;
-    let head = short_head(journal.resolve(continue_from)?);
+    let head = short_claim(journal.resolve(continue_from)?);
     tracing::warn!(group = %place.group, head, "fork resolved by an operator");
     Ok(head)
 }

@@ -12,7 +12,7 @@ use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
-use cdp_protocol::session::target::Ruling;
+use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, OfficeId, Timestamp};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -232,7 +232,7 @@ impl GroupWriter for JournalWriter {
         Ok(())
     }
 
-    fn resolve(&mut self, head: &str) -> Result<Head, StoreError> {
+    fn resolve(&mut self, head: &str) -> Result<Claim, StoreError> {
         let chosen = self.journal.resolve(head).map_err(failed)?;
         self.publish();
         Ok(chosen)

@@ -10,7 +10,7 @@ use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
 use crate::groups::StoreGroups;
-use crate::journal::{JournalError, short_head};
+use crate::journal::{JournalError, short_claim};
 use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
 use crate::metrics;
 use crate::receiver::{GroupWriter, Receiver, StoreError};
@@ -254,7 +254,7 @@ impl Desk {
             }
             Request::Resolve { office, group, continue_from } => {
                 let place = self.catalog()?.group(&office, &group)?.place();
-                let head = short_head(self.on_thread(&office, place, move |writer| writer.resolve(&continue_from))?);
+                let head = short_claim(self.on_thread(&office, place, move |writer| writer.resolve(&continue_from))?);
                 tracing::warn!(office, group, head, "fork resolved by an operator");
                 Ok(head.into())
             }

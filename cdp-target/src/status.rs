@@ -4,10 +4,11 @@
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
 use crate::catalog::{Catalog, CatalogError, Group, open_group};
-use crate::journal::{GroupView, JournalError, Manifest, Overview, segment, short_head};
+use crate::journal::{GroupView, JournalError, Manifest, Overview, segment, short_claim};
 use crate::points::Instant;
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
+use cdp_protocol::session::target::Claim;
 use cdp_protocol::units::{Epoch, GroupId, Head, OfficeId, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -97,7 +98,7 @@ pub struct GroupStatus {
 /// One of the histories of a forked group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HistoryStatus {
-    /// Its newest point as `resolve --continue-from` takes it: epoch, and the start of the hash.
+    /// Its end as `resolve --continue-from` takes it: `GENERATION/EPOCH:HASH`, with the start of the hash.
     pub head: String,
     /// The machine whose it is; `None` for the one that went on here.
     pub host: Option<String>,
@@ -160,7 +161,7 @@ pub struct GroupFacts {
     /// Why nothing is taken any more, where that is so.
     pub frozen: Option<String>,
     /// The history an operator has chosen, where its source did not come yet.
-    pub chosen: Option<Head>,
+    pub chosen: Option<Claim>,
     /// The histories to choose from, where it is frozen.
     pub histories: Vec<HistoryStatus>,
     /// Its points in short.
@@ -281,7 +282,7 @@ fn group_status(
     let GroupFacts { name, frozen, chosen, histories, overview: Overview { points, newest } } = facts;
     let newest = newest.map(|(point, time)| NewestTimes { epoch: point.epoch, time, received: point.received });
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
-    let chosen = chosen.map(|head| format!("waits for the source at {}", short_head(head)));
+    let chosen = chosen.map(|claim| format!("waits for the source at {}", short_claim(claim)));
     let (state, reason) = match (&live, frozen) {
         (_, Some(reason)) => (GroupState::Frozen, Some(reason)),
         (Some(live), None) if !live.connected && chosen.is_some() => (GroupState::Disconnected, chosen),
@@ -319,13 +320,12 @@ fn histories(group: &Group) -> Vec<HistoryStatus> {
     }
     let newest = group.view().newest().ok().flatten();
     let ours = newest.map(|point| Head { epoch: point.epoch, hash: point.hash });
-    let ours = ours.map(|head| HistoryStatus { head: short_head(head), host: None, since: None });
-    let forked = manifest.forks.iter().map(|fork| HistoryStatus {
-        head: short_head(fork.claim.head),
-        host: Some(fork.host.clone()),
-        since: Some(Instant(fork.at).to_string()),
+    let told = manifest.histories(ours).map(|(claim, fork)| HistoryStatus {
+        head: short_claim(claim),
+        host: fork.map(|fork| fork.host.clone()),
+        since: fork.map(|fork| Instant(fork.at).to_string()),
     });
-    ours.into_iter().chain(forked).collect()
+    told.collect()
 }
 
 fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u64) -> GroupStatus {

@@ -6,7 +6,7 @@ use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{Block, Epoch, Extent, FrameHash, Generation, Head, Timestamp, VolumeSlot};
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, SystemStorage};
-use cdp_target::journal::{Fork, GroupJournal, GroupView, JournalError, JournalLimits, short_head};
+use cdp_target::journal::{Fork, GroupJournal, GroupView, JournalError, JournalLimits, short_claim};
 use cdp_target::restore::point::{Content, ReadError};
 use cdp_target::verify::verify;
 use journal_support::{BLOCKS, Cell, Source, check, identity, key};
@@ -125,19 +125,21 @@ fn points_are_found_by_number_time_and_label_and_marks_last() {
     assert!(source.send(&mut journal, 0, 1).is_err(), "frozen");
 
     let ours = journal.synced_head().expect("points");
-    let known = [short_head(ours), "7:abababababab".to_owned()];
-    for wrong in ["9999", "7:ac", "x"] {
+    let ours = Claim { generation: journal.chain().generation(), head: ours };
+    let known = [short_claim(ours), "1/7:abababababab".to_owned()];
+    for wrong in ["9999", "7:ac", "x", "2/7", "/7", "1/7:ac"] {
         let error = journal.resolve(wrong).expect_err("no history ends there");
         assert!(matches!(&error, JournalError::NoHistory { known: named, .. } if *named == known), "{error}");
     }
-    assert_eq!(journal.resolve("7:AB").expect("resolved"), claim.head);
+    for named in ["7", "1/7", "1/7:ab", "7:AB"] {
+        assert_eq!(journal.resolve(named).expect("resolved"), claim, "{named}");
+    }
     drop(journal);
     let mut journal = open();
     assert_eq!(journal.frozen(), None);
-    let ours = Claim { generation: journal.chain().generation(), head: ours };
-    assert_eq!(*journal.ruling(), Ruling { chosen: Some(claim.head), left: vec![ours] });
-    journal.resolve(&short_head(ours.head)).expect("another choice, before anybody came");
-    assert_eq!(*journal.ruling(), Ruling { chosen: Some(ours.head), left: vec![claim] });
+    assert_eq!(*journal.ruling(), Ruling { chosen: Some(claim), left: vec![ours] });
+    journal.resolve(&short_claim(ours)).expect("another choice, before anybody came");
+    assert_eq!(*journal.ruling(), Ruling { chosen: Some(ours), left: vec![claim] });
     source.grant(&mut journal).expect("granted");
     assert_eq!(*journal.ruling(), Ruling { chosen: None, left: vec![claim] });
     assert!(matches!(journal.resolve("7"), Err(JournalError::NotForked)));

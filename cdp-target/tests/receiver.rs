@@ -152,7 +152,8 @@ async fn a_copy_of_an_older_point_leaves_the_originals_line_and_the_original_is_
     assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Fork));
 
     // The original's history is to go on; the copy is refused from then on, and freezes nothing.
-    assert_eq!(site.resolve(&office, &original, "3").await, original.head().expect("three points"));
+    let chosen = site.resolve(&office, &original, "3").await.expect("resolved");
+    assert_eq!(chosen.head, original.head().expect("three points"));
     assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Left));
     let opened = third.open(&mut original).await;
     assert_eq!((opened.verdict, opened.generation), (Verdict::Rollback { to: Some(Epoch(3)) }, Generation(3)));
@@ -163,6 +164,40 @@ async fn a_copy_of_an_older_point_leaves_the_originals_line_and_the_original_is_
     let (points, _) = third.list(&original, None).await;
     assert_eq!(points.len(), 5, "nothing of either history is gone");
     third.send_point(&mut original).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_at_one_point_is_resolved_by_its_generations() {
+    let site = Site::start();
+    let office = site.office("north").await;
+    let mut original = Group::new(1, "main");
+    let mut first = Source::connect(&office, site.clock.wall_ms()).await;
+    first.open(&mut original).await;
+    first.send_points(&mut original, 2).await;
+    let mut copy = original.copied(2);
+    first.send_point(&mut original).await;
+
+    // Put back at 2 and granted a generation, the copy stands at 3, as the original does: it has made no point yet.
+    let mut second = Source::connect(&office, site.clock.wall_ms()).await;
+    let opened = second.open(&mut copy).await;
+    copy.adopt(&opened);
+    original.process = [3; 16];
+    let mut third = Source::connect(&office, site.clock.wall_ms()).await;
+    assert_eq!(third.try_open(&original).await, Err(RefusalReason::Fork));
+
+    let told = second.next().await;
+    assert!(matches!(told, TargetMessage::GroupRefused { reason: RefusalReason::Fork, .. }), "{told:?}");
+
+    let error = site.resolve(&office, &original, "3").await.expect_err("both end at 3").to_string();
+    assert!(error.contains("more than one") && error.contains("2/3:") && error.contains("1/3:"), "{error}");
+    let chosen = site.resolve(&office, &original, "1/3").await.expect("resolved");
+    assert_eq!((chosen.generation, Some(chosen.head)), (Generation(1), original.head()));
+    assert_eq!(second.try_open(&copy).await, Err(RefusalReason::Left));
+    let opened = third.open(&mut original).await;
+    assert_eq!((opened.verdict, opened.generation), (Verdict::Continue, Generation(3)));
+    original.adopt(&opened);
+    assert_eq!(third.send_point(&mut original).await.epoch, Epoch(4));
+    assert_eq!(second.try_open(&copy.copied(4)).await, Err(RefusalReason::Left), "started anew");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use cdp_protocol::frame::{self, Frame};
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
-use cdp_protocol::session::target::Ruling;
+use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
 use cdp_target::journal::Fork;
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
@@ -207,7 +207,7 @@ impl GroupWriter for MemoryWriter {
         self.disk(|disk| Ok(disk.frozen.clone())).ok().flatten()
     }
 
-    fn resolve(&mut self, _head: &str) -> Result<Head, StoreError> {
+    fn resolve(&mut self, _head: &str) -> Result<Claim, StoreError> {
         Err(StoreError::Failed("a store in memory has no operator".into()))
     }
 

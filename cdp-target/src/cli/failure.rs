@@ -135,7 +135,7 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
             return (Fault::User, Some("`cdp-target status` shows how the groups stand"));
         }
         Some(JournalError::NoHistory { is_ambiguous, .. }) => {
-            let more = "give more of the hash: EPOCH:HASH";
+            let more = "give the whole name: GENERATION/EPOCH:HASH";
             let other = "`cdp-target status` names where the histories end, and whose they are";
             return (Fault::User, Some(if *is_ambiguous { more } else { other }));
         }

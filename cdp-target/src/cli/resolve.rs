@@ -14,7 +14,8 @@ pub(super) struct Arguments {
     /// The group.
     #[arg(value_name = "OFFICE/GROUP", value_parser = whole_group)]
     group: GroupPath,
-    /// Where the history ends that is to go on, as `status` names it: an epoch, or EPOCH:HASH (the start of it is enough).
+    /// Where the history ends that is to go on, as `status` names it: GENERATION/EPOCH:HASH. EPOCH or EPOCH:HASH (the start of it)
+    /// is enough where it names one.
     #[arg(long, value_name = "HEAD")]
     continue_from: String,
     #[command(flatten)]
@@ -39,7 +40,7 @@ fn resolve(arguments: &Arguments) -> Result<ExitCode, Failure> {
         Done::Locked(_lock) => write_resolution(&store, group.place(), &arguments.continue_from)?,
     };
     print(&format!(
-        "{} goes on from {head} with the next source that stands there, which compares everything; the other points stay\n",
+        "{} goes on from {head} with the next source that may, which compares everything; the other points stay\n",
         arguments.group
     ))?;
     Ok(ExitCode::SUCCESS)

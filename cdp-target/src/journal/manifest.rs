@@ -187,11 +187,11 @@ impl Manifest {
         }
     }
 
-    /// Where the histories end that there are: ours, whose newest point is `head`, and those of the forked sources.
-    #[must_use]
-    pub fn histories(&self, head: Option<Head>) -> Vec<Claim> {
+    /// Where the histories end that there are: ours, whose newest point is `head`, and those of the forked sources, with
+    /// what is known of these.
+    pub fn histories(&self, head: Option<Head>) -> impl Iterator<Item = (Claim, Option<&Fork>)> {
         let ours = head.map(|head| Claim { generation: self.generation, head });
-        ours.into_iter().chain(self.forks.iter().map(|fork| fork.claim)).collect()
+        ours.map(|ours| (ours, None)).into_iter().chain(self.forks.iter().map(|fork| (fork.claim, Some(fork))))
     }
 
     /// One copy's bytes.
@@ -298,7 +298,7 @@ impl Manifest {
             out.extend_from_slice(&fork.at.0.to_le_bytes());
         }
         out.push(u8::from(self.ruling.chosen.is_some()));
-        self.ruling.chosen.iter().for_each(|head| put_head(out, head));
+        self.ruling.chosen.iter().for_each(|claim| put_claim(out, claim));
         put_count(out, self.ruling.left.len());
         self.ruling.left.iter().for_each(|claim| put_claim(out, claim));
         put_count(out, self.older_envelopes.len());
@@ -312,7 +312,7 @@ impl Manifest {
             let (claim, host) = (take_claim(input)?, input.text()?);
             self.forks.push(Fork { claim, host, at: Timestamp(input.i64()?) });
         }
-        self.ruling.chosen = if input.flag()? { Some(take_head(input)?) } else { None };
+        self.ruling.chosen = if input.flag()? { Some(take_claim(input)?) } else { None };
         self.ruling.left = (0..input.u32()?).map(|_| take_claim(input)).collect::<Result<_, _>>()?;
         self.older_envelopes = (0..input.u32()?).map(|_| take_envelope(input)).collect::<Result<_, _>>()?;
         Ok(())

@@ -37,7 +37,7 @@ pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
 pub use unreadable::Unreadable;
 pub use view::{GroupView, Point};
-pub use writer::{GroupJournal, short_head};
+pub use writer::{GroupJournal, short_claim};
 
 /// Who a group is. Changes only through the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]

@@ -244,19 +244,19 @@ impl GroupJournal {
         })
     }
 
-    /// Ends a fork: the history that ends at `text` (an epoch, or an epoch and the start of its hash) goes on with the next
-    /// source that stands there; the others are left. Nothing of any is removed.
+    /// Ends a fork: the history that ends at `text` goes on with the next source that may; the others are left. Nothing of any
+    /// is removed. `text` is an epoch, with `GENERATION/` before it and the start of its hash behind a colon as far as needed.
     ///
     /// # Errors
     /// Where the group is not forked, no history or several end there, or the manifest cannot be replaced.
-    pub fn resolve(&mut self, text: &str) -> Result<Head, JournalError> {
-        let claims = self.manifest.histories(self.synced_head());
+    pub fn resolve(&mut self, text: &str) -> Result<Claim, JournalError> {
+        let claims: Vec<Claim> = self.manifest.histories(self.synced_head()).map(|(claim, _)| claim).collect();
         let chosen = choose(&claims, text, self.manifest.frozen.is_some() || self.manifest.ruling.chosen.is_some())?;
         self.change(|manifest| {
             manifest.frozen = None;
             manifest.ruling.chosen = Some(chosen);
             manifest.ruling.left.retain(|left| !claims.contains(left));
-            manifest.ruling.left.extend(claims.iter().filter(|claim| claim.head != chosen));
+            manifest.ruling.left.extend(claims.iter().filter(|claim| **claim != chosen));
             let surplus = manifest.ruling.left.len().saturating_sub(LEFT_MAX);
             manifest.ruling.left.drain(..surplus);
         })?;
@@ -467,29 +467,34 @@ impl GroupJournal {
 }
 
 /// The one history that `text` names.
-fn choose(claims: &[Claim], text: &str, is_forked: bool) -> Result<Head, JournalError> {
+fn choose(claims: &[Claim], text: &str, is_forked: bool) -> Result<Claim, JournalError> {
     if !is_forked {
         return Err(JournalError::NotForked);
     }
-    let (epoch, prefix) = text.split_once(':').unwrap_or((text, ""));
+    let (place, prefix) = text.split_once(':').unwrap_or((text, ""));
+    let (generation, epoch) = place.split_once('/').map_or((None, place), |(of, epoch)| (Some(of), epoch));
     let named = |claim: &&Claim| {
-        claim.head.epoch.to_string() == epoch && claim.head.hash.to_string().starts_with(&prefix.to_lowercase())
+        generation.is_none_or(|of| claim.generation.to_string() == of)
+            && claim.head.epoch.to_string() == epoch
+            && claim.head.hash.to_string().starts_with(&prefix.to_lowercase())
     };
     match claims.iter().filter(named).collect::<Vec<_>>().as_slice() {
-        [one] => Ok(one.head),
+        [one] => Ok(**one),
         found => Err(JournalError::NoHistory {
             named: text.to_owned(),
             is_ambiguous: !found.is_empty(),
-            known: claims.iter().map(|claim| short_head(claim.head)).collect(),
+            known: claims.iter().copied().map(short_claim).collect(),
         }),
     }
 }
 
-/// A head as people read and write it: its epoch, and enough of its hash.
+/// The end of a history as people read and write it: generation, epoch and enough of the hash. The generation belongs to it:
+/// a source that was granted one stands at the journal's newest point, and so may the one that made the point.
 #[must_use]
-pub fn short_head(head: Head) -> String {
+pub fn short_claim(claim: Claim) -> String {
+    let Claim { generation, head } = claim;
     let hash = head.hash.to_string();
-    format!("{}:{}", head.epoch, hash.get(..12).unwrap_or(&hash))
+    format!("{generation}/{}:{}", head.epoch, hash.get(..12).unwrap_or(&hash))
 }
 
 /// Makes a segment of nothing but its header, durable with its name; replaces one that no manifest names.

@@ -15,7 +15,7 @@ use cdp_seams::clock::Clock;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tracing::{error, info, warn};
 
-use crate::journal::{Fork, short_head};
+use crate::journal::{Fork, short_claim};
 
 use super::live::{LiveGroup, Unchanged};
 use super::store_api::{GroupStore, GroupWriter, StoreError};
@@ -257,7 +257,7 @@ impl GroupThread {
         let writer = self.writer.as_deref_mut().expect("opened by the caller");
         let host = request.instance.host.clone();
         let fork = Claim::of(request).map(|claim| Fork { claim, host: host.clone(), at });
-        let claims = fork.as_ref().map_or_else(|| "no point".to_owned(), |fork| short_head(fork.claim.head));
+        let claims = fork.as_ref().map_or_else(|| "no point".to_owned(), |fork| short_claim(fork.claim));
         let line = format!("a source on {host} stands at {claims}, which is not of the history that goes on here");
         let is_first = writer.frozen().is_none();
         let ours = !is_first && is_ours(request, &*writer);

@@ -7,7 +7,7 @@ use crate::journal::Fork;
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
-use cdp_protocol::session::target::Ruling;
+use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
 
 /// The groups of a store.
@@ -81,7 +81,7 @@ pub trait GroupWriter: Send {
     ///
     /// # Errors
     /// Where the group is not forked, no history ends there, or it cannot be stored.
-    fn resolve(&mut self, head: &str) -> Result<Head, StoreError>;
+    fn resolve(&mut self, head: &str) -> Result<Claim, StoreError>;
 
     /// Up to `max` points above `after`, oldest first; only durable ones.
     ///

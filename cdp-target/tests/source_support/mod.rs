@@ -10,6 +10,7 @@ use cdp_protocol::message::{
 };
 use cdp_protocol::record::{Begin, Commit, Meters, PartChain, PartEnd, Predecessor, Volume};
 use cdp_protocol::seal::DataKey;
+use cdp_protocol::session::target::Claim;
 use cdp_protocol::units::{
     AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, Head, KeyId, OfficeId, Sequence,
     Timestamp, VolumeSlot,
@@ -94,7 +95,7 @@ impl Site {
     }
 
     /// Ends a fork as an operator does.
-    pub(crate) async fn resolve(&self, office: &Enrolled, group: &Group, head: &str) -> Head {
+    pub(crate) async fn resolve(&self, office: &Enrolled, group: &Group, head: &str) -> Result<Claim, ReceiverError> {
         let (answer, resolved) = tokio::sync::oneshot::channel();
         let name = self.target.authority.lock().expect("not poisoned").offices()[0].name.clone();
         assert_eq!(self.groups(office), [group.id]);
@@ -103,7 +104,7 @@ impl Site {
             answer.send(writer.and_then(|writer| writer.resolve(&head))).expect("waited for");
         };
         self.receiver.with_group(&name, group.id, work).await;
-        within(resolved).await.expect("answered").expect("resolved")
+        within(resolved).await.expect("answered")
     }
 
     pub(crate) fn live(&self, group: GroupId) -> LiveGroup {

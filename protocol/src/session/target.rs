@@ -203,7 +203,7 @@ impl Claim {
 pub struct Ruling {
     /// The end of the history that is to go on, until a source has come that may go on with it: one that stands there, at an
     /// ancestor of it, or that knows nothing.
-    pub chosen: Option<Head>,
+    pub chosen: Option<Claim>,
     /// Histories that do not go on: their sources are refused, and freeze nothing any more.
     pub left: Vec<Claim>,
 }
@@ -292,20 +292,21 @@ fn stands_at(request: &OpenGroup, head: Head) -> bool {
 /// generation and compare everything, and what they go on from is of the chosen history, or is nothing.
 fn of_the_chosen<E>(
     standing: &Standing<'_>,
-    chosen: Head,
+    chosen: Claim,
     request: &OpenGroup,
     made_in: &mut dyn FnMut(Head) -> Result<Option<Generation>, E>,
 ) -> Result<Option<Found>, E> {
-    if stands_at(request, chosen) {
+    let claimed = request.generation.unwrap_or_default();
+    // The generation counts: of two that stand at one point, one may have been granted it after another line.
+    if chosen.generation == claimed && stands_at(request, chosen.head) {
         return chosen_history(standing, request, made_in).map(Some);
     }
     if Claim::of(request).is_none() {
         return Ok(Some(Found { verdict: Verdict::Rollback { to: None }, lost: vec![], from: None }));
     }
     // Of an end that the journal never had nobody knows the ancestors.
-    let Some(generation) = made_in(chosen)? else { return Ok(None) };
-    let end = Place { generation, epoch: chosen.epoch };
-    let claimed = request.generation.unwrap_or_default();
+    let Some(generation) = made_in(chosen.head)? else { return Ok(None) };
+    let end = standing.lineage.place(chosen.generation, chosen.head.epoch, generation);
     for head in claimed_heads(request).filter(|head| head.epoch <= end.epoch) {
         let place = made_in(head)?.map(|made| standing.lineage.place(claimed, head.epoch, made));
         if let Some(place) = place.filter(|place| standing.lineage.holds(end.generation, *place)) {

@@ -165,7 +165,7 @@ fn a_new_generation_says_where_it_goes_on_from() {
 }
 
 /// What was chosen and left; the source's generation and acked; what comes of it.
-type RulingRow<'a> = (Option<u64>, &'a [Claim], u64, &'a [u64], Short);
+type RulingRow<'a> = (Option<(u64, u64)>, &'a [Claim], u64, &'a [u64], Short);
 
 #[test]
 fn a_ruling_is_followed_by_this_table() {
@@ -174,32 +174,56 @@ fn a_ruling_is_followed_by_this_table() {
     let left = || Err(RefusalReason::Left);
     let rollback = |to: Option<u64>| Ok((Verdict::Rollback { to: to.map(Epoch) }, 3, vec![]));
     let table: [RulingRow<'_>; 16] = [
-        (Some(11), &[claim(2, 13)], 1, &[11, 10], rollback(Some(11))),
-        (Some(11), &[claim(2, 13)], 2, &[13, 12], left()),
-        (Some(13), &[claim(1, 11)], 2, &[13, 12], Ok((Verdict::Continue, 3, vec![]))),
-        (Some(13), &[claim(1, 11)], 1, &[11, 10], left()),
+        (Some((1, 11)), &[claim(2, 13)], 1, &[11, 10], rollback(Some(11))),
+        (Some((1, 11)), &[claim(2, 13)], 2, &[13, 12], left()),
+        (Some((2, 13)), &[claim(1, 11)], 2, &[13, 12], Ok((Verdict::Continue, 3, vec![]))),
+        (Some((2, 13)), &[claim(1, 11)], 1, &[11, 10], left()),
         // One that stands before the chosen place, in its lineage: put back from a backup, or granted and dead before it stored it.
-        (Some(11), &[claim(2, 13)], 1, &[10], rollback(Some(10))),
-        (Some(11), &[claim(2, 13)], 1, &[9, 8], rollback(Some(9))),
-        (Some(13), &[claim(1, 11)], 2, &[12], rollback(Some(12))),
-        (Some(13), &[claim(1, 11)], 1, &[10], rollback(Some(10))),
-        (Some(11), &[claim(2, 13)], 2, &[12], left()),
+        (Some((1, 11)), &[claim(2, 13)], 1, &[10], rollback(Some(10))),
+        (Some((1, 11)), &[claim(2, 13)], 1, &[9, 8], rollback(Some(9))),
+        (Some((2, 13)), &[claim(1, 11)], 2, &[12], rollback(Some(12))),
+        (Some((2, 13)), &[claim(1, 11)], 1, &[10], rollback(Some(10))),
+        (Some((1, 11)), &[claim(2, 13)], 2, &[12], left()),
         // New hardware.
-        (Some(11), &[claim(2, 13)], 0, &[], rollback(None)),
-        (Some(40), &[claim(2, 13)], 0, &[], rollback(None)),
+        (Some((1, 11)), &[claim(2, 13)], 0, &[], rollback(None)),
+        (Some((2, 40)), &[claim(2, 13)], 0, &[], rollback(None)),
         // One that the journal never had.
-        (Some(40), &[claim(2, 13)], 7, &[40, 12], Ok((Verdict::Rollback { to: Some(Epoch(12)) }, 8, vec![]))),
-        (Some(40), &[claim(2, 13)], 2, &[40, 39], rollback(None)),
-        (Some(40), &[claim(2, 13)], 2, &[12], left()),
+        (Some((7, 40)), &[claim(2, 13)], 7, &[40, 12], Ok((Verdict::Rollback { to: Some(Epoch(12)) }, 8, vec![]))),
+        (Some((2, 40)), &[claim(2, 13)], 2, &[40, 39], rollback(None)),
+        (Some((2, 40)), &[claim(2, 13)], 2, &[12], left()),
         // Long after.
         (None, &[claim(1, 11)], 1, &[11, 10], left()),
         (None, &[claim(1, 11)], 2, &[13], Ok((Verdict::Continue, 2, vec![]))),
     ];
     for (number, (chosen, left, claimed, acked, expected)) in table.into_iter().enumerate() {
-        let ruling = Ruling { chosen: chosen.map(head), left: left.to_vec() };
+        let chosen = chosen.map(|(generation, epoch)| claim(generation, epoch));
+        let ruling = Ruling { chosen, left: left.to_vec() };
         let judged = judged_in(&lineage, &ruling, &made, 13, 2, &request(claimed, acked, &[]));
         assert_eq!(short(judged), expected, "row {number}");
     }
+}
+
+/// Before the copy has made a point both stand at the journal's newest: the original at 11, the copy after comparing with it.
+#[test]
+fn of_two_that_stand_at_one_point_the_chosen_goes_on() {
+    let (lineage, _) = branched();
+    let claim = |generation| Claim { generation: Generation(generation), head: head(11) };
+    let judged = |chosen: u64, left: u64, claimed: u64, acked: &[u64]| {
+        let ruling = Ruling { chosen: Some(claim(chosen)), left: vec![claim(left)] };
+        short(judged_in(&lineage, &ruling, &[], 11, 2, &request(claimed, acked, &[])))
+    };
+    let goes_on = || Ok((Verdict::Continue, 3, vec![]));
+    let left = || Err(RefusalReason::Left);
+    assert_eq!([judged(1, 2, 1, &[11, 10]), judged(1, 2, 2, &[11, 10])], [goes_on(), left()]);
+    assert_eq!([judged(2, 1, 2, &[11, 10]), judged(2, 1, 1, &[11, 10])], [goes_on(), left()]);
+    let never_left = Ruling { chosen: Some(claim(2)), left: vec![] };
+    assert_eq!(
+        short(judged_in(&lineage, &never_left, &[], 11, 2, &request(1, &[11, 10], &[]))),
+        left(),
+        "not an ancestor"
+    );
+    let to_10 = Ok((Verdict::Rollback { to: Some(Epoch(10)) }, 3, vec![]));
+    assert_eq!([judged(1, 2, 1, &[10]), judged(2, 1, 1, &[10])], [to_10.clone(), to_10]);
 }
 
 #[test]
