@@ -285,6 +285,7 @@ mod tests {
             acked: vec![],
             sent: vec![],
             parts: None,
+            parts_sent: vec![],
             anew: false,
             instance: Instance::default(),
             envelope: Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] },

@@ -497,6 +497,7 @@ fn open_group(group: GroupId, key: &DataKey, bundle: &Bundle) -> SourceMessage {
         acked: vec![],
         sent: vec![],
         parts: None,
+        parts_sent: vec![],
         anew: false,
         instance: Instance::default(),
         envelope: escrow::seal(&group, KeyId([1; 8]), key, &bundle.escrow_public).expect("sealed"),

@@ -67,6 +67,8 @@ pub struct OpenGroup {
     pub sent: Vec<Head>,
     /// The newest acked part of the epoch after them, and that epoch's number.
     pub parts: Option<(Epoch, PartChain)>,
+    /// Ends of parts that this very process has sent and that may have been acked unheard, newest last, at most 64.
+    pub parts_sent: Vec<(Epoch, PartChain)>,
     /// Whether a new generation is asked for: the target's answers contradicted what it was sent.
     pub anew: bool,
     /// Which process asks.

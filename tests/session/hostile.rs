@@ -79,6 +79,7 @@ fn open(group: GroupId) -> SourceMessage {
         acked: vec![],
         sent: vec![],
         parts: None,
+        parts_sent: vec![],
         anew: false,
         instance: Instance::default(),
         envelope: facts.envelope,

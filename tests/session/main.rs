@@ -207,6 +207,52 @@ fn a_line_that_breaks_anywhere_loses_nothing_and_sends_little_again() {
     }
 }
 
+/// Captures two epochs in parts, once: a new generation would void what was sent, and is a failure. Ends when both are points.
+fn capture_in_parts(handle: &GroupHandle, random: &SimRandom) -> Vec<Head> {
+    let (mut acked, mut parts, mut granted) = (Vec::new(), Vec::new(), None);
+    while acked.len() < 2 {
+        match handle.events.recv_timeout(DEADLINE).expect("progress") {
+            SourceEvent::Opened { generation, .. } if granted.is_none() => {
+                granted = Some(generation);
+                for (epoch, is_part) in [(1, true), (1, true), (1, false), (2, true), (2, false)] {
+                    let outgoing = outgoing(epoch, generation, random);
+                    let end = if is_part { End::Part } else { outgoing.end.clone() };
+                    handle.submit(Outgoing { end, ..outgoing }).expect("the sender lives");
+                }
+            }
+            SourceEvent::Opened { generation, .. } => {
+                assert_eq!(Some(generation), granted, "a new generation has everything sent again");
+            }
+            SourceEvent::Committing(head) => handle.proceed(head).expect("the sender lives"),
+            SourceEvent::Acked(head) => acked.push(head),
+            SourceEvent::PartAcked { attempt, .. } => {
+                assert!(!parts.contains(&attempt), "acked twice");
+                parts.push(attempt);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(parts.len(), 3);
+    acked
+}
+
+#[test]
+fn a_target_that_restarts_anywhere_within_the_parts_is_sent_nothing_again() {
+    let ran = |seed, cuts| {
+        let target = Target::new(MemoryStore::default(), seed, cuts, true);
+        let (acked, sent) = run(&target, Memo::default(), |handle| capture_in_parts(handle, &SimRandom::new(3)));
+        check(&target.store, &acked);
+        sent
+    };
+    let sound = ran(0, vec![]);
+    for after_bytes in (0..sound + 2000).step_by(43) {
+        for seed in 0..4 {
+            println!("cut after {after_bytes}, seed {seed}");
+            ran(seed, vec![Cut { after_bytes, delivers: true }]);
+        }
+    }
+}
+
 #[test]
 fn whatever_breaks_every_epoch_is_acked_once() {
     for seed in 0..400 {

@@ -185,6 +185,7 @@ impl Group {
             acked: self.head().into_iter().collect(),
             sent: vec![],
             parts: self.parts.map(|parts| (Epoch(self.head().map_or(0, |head| head.epoch.0) + 1), parts)),
+            parts_sent: vec![],
             anew: false,
             instance: Instance { process: self.process, host: "test".into() },
             envelope: Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] },

@@ -16,3 +16,5 @@ pub mod target;
 pub const ACKED_MAX: usize = 16;
 /// Commits a source has under way at once, sent and not acked.
 pub const SENT_MAX: usize = 8;
+/// Ends of parts a source names that it sent and heard no ack for: more than it has under way at once.
+pub const PARTS_SENT_MAX: usize = 64;

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::SENT_MAX;
 use super::memo::Memo;
+use super::{PARTS_SENT_MAX, SENT_MAX};
 use crate::codec::Sealer;
 use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
@@ -210,7 +210,11 @@ impl SourceSession {
     pub fn open_group(&self) -> OpenGroup {
         let GroupFacts { group, name, instance, envelope, volumes } = self.facts.clone();
         let Memo { generation, acked, sent, parts } = self.memo.clone();
-        OpenGroup { group, name, generation, acked, sent, parts, anew: self.anew, instance, envelope, volumes }
+        let ends = self.queue.iter().filter_map(|queued| queued.end.as_ref());
+        let mut parts_sent: Vec<_> = ends.filter_map(|end| end.stand.parts).collect();
+        parts_sent.drain(..parts_sent.len().saturating_sub(PARTS_SENT_MAX));
+        let anew = self.anew;
+        OpenGroup { group, name, generation, acked, sent, parts, parts_sent, anew, instance, envelope, volumes }
     }
 
     /// The line broke, or the target put the group off: nothing leaves until `line_up`.

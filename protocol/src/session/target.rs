@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use super::lineage::{Line, Lineage, Place};
-use super::{ACKED_MAX, SENT_MAX};
+use super::{ACKED_MAX, PARTS_SENT_MAX, SENT_MAX};
 use crate::limits::{VOLUMES_MAX, is_name};
 use crate::message::{
     self, MessageError, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict,
@@ -156,7 +156,8 @@ fn check(request: &OpenGroup) -> Result<(), TargetRefusal> {
         ("volume", request.volumes.iter().all(volume)),
         ("order of volumes", request.volumes.is_sorted_by(|a, b| a.slot < b.slot)),
         ("generation", request.generation != Some(Generation(0))),
-        ("part", request.parts.is_none_or(|(_, parts)| parts.count > 0)),
+        ("part", request.parts.iter().chain(&request.parts_sent).all(|(_, parts)| parts.count > 0)),
+        ("list of sent parts", request.parts_sent.len() <= PARTS_SENT_MAX),
         ("host name", request.instance.host.len() <= HOST_BYTES_MAX),
         ("envelope", envelope.encapsulated.len() + envelope.sealed.len() <= ENVELOPE_BYTES_MAX),
     ];
@@ -263,8 +264,7 @@ pub fn judge<E>(
         Ok(found) => found,
         Err(reason) => return Ok(Judgement::Refuse(reason)),
     };
-    // Its own parts, heard of or not; or exactly those it knows of: else another's could end up in its next point.
-    let same_parts = standing.same_process || request.parts == standing.parts;
+    let same_parts = standing.same_process || knows_the_parts(standing, request);
     let asks_anew = request.anew || chosen.is_some();
     let stays = verdict == Verdict::Continue && claimed == standing.generation && same_parts && !asks_anew;
     if stays {
@@ -278,6 +278,16 @@ pub fn judge<E>(
 /// The points a source may stand at, newest first: commits that left, acked or not, and the newest acked one.
 fn claimed_heads(request: &OpenGroup) -> impl Iterator<Item = Head> + '_ {
     request.sent.iter().chain(request.acked.first()).copied()
+}
+
+/// Whether the parts that are here are exactly those the source knows of: else another's could end up in its next point.
+///
+/// Acks may have been lost with the target's process. Parts that the journal's newest point took in are parts no more; and
+/// those whose ends the source has sent are its own, since nobody else can name their hashes.
+fn knows_the_parts(standing: &Standing<'_>, request: &OpenGroup) -> bool {
+    let above = |(epoch, _): &(Epoch, PartChain)| standing.head.is_none_or(|head| *epoch > head.epoch);
+    let known = request.parts.filter(above);
+    known == standing.parts || standing.parts.is_some_and(|parts| request.parts_sent.contains(&parts))
 }
 
 fn stands_at(request: &OpenGroup, head: Head) -> bool {

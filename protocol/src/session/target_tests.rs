@@ -20,6 +20,7 @@ fn request(generation: u64, acked: &[u64], sent: &[u64]) -> OpenGroup {
         acked: acked.iter().map(|epoch| head(*epoch)).collect(),
         sent: sent.iter().map(|epoch| head(*epoch)).collect(),
         parts: None,
+        parts_sent: vec![],
         anew: false,
         instance: Instance::default(),
         envelope: Envelope { key: KeyId::default(), encapsulated: vec![], sealed: vec![] },
@@ -246,6 +247,31 @@ fn parts_another_process_does_not_know_of_are_not_gone_on_with() {
     }
 }
 
+/// The target has died with an ack that its source did not hear, and knows no process any more.
+#[test]
+fn parts_whose_acks_were_lost_with_the_target_are_gone_on_with() {
+    let chain = |epoch: u64, count: u32| (Epoch(epoch), PartChain { count, hash: FrameHash([count as u8; 32]) });
+    let judged = |newest: u64, held: Option<_>, heard: Option<_>, sent: &[(Epoch, PartChain)]| {
+        let (lineage, ruling) = (Lineage::default(), Ruling::default());
+        let (generation, head, same_process) = (Generation(1), Some(head(newest)), false);
+        let standing = Standing { head, parts: held, generation, same_process, lineage: &lineage, ruling: &ruling };
+        let request = OpenGroup { parts: heard, parts_sent: sent.to_vec(), ..request(1, &[5], &[6]) };
+        let judged = judge(&standing, &request, &mut |_| Ok::<_, Infallible>(Some(Generation(1))));
+        short(judged.expect("infallible")).expect("opened").1
+    };
+    let part = |count| chain(6, count);
+    assert_eq!(judged(5, Some(part(1)), None, &[part(1)]), 1, "the first part's");
+    assert_eq!(judged(5, Some(part(3)), Some(part(2)), &[part(3), part(4)]), 1, "a later one's");
+    assert_eq!(judged(5, Some(part(4)), Some(part(2)), &[part(3), part(4)]), 1, "two of them");
+    assert_eq!(judged(6, None, Some(part(2)), &[]), 1, "that of the point that took them in");
+    assert_eq!(judged(6, Some(chain(7, 9)), Some(part(2)), &[chain(7, 9)]), 1, "and of a part after it");
+    assert_eq!(judged(5, Some(part(1)), Some(part(2)), &[part(3)]), 2, "a part that was acked is lost");
+    assert_eq!(judged(5, None, Some(part(2)), &[part(3)]), 2, "all of them are");
+    assert_eq!(judged(5, Some(part(9)), Some(part(2)), &[part(3)]), 2, "another's");
+    assert_eq!(judged(5, Some(chain(7, 3)), Some(part(2)), &[part(3)]), 2, "of another epoch");
+    assert_eq!(judged(6, Some(chain(7, 1)), Some(part(2)), &[]), 2, "another's, after the point");
+}
+
 #[test]
 fn messages_are_followed_by_this_table() {
     let now = Timestamp(7);
@@ -281,6 +307,7 @@ fn messages_are_followed_by_this_table() {
 fn requests_beyond_their_bounds_are_refused() {
     let good = request(1, &[3, 2], &[4]);
     assert!(check(&good).is_ok());
+    let part = PartChain { count: 1, hash: FrameHash([1; 32]) };
     let long: Vec<u64> = (1..=17).rev().collect();
     let bad = [
         OpenGroup { name: "../x".into(), ..good.clone() },
@@ -290,6 +317,8 @@ fn requests_beyond_their_bounds_are_refused() {
         request(1, &[], &long[..9]),
         request(1, &[2, 3], &[]),
         request(1, &[], &[3, 3]),
+        OpenGroup { parts_sent: vec![(Epoch(4), part); PARTS_SENT_MAX + 1], ..good.clone() },
+        OpenGroup { parts_sent: vec![(Epoch(4), PartChain { count: 0, ..part })], ..good.clone() },
     ];
     for request in bad {
         assert!(matches!(check(&request), Err(TargetRefusal::Field(_))), "{request:?}");
