@@ -33,6 +33,7 @@ fn scribble(path: &Path, seed: u64) -> Result<()> {
 
 /// A point cut now holds what each of `volumes` (name, device) holds.
 fn newest_point_equals(site: &Site, volumes: &[(&str, &Path)], scratch: &Path) -> Result<()> {
+    wait_for("the agent to answer", PATIENCE, || Ok(site.source_status().ok().map(drop)))?;
     tool("sync", &[])?;
     let epoch = site.point_now()?;
     for (name, device) in volumes {

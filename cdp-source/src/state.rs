@@ -458,6 +458,7 @@ mod tests {
         state.make(state.root()).expect("made");
         let made = state.make_group("main", &SystemRandom, &public, None).expect("made");
         state.replace_config("# mine\n").expect("written");
+        state.make(&state.tracking("main")).expect("made");
         let kept = state.kept_memo("main");
         let memo = Memo { generation: Some(cdp_protocol::units::Generation(5)), ..Memo::default() };
         kept.keep(&memo);

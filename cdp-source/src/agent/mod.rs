@@ -28,7 +28,6 @@ use cdp_protocol::session::source::GroupFacts;
 use cdp_protocol::units::BLOCK_BYTES;
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{self, SystemRandom};
-use cdp_seams::storage::Storage;
 use group::{GroupSetup, Input};
 use requests::Shared;
 use status::{GroupStatus, VolumeStatus};

@@ -169,7 +169,12 @@ impl EbpfTracker {
             tracker.rescan("writes may have gone unmarked while no agent looked");
             tracker.instance.set_answered(&counts);
         }
+        let goes_on = tracker.started_over.is_none();
         tracker.recover(recovered)?;
+        if goes_on {
+            // Its writes may be in flight still. Where all begins anew, they were waited for.
+            tracker.suspects.add(&tracker.recovered);
+        }
         Ok(tracker)
     }
 
@@ -221,7 +226,6 @@ impl EbpfTracker {
         for (recovered, pending) in self.recovered.iter_mut().zip(&mut self.pending) {
             *recovered |= std::mem::take(pending);
         }
-        self.suspects.add(&self.recovered);
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 
 use super::TrackerError;
 use super::bitmap::peek;
-use super::device::{Device, DeviceKind, DiskCounts};
+use super::device::{Device, DiskCounts};
 use super::ebpf::EbpfOptions;
 use super::identity::{Difference, Identity, LAYOUT, VolumeIdentity};
 use super::instance::Instance;
@@ -22,7 +22,7 @@ use std::time::Duration;
 /// Bytes of the record in the state folder.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
-/// How long a moment is waited for in which nothing is on its way to a bio-based disk.
+/// How long a moment is waited for in which nothing is on its way to a disk.
 const QUIET_WITHIN: Duration = Duration::from_secs(1);
 
 /// An instance that watches, and what it does not know.
@@ -170,11 +170,11 @@ fn succeed(
     Ok(TakenOver { instance, recovered: Some(carried), started_over: told(lost), first_copy: told(joined) })
 }
 
-/// Waits a while for the bios that were on their way when the new programs were attached, which know nothing of them, and
+/// Waits a while for the writes that were on their way when the new programs were attached, which know nothing of them, and
 /// answers for all that have ended by now: everything is read later, or the old programs have marked them.
 fn answer_for_the_past(instance: &Instance, devices: &[Device]) -> io::Result<()> {
     let clock = SystemClock::new();
-    for device in devices.iter().filter(|device| device.kind == DeviceKind::Bio) {
+    for device in devices {
         let deadline = clock.monotonic() + QUIET_WITHIN;
         while DiskCounts::read(device.disk)?.in_flight > 0 && clock.monotonic() < deadline {
             std::thread::yield_now();
