@@ -1,9 +1,10 @@
 //! What a protected device is: which disk, which window of it, how large, of what kind.
 //!
-//! Owns the reading of sysfs. A `Device` is what was found when it was inspected; `still_same` compares it with what is
-//! there now, by device number, never by path: a path may have come to mean another device. Does not open the device.
+//! Owns the reading of sysfs. A `Device` is what was found when it was inspected; `watch` tells whether it still is. Does not
+//! open the device.
 
 use super::TrackerError;
+use super::kernel_file::strange;
 use crate::reader::ReadTarget;
 use cdp_protocol::units::{SECTOR_BYTES, Sectors, VOLUME_BYTES_MAX};
 use cdp_seams::storage::{Storage, SystemStorage};
@@ -28,7 +29,7 @@ impl DeviceNumber {
         self.major << 20 | self.minor
     }
 
-    fn sysfs(self) -> PathBuf {
+    pub(super) fn sysfs(self) -> PathBuf {
         PathBuf::from(format!("/sys/dev/block/{self}"))
     }
 }
@@ -158,76 +159,9 @@ impl Device {
         }
     }
 
-    /// Whether the device is what it was, by a look at sysfs.
-    ///
-    /// # Errors
-    /// What is different, in a line.
-    pub fn still_same(&self) -> Result<(), String> {
-        let name = self.path.display();
-        let now = match Self::of_number(&self.path, self.number) {
-            Ok(now) => now,
-            Err(error) => return Err(format!("{name} vanished ({error})")),
-        };
-        let (was, is) = (self.length.0, now.length.0);
-        if now.disk != self.disk {
-            return Err(format!("{name} is on another disk: {}, was {}", now.disk, self.disk));
-        }
-        if now.diskseq != self.diskseq {
-            return Err(format!(
-                "{name} is another device now (sequence number {}, was {})",
-                now.diskseq, self.diskseq
-            ));
-        }
-        if is != was {
-            let verb = if is < was { "shrank" } else { "grew" };
-            return Err(format!("{name} {verb} from {was} to {is} sectors"));
-        }
-        if now.paths != self.paths {
-            return Err(format!("{name} has the paths {:?}, had {:?}", now.paths, self.paths));
-        }
-        if now.start != self.start {
-            return Err(format!("{name} begins at sector {}, was {}", now.start, self.start));
-        }
-        Ok(())
-    }
-}
-
-/// What the kernel counted on a disk, from `stat` and `inflight`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DiskCounts {
-    /// Sectors of completed writes.
-    pub written: u64,
-    /// Sectors of completed discards.
-    pub discarded: u64,
-    /// Completed write requests.
-    pub write_requests: u64,
-    /// Completed discard requests.
-    pub discard_requests: u64,
-    /// Writes and discards in flight.
-    pub in_flight: u64,
-    /// Nothing is counted: `queue/iostats` is 0.
-    pub is_off: bool,
-}
-
-impl DiskCounts {
-    /// The counts of a whole disk now; in flight last, so that what it says holds for the others too.
-    ///
-    /// # Errors
-    /// Where sysfs does not tell.
-    pub fn read(disk: DeviceNumber) -> io::Result<Self> {
-        let folder = disk.sysfs();
-        let stat = numbers(&read_text(&folder.join("stat"))?)?;
-        let in_flight = numbers(&read_text(&folder.join("inflight"))?)?;
-        let field = |fields: &[u64], index: usize| fields.get(index).copied().ok_or_else(strange);
-        // Kernels without discard counts have fewer fields, but none of those is supported.
-        Ok(Self {
-            written: field(&stat, 6)?,
-            discarded: field(&stat, 13)?,
-            write_requests: field(&stat, 4)?,
-            discard_requests: field(&stat, 11)?,
-            in_flight: field(&in_flight, 1)?,
-            is_off: read_text(&folder.join("queue/iostats")).is_ok_and(|iostats| iostats == "0"),
-        })
+    /// Whether it is a window of its disk.
+    pub(super) fn is_partition(&self) -> bool {
+        self.number != self.disk
     }
 }
 
@@ -259,7 +193,7 @@ fn disk_node(disk_folder: &Path, disk: DeviceNumber) -> io::Result<PathBuf> {
 /// The hidden disks of native NVMe multipath, `nvme<subsystem>c<controller>n<head>` beside their head
 /// `nvme<subsystem>n<head>` (drivers/nvme/host/core.c, `nvme_alloc_ns`). A head has no queue of its own: requests, and so
 /// their completions, are its paths' (multipath.c, `nvme_ns_head_submit_bio`).
-fn multipath_paths(sysfs_block: &Path, disk_node: &Path) -> Vec<String> {
+pub(super) fn multipath_paths(sysfs_block: &Path, disk_node: &Path) -> Vec<String> {
     let name = disk_node.file_name().unwrap_or_default().to_string_lossy();
     let Some((subsystem, head)) = name.strip_prefix("nvme").and_then(|rest| rest.split_once('n')) else {
         return Vec::new();
@@ -289,18 +223,10 @@ fn read_number(path: &Path) -> io::Result<u64> {
     read_text(path)?.parse().map_err(|_| strange())
 }
 
-fn numbers(text: &str) -> io::Result<Vec<u64>> {
-    text.split_ascii_whitespace().map(|field| field.parse().map_err(|_| strange())).collect()
-}
-
 fn parse_device(text: &str) -> io::Result<DeviceNumber> {
     let (major, minor) = text.split_once(':').ok_or_else(strange)?;
     let number = |text: &str| text.parse().map_err(|_| strange());
     Ok(DeviceNumber { major: number(major)?, minor: number(minor)? })
-}
-
-fn strange() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "sysfs says something unexpected")
 }
 
 fn unsupported(path: &Path, reason: &str) -> TrackerError {

@@ -18,6 +18,7 @@ use super::programs::Programs;
 use super::suspects::Suspects;
 use super::takeover::{TakenOver, take_over};
 use super::trust::{Before, Trust, TrustReport, Verdict};
+use super::watch::Watch;
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
 use cdp_protocol::units::{Block, GroupId, VolumeSlot};
@@ -26,81 +27,27 @@ use cdp_seams::storage::{Storage, replace};
 use roaring::RoaringBitmap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 pub use super::instance::EventCounts;
+pub use super::options::EbpfOptions;
 pub use super::pins::{BPFFS, supported};
 #[cfg(feature = "sabotage")]
 pub use super::programs::Sabotage;
 
 /// How long a flip waits for runs that were counted into the old parity.
 const STRAGGLERS_MS: u64 = 250;
+/// How often a flip looks before it gives the processor away: a run takes less than a µs, and what was given away on a busy
+/// machine comes back after milliseconds, in which more blocks are written that have to be read again.
+const SPINS: u32 = 200;
 /// A disk that gets passthrough writes all the time is captured whole no more often than this.
 const BLIND_RESCAN_EVERY: Duration = Duration::from_secs(60);
-
-/// What to track, and where the tracking is kept.
-pub struct EbpfOptions {
-    /// The group.
-    pub group: GroupId,
-    /// Its volumes.
-    pub volumes: Vec<(VolumeSlot, PathBuf)>,
-    /// Where bpffs is mounted; mounted there if it is not.
-    pub bpffs: PathBuf,
-    /// Where the identity is kept, in `tracker-<group>.json`.
-    pub state_folder: PathBuf,
-    /// How to get there.
-    pub storage: Arc<dyn Storage>,
-    /// Where the kernel tells the boot's id.
-    pub boot_id_path: PathBuf,
-    /// What it is to do wrong, for a test that must notice.
-    #[cfg(feature = "sabotage")]
-    pub sabotage: Option<Sabotage>,
-}
-
-impl EbpfOptions {
-    /// The usual places of bpffs and of the boot's id.
-    #[must_use]
-    pub fn new(
-        group: GroupId,
-        volumes: Vec<(VolumeSlot, PathBuf)>,
-        state_folder: PathBuf,
-        storage: Arc<dyn Storage>,
-    ) -> Self {
-        let bpffs = PathBuf::from(BPFFS);
-        let boot_id_path = PathBuf::from("/proc/sys/kernel/random/boot_id");
-        Self {
-            group,
-            volumes,
-            bpffs,
-            state_folder,
-            storage,
-            boot_id_path,
-            #[cfg(feature = "sabotage")]
-            sabotage: None,
-        }
-    }
-
-    #[cfg(feature = "sabotage")]
-    pub(super) fn programs(&self) -> Programs {
-        self.sabotage.map_or(Programs::PLAIN, Sabotage::programs)
-    }
-
-    #[cfg(not(feature = "sabotage"))]
-    #[expect(clippy::unused_self, reason = "only tests choose")]
-    pub(super) const fn programs(&self) -> Programs {
-        Programs::PLAIN
-    }
-
-    pub(super) fn record(&self) -> PathBuf {
-        self.state_folder.join(format!("tracker-{}.json", self.group))
-    }
-}
 
 /// The tracker of a group of block devices.
 pub struct EbpfTracker {
     instance: Instance,
     devices: Vec<Device>,
+    watches: Vec<Watch>,
     volumes: Vec<TrackedVolume>,
     /// Drained and not given to a cut yet.
     pending: Vec<RoaringBitmap>,
@@ -193,6 +140,7 @@ impl EbpfTracker {
         let volumes: Vec<TrackedVolume> = instance.identity.volumes.iter().zip(&devices).map(tracked).collect();
         let none = vec![RoaringBitmap::new(); volumes.len()];
         Ok(Self {
+            watches: devices.iter().map(Watch::begin).collect::<io::Result<_>>()?,
             suspects: Suspects::new(volumes.len(), clock.monotonic()),
             pending: none.clone(),
             recovered: none,
@@ -271,7 +219,13 @@ impl EbpfTracker {
     /// The straggler barrier of `parity`.
     fn pass(&self, parity: usize) -> Result<(), TrackerError> {
         let deadline = self.clock.monotonic() + Duration::from_millis(STRAGGLERS_MS);
+        let mut looks = 0;
         while !self.programs.skips_barrier && !self.instance.is_passed(parity) {
+            looks += 1;
+            if looks < SPINS {
+                std::hint::spin_loop();
+                continue;
+            }
             if self.clock.monotonic() > deadline {
                 let reason = format!("runs that mark parity {parity} did not end within {STRAGGLERS_MS} ms");
                 return Err(TrackerError::Stragglers(reason));
@@ -289,9 +243,9 @@ impl EbpfTracker {
     }
 
     fn check_devices(&self) -> Result<(), TrackerError> {
-        for (device, volume) in self.devices.iter().zip(&self.volumes) {
+        for (watch, volume) in self.watches.iter().zip(&self.volumes) {
             let changed = |reason| TrackerError::VolumeChanged { slot: volume.slot, reason };
-            device.still_same().map_err(changed)?;
+            watch.look().map_err(changed)?;
         }
         Ok(())
     }

@@ -8,8 +8,10 @@
 use super::TrackerError;
 use super::barrier::{self, Gates};
 use super::bitmap::{ISSUED_WORDS, Place, SPAN_WORDS, SharedWords, Unacked};
-use super::device::{Device, DeviceKind, DeviceNumber, DiskCounts, read_text};
+use super::device::{Device, DeviceKind, DeviceNumber, read_text};
 use super::identity::Identity;
+use super::kernel_counts::DiskCounts;
+use super::kernel_file::KernelFile;
 use super::loading::{attach, fill_tables, load};
 use aya::maps::MapData;
 use aya::programs::links::{FdLink, PinnedLink};
@@ -124,10 +126,18 @@ pub(super) struct Instance {
     gates: SharedWords,
     tallies: SharedWords,
     memo: SharedWords,
-    programs: Vec<ProgramFd>,
+    programs: Vec<LiveProgram>,
     /// Held open: a program whose link's pin is removed while this process runs would be detached, and nothing would say so.
     _links: Vec<FdLink>,
     cpus: usize,
+    /// How many disks the volumes are on.
+    disks: usize,
+}
+
+/// A program that runs, held open, and where the kernel tells of it.
+struct LiveProgram {
+    info: KernelFile,
+    _program: ProgramFd,
 }
 
 /// The volumes' places in the bitmaps, one after the other.
@@ -208,6 +218,7 @@ impl Instance {
         };
         let (programs, links) = live_programs(&folder)?;
         Ok(Self {
+            disks: disk_names(&identity).len(),
             dirty: pair("dirty", words)?,
             summary: pair("summary", spans)?,
             issued: pair("issued", ISSUED_WORDS)?,
@@ -260,7 +271,7 @@ impl Instance {
     pub(super) fn counts(&self) -> io::Result<EventCounts> {
         let sum = |field: usize| (0..self.cpus).map(|cpu| self.gates.load(cpu * GATE_WORDS + field)).sum();
         let events = |field: usize| {
-            let rows = 0..self.cpus * VOLUMES_MAX;
+            let rows = (0..self.cpus).flat_map(|cpu| (0..self.disks).map(move |disk| cpu * VOLUMES_MAX + disk));
             rows.map(|row| self.tallies.load(row * TALLY_WORDS + field)).sum()
         };
         Ok(EventCounts {
@@ -270,8 +281,8 @@ impl Instance {
             lost: sum(5),
             unremembered: sum(6),
             unknown: sum(7),
-            issue_misses: recursion_misses(&self.programs[0])? + recursion_misses(&self.programs[1])?,
-            complete_misses: recursion_misses(&self.programs[2])? + recursion_misses(&self.programs[3])?,
+            issue_misses: self.programs[0].misses()? + self.programs[1].misses()?,
+            complete_misses: self.programs[2].misses()? + self.programs[3].misses()?,
         })
     }
 
@@ -308,12 +319,7 @@ impl Instance {
     /// Bio-based disks among `devices` that this instance watches and whose count of written sectors fell behind: zram keeps
     /// its sequence number over a reset, and begins to count anew. What was written since is in both counts.
     pub(super) fn reset_disks(&self, devices: &[Device]) -> Vec<DeviceNumber> {
-        let mut names: Vec<&str> = Vec::new();
-        for volume in &self.identity.volumes {
-            if !names.contains(&volume.disk.as_str()) {
-                names.push(&volume.disk);
-            }
-        }
+        let names = disk_names(&self.identity);
         let is_reset = |device: &&Device| {
             let name = device.disk.to_string();
             let Some(index) = names.iter().position(|known| *known == name) else { return false };
@@ -371,6 +377,17 @@ pub(super) fn disks_of(devices: &[Device]) -> Vec<DeviceNumber> {
     disks
 }
 
+/// The same, of the volumes of an identity.
+fn disk_names(identity: &Identity) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for volume in &identity.volumes {
+        if !names.contains(&volume.disk.as_str()) {
+            names.push(&volume.disk);
+        }
+    }
+    names
+}
+
 /// Removes a pinned instance, links first; what is not there is not missed.
 pub(super) fn remove(folder: &Path, names: &[PathBuf]) -> io::Result<()> {
     let (links, others): (Vec<_>, Vec<_>) =
@@ -413,7 +430,7 @@ fn map_words(folder: &Path, name: &str, words: usize) -> Result<SharedWords, Str
 }
 
 /// The pinned programs, if their links are live and they use the pinned maps.
-fn live_programs(folder: &Path) -> Result<(Vec<ProgramFd>, Vec<FdLink>), String> {
+fn live_programs(folder: &Path) -> Result<(Vec<LiveProgram>, Vec<FdLink>), String> {
     let mut maps = Vec::new();
     for name in MAPS_OF_PROGRAMS {
         let info =
@@ -431,7 +448,7 @@ fn live_programs(folder: &Path) -> Result<(Vec<ProgramFd>, Vec<FdLink>), String>
     PROGRAMS.iter().map(program).collect()
 }
 
-fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, FdLink, Vec<u32>), String> {
+fn live_program(folder: &Path, name: &str) -> Result<(LiveProgram, FdLink, Vec<u32>), String> {
     let link = PinnedLink::from_pin(folder.join(format!("{name}_link")))
         .map_err(|_| format!("the link of the {name} program is detached"))?;
     let link = FdLink::from(link);
@@ -443,16 +460,24 @@ fn live_program(folder: &Path, name: &str) -> Result<(ProgramFd, FdLink, Vec<u32
     }
     let strange = |error| format!("the {name} program is strange: {error}");
     let maps = info.map_ids().map_err(strange)?.unwrap_or_default();
-    Ok((info.fd().map_err(strange)?, link, maps))
+    let program = LiveProgram::new(info.fd().map_err(strange)?)
+        .map_err(|error| format!("nothing is told of the {name} program: {error}"))?;
+    Ok((program, link, maps))
 }
 
-fn recursion_misses(program: &ProgramFd) -> io::Result<u64> {
-    let fd = program.as_fd().as_raw_fd();
-    let text = read_text(Path::new(&format!("/proc/self/fdinfo/{fd}")))?;
-    let misses = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
-    misses
-        .and_then(|misses| misses.trim().parse().ok())
-        .ok_or_else(|| io::Error::other("the kernel does not count missed runs"))
+impl LiveProgram {
+    fn new(program: ProgramFd) -> io::Result<Self> {
+        let info = KernelFile::open(Path::new(&format!("/proc/self/fdinfo/{}", program.as_fd().as_raw_fd())))?;
+        Ok(Self { info, _program: program })
+    }
+
+    /// Runs that the kernel passed over.
+    fn misses(&self) -> io::Result<u64> {
+        self.info.read(|text| {
+            let misses = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+            misses?.trim().parse().ok()
+        })
+    }
 }
 
 /// One more than the highest CPU there may ever be.

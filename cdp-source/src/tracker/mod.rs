@@ -11,15 +11,20 @@ mod doubt;
 pub mod ebpf;
 pub mod identity;
 mod instance;
+mod kernel_counts;
+mod kernel_file;
 mod loading;
 pub mod memory;
+mod options;
 mod pins;
 mod programs;
 pub mod scan;
 mod suspects;
 mod takeover;
 mod trust;
+mod watch;
 
+pub use kernel_counts::DiskCounts;
 pub use trust::{DiskReport, TrustReport};
 
 use cdp_protocol::units::{Block, VolumeSlot};

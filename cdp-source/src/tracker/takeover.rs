@@ -6,10 +6,11 @@
 
 use super::TrackerError;
 use super::bitmap::peek;
-use super::device::{Device, DiskCounts};
+use super::device::Device;
 use super::ebpf::EbpfOptions;
 use super::identity::{Difference, Identity, LAYOUT, VolumeIdentity};
 use super::instance::Instance;
+use super::kernel_counts::DiskCounter;
 use super::pins;
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{SystemRandom, array};
@@ -176,7 +177,8 @@ fn answer_for_the_past(instance: &Instance, devices: &[Device]) -> io::Result<()
     let clock = SystemClock::new();
     for device in devices {
         let deadline = clock.monotonic() + QUIET_WITHIN;
-        while DiskCounts::read(device.disk)?.in_flight > 0 && clock.monotonic() < deadline {
+        let counter = DiskCounter::open(device.disk)?;
+        while counter.read()?.in_flight > 0 && clock.monotonic() < deadline {
             std::thread::yield_now();
         }
     }

@@ -16,16 +16,17 @@
 //! it agrees again, what is suspect joins instead of being given up. More completed than was ever issued means that issues were missed;
 //! that, a bio's range that could not be kept or was not there, and a kernel that does not count at all are causes of `doubt`.
 
-use super::device::{Device, DeviceKind, DeviceNumber, DiskCounts};
+use super::device::{Device, DeviceKind, DeviceNumber};
 use super::doubt::Cause;
 use super::instance::{EventCounts, Instance, Tally, disks_of};
+use super::kernel_counts::{DiskCounter, DiskCounts};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::time::Duration;
 
 /// How long nothing may have moved for what is outstanding to count as none.
 const STILL_FOR: Duration = Duration::from_millis(50);
-/// How often the counts are asked for at a flip, at most: some 20 µs each, in few of which nothing completes.
+/// How often the counts are asked for at a flip, at most: a few µs each, in some of which nothing completes.
 const ASKED_MAX: u32 = 64;
 
 /// How far a tracking is to be trusted, by its counts; in sectors where nothing else is said.
@@ -93,6 +94,8 @@ pub(super) struct Verdict {
 /// The measure of one tracking.
 pub(super) struct Trust {
     disks: Vec<DiskTrust>,
+    /// What the kernel counts on each of them.
+    counters: Vec<DiskCounter>,
     events: EventCounts,
 }
 
@@ -242,13 +245,15 @@ fn least_excess(mut counts: impl FnMut() -> io::Result<(Tally, DiskCounts)>, kno
 impl Trust {
     /// Begins to measure: differences that are there now do not count.
     pub(super) fn new(instance: &Instance, devices: &[Device], now: Duration) -> io::Result<Self> {
-        let mut disks = Vec::new();
+        let (mut disks, mut counters) = (Vec::new(), Vec::new());
         for (index, disk) in disks_of(devices).into_iter().enumerate() {
-            let kernel = DiskCounts::read(disk)?;
+            let counter = DiskCounter::open(disk)?;
+            let kernel = counter.read()?;
             let bio_based = devices.iter().any(|device| device.disk == disk && device.kind == DeviceKind::Bio);
             disks.push(DiskTrust::new(disk, bio_based, &kernel, &instance.tally(index), now));
+            counters.push(counter);
         }
-        let mut trust = Self { disks, events: instance.counts()? };
+        let mut trust = Self { disks, counters, events: instance.counts()? };
         let before = trust.before(instance)?;
         trust.judge(instance, &before, now)?;
         Ok(trust)
@@ -257,7 +262,7 @@ impl Trust {
     /// The counts before a flip: what was issued first, what is in flight last.
     pub(super) fn before(&self, instance: &Instance) -> io::Result<Before> {
         let counted = (0..self.disks.len()).map(|index| instance.tally(index)).collect();
-        let kernel: io::Result<_> = self.disks.iter().map(|disk| DiskCounts::read(disk.disk)).collect();
+        let kernel: io::Result<_> = self.counters.iter().map(DiskCounter::read).collect();
         Ok(Before { counted, kernel: kernel? })
     }
 
@@ -270,10 +275,10 @@ impl Trust {
     /// Compares the counts before a flip with those after its barrier.
     pub(super) fn judge(&mut self, instance: &Instance, before: &Before, now: Duration) -> io::Result<Verdict> {
         let mut verdict = Verdict { lost: false, quiet: true, clean: true, doubt: None };
-        for (index, disk) in self.disks.iter_mut().enumerate() {
+        for (index, (disk, counter)) in self.disks.iter_mut().zip(&self.counters).enumerate() {
             let counted = instance.tally(index);
             let of_disk = disk.judge(&before.kernel[index], &before.counted[index], &counted, now);
-            let counts = || Ok((instance.tally(index), DiskCounts::read(disk.disk)?));
+            let counts = || Ok((instance.tally(index), counter.completed()?));
             let excess = least_excess(counts, disk.ahead)?;
             verdict.lost |= of_disk.lost || disk.is_late(excess);
             verdict.clean &= !disk.is_behind;
