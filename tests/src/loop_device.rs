@@ -122,11 +122,19 @@ impl Mount {
         &self.folder
     }
 
-    /// Unmounts, or says what keeps it busy.
+    /// Unmounts. A program that another thread is just starting holds copies of all open files until it runs: the folder may be
+    /// busy for a moment.
     pub fn unmount(self) -> Result<()> {
         let folder = self.folder.display().to_string();
-        std::mem::forget(self);
-        tool("umount", &[&folder]).map(drop)
+        let mut busy = None;
+        let unmounted = wait_for("the folder to be free", Duration::from_secs(10), || {
+            busy = tool("umount", &[&folder]).err();
+            Ok(busy.is_none().then_some(()))
+        });
+        if unmounted.is_ok() {
+            std::mem::forget(self);
+        }
+        unmounted.with_context(|| busy.map_or_else(String::new, |error| format!("{error:#}")))
     }
 }
 

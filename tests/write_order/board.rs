@@ -1,7 +1,12 @@
-//! What the writers tell each other and the oracle: how far each chain has come.
+//! What the writers tell each other and the oracle: how far each chain has come, and how hard they may press.
 
 use crate::record::{CHAINS_MAX, Seen};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// By how much all writers rest more at first when a cut did not validate, and at most; in µs.
+const PACE_FIRST_US: u64 = 100;
+const PACE_MAX_US: u64 = 10_000;
 
 /// Shared by all writers of a volume and by whoever cuts it.
 #[derive(Default)]
@@ -9,6 +14,7 @@ pub(crate) struct Board {
     issued: [AtomicU64; CHAINS_MAX],
     finished: [AtomicU64; CHAINS_MAX],
     stop: AtomicBool,
+    pace_us: AtomicU64,
 }
 
 impl Board {
@@ -30,6 +36,19 @@ impl Board {
     /// The newest record of each chain that is done for certain.
     pub(crate) fn finished(&self) -> Seen {
         std::array::from_fn(|chain| self.finished[chain].load(Ordering::SeqCst))
+    }
+
+    /// Lets the writers press less after a cut that did not validate, and a little more after one that did: how fast a device
+    /// is that lies in memory differs from machine to machine, and flat out it may be written faster than it can be read.
+    pub(crate) fn press(&self, validated: bool) {
+        let pace = self.pace_us.load(Ordering::Relaxed);
+        let next = if validated { pace - pace / 16 } else { (pace * 2).clamp(PACE_FIRST_US, PACE_MAX_US) };
+        self.pace_us.store(next, Ordering::Relaxed);
+    }
+
+    /// How long every writer rests beside what its chain says.
+    pub(crate) fn pace(&self) -> Duration {
+        Duration::from_micros(self.pace_us.load(Ordering::Relaxed))
     }
 
     /// Asks the writers to end.

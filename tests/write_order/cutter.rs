@@ -153,6 +153,7 @@ impl Cutter {
         let around = watched.around;
         self.figures.tried += 1;
         self.figures.completions_lost = self.tracker.completions_lost();
+        board.press(!matches!(outcome, Cut::NotValidated));
         match outcome {
             Cut::Captured(capture) => {
                 self.take(&capture);

@@ -81,14 +81,15 @@ fn write_alone(node: &Path, chain: &Chain, board: &Board) -> Result<()> {
         }
         .with_context(|| format!("record {number} of {}", chain.name))?;
         board.finish(chain.index, number);
-        rest(chain);
+        rest(chain, board);
     }
     Ok(())
 }
 
-fn rest(chain: &Chain) {
-    if !chain.rest.is_zero() {
-        park_timeout(chain.rest);
+fn rest(chain: &Chain, board: &Board) {
+    let rest = chain.rest + board.pace();
+    if !rest.is_zero() {
+        park_timeout(rest);
     }
 }
 
@@ -118,7 +119,7 @@ fn write_at_depth(node: &Path, chains: &[Chain], board: &Board) -> Result<()> {
             board.finish(chains[index].index, numbers[index]);
             idle.push(index);
         }
-        rest(&chains[0]);
+        rest(&chains[0], board);
     }
 }
 
