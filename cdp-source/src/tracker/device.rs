@@ -4,6 +4,7 @@
 //! open the device.
 
 use super::TrackerError;
+use super::dm_table::DmTable;
 use super::kernel_file::strange;
 use crate::reader::ReadTarget;
 use cdp_protocol::units::{SECTOR_BYTES, Sectors, VOLUME_BYTES_MAX};
@@ -78,6 +79,8 @@ pub struct Device {
     pub iostats: bool,
     /// Names of the hidden disks that its requests complete on, where it is the head of native NVMe multipath.
     pub paths: Vec<String>,
+    /// Hash of the device-mapper table of the whole disk, where it has one.
+    pub table: Option<String>,
 }
 
 impl Device {
@@ -122,6 +125,7 @@ impl Device {
             dax: read_number(&disk_folder.join("queue/dax")).is_ok_and(|dax| dax != 0),
             iostats: read_number(&disk_folder.join("queue/iostats")).is_ok_and(|iostats| iostats != 0),
             paths,
+            table: DmTable::open(disk)?.map(|table| table.hash()).transpose()?,
         })
     }
 
@@ -288,6 +292,7 @@ mod tests {
             dax: false,
             iostats: true,
             paths: Vec::new(),
+            table: None,
         };
         assert!(device.clone().usable().is_ok());
         let refused = |device: Device| device.usable().expect_err("refused").to_string();

@@ -8,7 +8,7 @@ use cdp_protocol::units::{GroupId, Sectors, VolumeSlot};
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout of the pinned maps (`docs/format/tracker-maps.md`). Maps of another one are not read.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// What a tracking is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,9 @@ pub struct VolumeIdentity {
     /// The hidden disks its requests complete on.
     #[serde(default)]
     pub paths: Vec<String>,
+    /// Hash of the disk's device-mapper table, where it has one.
+    #[serde(default)]
+    pub table: Option<String>,
 }
 
 /// Why a volume is dirty as a whole.
@@ -65,6 +68,7 @@ impl VolumeIdentity {
             start_sectors: device.start,
             length_sectors: device.length,
             paths: device.paths.clone(),
+            table: device.table.clone(),
         }
     }
 
@@ -87,6 +91,9 @@ impl VolumeIdentity {
         }
         if before.paths != self.paths {
             return Some(format!("volume {slot} has the paths {:?}, had {:?}", self.paths, before.paths));
+        }
+        if before.table != self.table {
+            return Some(format!("volume {slot} has another device-mapper table"));
         }
         if before.start_sectors != self.start_sectors {
             let (is, was) = (self.start_sectors, before.start_sectors);
@@ -139,6 +146,7 @@ mod tests {
             start_sectors: Sectors(63),
             length_sectors: Sectors(1000),
             paths: Vec::new(),
+            table: None,
         };
         Identity {
             layout: LAYOUT,

@@ -7,6 +7,7 @@
 mod barrier;
 pub mod bitmap;
 pub mod device;
+mod dm_table;
 mod doubt;
 pub mod ebpf;
 pub mod identity;

@@ -4,6 +4,7 @@
 //! what a device is (`device` does).
 
 use super::device::{Device, multipath_paths};
+use super::dm_table::DmTable;
 use super::kernel_file::KernelFile;
 use std::io;
 use std::path::Path;
@@ -15,6 +16,8 @@ pub(super) struct Watch {
     diskseq: KernelFile,
     /// Of a partition.
     start: Option<KernelFile>,
+    /// Of a device-mapper device.
+    table: Option<DmTable>,
 }
 
 impl Watch {
@@ -24,7 +27,7 @@ impl Watch {
         let start = if device.is_partition() { Some(KernelFile::open(&folder.join("start"))?) } else { None };
         let size = KernelFile::open(&folder.join("size"))?;
         let diskseq = KernelFile::open(&device.disk.sysfs().join("diskseq"))?;
-        Ok(Self { device: device.clone(), size, diskseq, start })
+        Ok(Self { device: device.clone(), size, diskseq, start, table: DmTable::open(device.disk)? })
     }
 
     /// What is different, in a line.
@@ -42,6 +45,10 @@ impl Watch {
         }
         if start != device.start.0 {
             return Err(format!("{name} begins at sector {start}, was {}", device.start.0));
+        }
+        let table = self.table.as_ref().map(DmTable::hash).transpose().map_err(vanished)?;
+        if table != device.table {
+            return Err(format!("{name} has another device-mapper table"));
         }
         let paths = multipath_paths(Path::new("/sys/block"), &device.disk_node);
         if paths != device.paths {
