@@ -244,8 +244,9 @@ struct Group {
     retain_at: Option<Duration>,
     told_unchanged: Option<Duration>,
     failed_cuts: u64,
-    /// What the tracker had captured again when that was told last.
+    /// What the tracker had captured again when that was told last, and how often it had made everything dirty.
     recaptured_blocks: u64,
+    rescans: u64,
     cuts: Cuts,
     captured_epoch: Option<Epoch>,
     acked_time: Option<Timestamp>,
@@ -315,6 +316,7 @@ impl Group {
             told_unchanged: None,
             failed_cuts: 0,
             recaptured_blocks: 0,
+            rescans: 0,
             cuts: Cuts::default(),
             captured_epoch: None,
             acked_time: None,

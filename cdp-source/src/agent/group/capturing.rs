@@ -49,6 +49,7 @@ impl Group {
         let cut =
             cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
         self.cuts.count(&cut);
+        self.note_rescan();
         match cut {
             Cut::Captured(capture)
                 if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) =>
@@ -66,6 +67,17 @@ impl Group {
             }
         }
         Ok(())
+    }
+
+    /// Whether the tracker has made everything dirty by itself, and why, for `status`.
+    fn note_rescan(&mut self) {
+        let Some(devices) = &self.devices else { return };
+        let trust = devices.tracker.report().trust;
+        // A tracker that was opened anew counts from 0.
+        if trust.rescans > self.rescans {
+            self.rescan = trust.rescanned;
+        }
+        self.rescans = trust.rescans;
     }
 
     /// Blocks that the tracker gave again since this was asked last, in no trust.
