@@ -44,7 +44,7 @@ struct gate {
 	__u64 unknown; // bios that completed without a range kept
 };
 
-// One a possible CPU and disk; a cache line. In sectors: completed, as /sys/block/X/stat counts them, and issued.
+// One a possible CPU and disk; two cache lines, of which the second is hardly ever touched. In sectors: completed, as /sys/block/X/stat counts them, and issued.
 // `zeroed` is what WRITE_ZEROES and SECURE_ERASE completed, which the kernel counts as written, or not at all.
 // No atomics: a CPU runs one program at a time that writes a field, and a second one that comes in an interrupt is
 // passed over by the kernel and counted as missed (before Linux 6.2: may lose a count, which is taken for a loss).
@@ -57,6 +57,8 @@ struct tally {
 	__u64 issued_events;
 	__u64 remapped; // writes a stacked driver sent on to this disk: issued ones again, or for the first time
 	__u64 origin; // of CPU 0, by user space: sectors the kernel had written beyond `written`, at least
+	__u64 given_back; // issued, and given back before they became a request
+	__u64 reserved[7];
 };
 
 // A window of a disk, in sectors; `word_base` is where its words begin in `dirty`; a bit stands for 2^bit_shift sectors.

@@ -16,7 +16,7 @@
 //   advanced, trimmed or remapped, so the range is kept at issue, under the bio's address.
 // * bio_endio announces the completion of a bio that has that flag, before anybody who waits for the bio is told.
 //   A request that completes clears it first (blk_update_request: "already been traced"): a bio of a request-based disk
-//   is never counted here, and its range never kept.
+//   is never counted here, and its range never kept; one that ends here was given back before it became a request.
 // * A bio that is split (bio_split) goes on as two: the front is a clone that was never announced and ends with
 //   BIO_CLONED set, chained to the rest; the rest is the bio that was announced, and ends, all of it once, when every
 //   part has (bio_remaining_done). So a clone without a range is a part, whose whole will end. Parents of a chain
@@ -25,8 +25,8 @@
 //   That is announced as block_bio_remap alone: the issue mark of the lower disk is made there. blk_partition_remap
 //   announces itself too, with the device the bio is on already; it comes before block_bio_queue, and needs nothing.
 //   If the lower disk is request-based, the upper bio's completion is never announced (see above) and its range stays
-//   until the bio's address is used again: such an upper disk never agrees with the kernel's counts, or fills the table,
-//   and both put it in doubt.
+//   until the bio's address is used again: such an upper disk never agrees with the kernel's counts (`DISAGREEMENTS_MAX` in
+//   trust.rs), or fills the table, and both put it in doubt.
 //
 // CO-RE without vmlinux.h: only the fields that are used are declared, and found by name at load.
 
@@ -545,6 +545,14 @@ int BPF_PROG(complete, struct request *rq, int error, unsigned int bytes)
 	return 0;
 }
 
+// A bio of a request-based disk ends here only if it was given back before it became a request, all of it or what was left
+// of it (REQ_NOWAIT on a full queue): its marks stay, and it is not waited for.
+static __always_inline void take_back(struct tally *tally, struct bio *bio)
+{
+	if (tally)
+		tally->given_back += ((__u64)bio->bi_iter.bi_size + 511) >> 9;
+}
+
 SEC("tp_btf/block_bio_complete")
 int BPF_PROG(bio_complete, struct request_queue *queue, struct bio *bio)
 {
@@ -570,9 +578,13 @@ int BPF_PROG(bio_complete, struct request_queue *queue, struct bio *bio)
 	if (!kept) {
 		disk = disk_of(bio->bi_bdev->bd_disk, &range.dev);
 		// Clones are parts of a bio that is yet to end, and flushes without data have no range.
-		if (disk && disk->bio_based && !(bio->bi_flags & 1 << BIO_CLONED) &&
-		    (bio->bi_iter.bi_size || !(bio->bi_opf & FLAG_PREFLUSH)))
+		if (!disk || bio->bi_flags & 1 << BIO_CLONED ||
+		    (!bio->bi_iter.bi_size && bio->bi_opf & FLAG_PREFLUSH))
+			return 0;
+		if (disk->bio_based)
 			count(&gate->unknown);
+		else if (bio->bi_status)
+			take_back(tally_of(disk, cpu), bio);
 		return 0;
 	}
 	was = *kept;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use cdp_source::tracker::ebpf::Sabotage;
 use cdp_tests::loop_device::LoopDevice;
 use cdp_tests::slow_disk::{Landing, SlowDisk};
+use cdp_tests::zram_device::ZramDevice;
 use std::path::Path;
 use std::time::Duration;
 
@@ -23,6 +24,14 @@ enum On {
     Fast,
     /// A disk that answers late.
     Slow(Landing),
+    /// A bio-based disk in memory.
+    Zram,
+}
+
+impl On {
+    fn layout(&self) -> Layout {
+        Layout::new(if matches!(self, Self::Zram) { 4096 } else { 512 })
+    }
 }
 
 fn on<T>(disk: &On, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
@@ -33,12 +42,13 @@ fn on<T>(disk: &On, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         On::Slow(landing) => {
             look(SlowDisk::new(folder.path(), VOLUME_BYTES, Duration::from_millis(5), *landing)?.node())
         }
+        On::Zram => look(ZramDevice::new(VOLUME_BYTES)?.node()),
     }
 }
 
 fn rest(disk: &On) -> Duration {
     match disk {
-        On::Fast => Duration::ZERO,
+        On::Fast | On::Zram => Duration::ZERO,
         On::Slow(_) => REST,
     }
 }
@@ -57,7 +67,7 @@ fn is_caught(test: &str, disk: &On, layout: &Layout, sabotage: Sabotage) -> Resu
 
 fn is_clean(disk: &On, sabotage: Sabotage) -> Result<Figures> {
     on(disk, |node| {
-        let run = run(node, &Layout::new(512), CUTS_CLEAN, rest(disk), |options| options.sabotage = Some(sabotage))?;
+        let run = run(node, &disk.layout(), CUTS_CLEAN, rest(disk), |options| options.sabotage = Some(sabotage))?;
         eprintln!("{sabotage:?}: {}", run.figures);
         ensure!(run.violation.is_none(), "{sabotage:?}: cut {}: {:?}", run.figures.tried, run.violation);
         Ok(run.figures)
@@ -107,13 +117,25 @@ fn flips_that_wait_for_runs_that_are_held_up_are_clean() -> Result<()> {
     is_clean(&On::Fast, Sabotage::HoldRuns).map(drop)
 }
 
+/// Without the sums the same loss is one: they are what saves the update.
+#[test]
+fn completions_that_are_not_seen_lose_writes_where_the_sums_are_not_listened_to() -> Result<()> {
+    is_caught(
+        "completions_that_are_not_seen_lose_writes_where_the_sums_are_not_listened_to",
+        &On::Slow(Landing::WithAnswer),
+        &Layout::new(512),
+        Sabotage::IgnoreSums,
+    )
+}
+
 /// Of every thousand completions one is not seen: the sums notice, and nothing is missing from any point.
 #[test]
 fn completions_that_are_not_seen_are_noticed_and_nothing_is_lost() -> Result<()> {
     if !cdp_tests::privileged("completions_that_are_not_seen_are_noticed_and_nothing_is_lost") {
         return Ok(());
     }
-    for disk in [On::Fast, On::Slow(Landing::WithAnswer)] {
+    let zram = cdp_tests::zram_device::is_there("dropped completions of bios").then_some(On::Zram);
+    for disk in [On::Fast, On::Slow(Landing::WithAnswer)].into_iter().chain(zram) {
         let figures = is_clean(&disk, Sabotage::DropCompletions)?;
         ensure!(figures.completions_lost > 0, "nothing was noticed: {figures}");
     }

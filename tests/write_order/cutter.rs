@@ -21,7 +21,7 @@ use cdp_source::cut::{Cut, CutLimits, cut};
 use cdp_source::reader::aligned::AlignedBuffer;
 use cdp_source::reader::{self, BlockReader};
 use cdp_source::tracker::ebpf::{EbpfOptions, EbpfTracker, remove};
-use cdp_source::tracker::{TrackedVolume, Tracker, TrackerError, TrackerReport};
+use cdp_source::tracker::{DiskReport, TrackedVolume, Tracker, TrackerError, TrackerReport};
 use roaring::RoaringBitmap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -245,6 +245,11 @@ impl Cutter {
     /// Where this tracking is pinned.
     pub(crate) fn pin_folder(&self) -> PathBuf {
         self.tracker.pin_folder().to_owned()
+    }
+
+    /// The counts of its disk at the last flip.
+    pub(crate) fn disk(&self) -> DiskReport {
+        self.tracker.report().trust.disks[0].clone()
     }
 
     /// Why everything was dirty when it was opened.

@@ -12,6 +12,7 @@ mod board;
 mod check;
 mod cutter;
 mod damage;
+mod given_back;
 mod layout;
 mod raw;
 mod record;

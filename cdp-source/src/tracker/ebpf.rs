@@ -92,7 +92,8 @@ impl EbpfTracker {
             move |source: io::Error| TrackerError::Io { step, source }
         };
         let boot = read_text(&options.boot_id_path).map_err(failed("read the boot id for the tracking"))?;
-        let TakenOver { instance, recovered, started_over, first_copy } = take_over(options, &folder, &devices, boot)?;
+        let TakenOver { instance, recovered, started_over, first_copy, is_quiet } =
+            take_over(options, &folder, &devices, boot)?;
         instance.note_origins(&devices).map_err(failed("keep the kernel's counts"))?;
         let record = serde_json::to_vec_pretty(&instance.identity).expect("an identity has only plain fields");
         let kept = options.storage.create_dir_all(&options.state_folder);
@@ -116,10 +117,9 @@ impl EbpfTracker {
             tracker.rescan("writes may have gone unmarked while no agent looked");
             tracker.instance.set_answered(&counts);
         }
-        let goes_on = tracker.started_over.is_none();
         tracker.recover(recovered)?;
-        if goes_on {
-            // Its writes may be in flight still. Where all begins anew, they were waited for.
+        if !is_quiet {
+            // Writes of before may be in flight still.
             tracker.suspects.add(&tracker.recovered);
         }
         Ok(tracker)
@@ -264,6 +264,9 @@ impl EbpfTracker {
     /// Where they say that it is good for no cut.
     fn distrust(&mut self, mut verdict: Verdict, counts: EventCounts) -> Result<(), TrackerError> {
         let now = self.clock.monotonic();
+        if self.programs.skips_sums {
+            return Ok(());
+        }
         let outcome = self.doubt.flipped(verdict.doubt.take(), verdict.quiet, now);
         if verdict.lost {
             self.completions_lost += 1;
@@ -272,6 +275,9 @@ impl EbpfTracker {
             self.instance.free_discards();
         }
         verdict.lost |= matches!(outcome, Outcome::Recapture(_));
+        if verdict.lost {
+            self.distrust_holes();
+        }
         if let Some(joining) = self.suspects.flipped(&self.pending, &verdict, now) {
             tracing::info!("completions were missed: what was written since the last quiet moment is captured again");
             self.carry(&joining);
@@ -289,6 +295,16 @@ impl EbpfTracker {
             self.instance.set_answered(&counts);
         }
         answered
+    }
+
+    /// A write that landed after an overlapping discard and whose completion was lost has not taken the discard's hole back:
+    /// what this flip drained is read, whatever its hole bits say, and discards on their way make none. (Touched first:
+    /// a discard that completes meanwhile sees that, or its bits are there to be taken.)
+    fn distrust_holes(&self) {
+        self.instance.touch_discards();
+        for (place, pending) in self.instance.places.iter().zip(&self.pending) {
+            forget(&self.instance.holes, place, pending);
+        }
     }
 
     fn settle_doubt(&mut self, outcome: Outcome) -> Result<(), TrackerError> {

@@ -31,8 +31,10 @@ pub(super) const PROGRAMS: [(&str, &str); 4] = [
     ("complete", "block_rq_complete"),
     ("bio_complete", "block_bio_complete"),
 ];
-/// Words of `control`.
+/// Words of `control`, and what each is (`struct control` in bpf/layout.h).
 pub(super) const CONTROL_WORDS: usize = 4;
+const CONTROL_ACTIVE: usize = 0;
+const CONTROL_DISCARDS: usize = 1;
 const CONTROL_ANSWERED: usize = 3;
 /// Maps every program looks into.
 const MAPS_OF_PROGRAMS: [&str; 13] = [
@@ -50,15 +52,31 @@ const MAPS_OF_PROGRAMS: [&str; 13] = [
     "volumes",
     "disks",
 ];
-/// Words of a record of `gates`, `tallies`.
+/// Words of a record of `gates` (`struct gate`); those of entries and exits are one a parity.
 const GATE_WORDS: usize = 8;
-const TALLY_WORDS: usize = 8;
-/// Word of a disk's first tally in which its origin is kept.
+const GATE_ENTRIES: usize = 0;
+const GATE_EXITS: usize = 2;
+const GATE_BLIND: usize = 4;
+const GATE_LOST: usize = 5;
+const GATE_UNREMEMBERED: usize = 6;
+const GATE_UNKNOWN: usize = 7;
+/// Words of a record of `tallies` (`struct tally`).
+const TALLY_WORDS: usize = 16;
+const TALLY_WRITTEN: usize = 0;
+const TALLY_DISCARDED: usize = 1;
+const TALLY_ZEROED: usize = 2;
+const TALLY_COMPLETED_EVENTS: usize = 3;
+const TALLY_ISSUED: usize = 4;
+const TALLY_ISSUED_EVENTS: usize = 5;
+const TALLY_REMAPPED: usize = 6;
+/// Of a disk's first record.
 const TALLY_ORIGIN: usize = 7;
+const TALLY_GIVEN_BACK: usize = 8;
 /// Discards that may be on their way at once and make holes; words of the record of one; one that is being filled in.
 const DISCARDS_MAX: usize = 32;
 const DISCARD_WORDS: usize = 8;
 const DISCARD_RESERVED: u64 = u64::MAX;
+const DISCARD_TOUCHED: usize = 4;
 /// Bytes of an identity, and of a memo.
 const IDENTITY_BYTES_MAX: usize = 16376;
 pub(super) const MEMO_BYTES_MAX: usize = 1024;
@@ -99,6 +117,7 @@ pub(super) struct Tally {
     pub(super) discarded: u64,
     /// By `WRITE_ZEROES` and `SECURE_ERASE`.
     pub(super) zeroed: u64,
+    /// Issued, and not given back before they became a request.
     pub(super) issued: u64,
     /// Sent on to this disk by a stacked driver: issued ones again, or ones that are not among them.
     pub(super) remapped: u64,
@@ -240,12 +259,12 @@ impl Instance {
 
     /// The parity that is marked now.
     pub(super) fn active(&self) -> usize {
-        (self.control.load(0) & 1) as usize
+        (self.control.load(CONTROL_ACTIVE) & 1) as usize
     }
 
     /// Lets `parity` be marked from now on: the instant of a cut.
     pub(super) fn set_active(&self, parity: usize) {
-        self.control.store(0, parity as u64);
+        self.control.store(CONTROL_ACTIVE, parity as u64);
     }
 
     /// Whether every run that was counted into `parity` has left it.
@@ -256,14 +275,21 @@ impl Instance {
     /// Frees the entries of discards whose completion went missing, while nothing is in flight. One that is issued just now
     /// may lose its entry with them, and makes no holes then.
     pub(super) fn free_discards(&self) {
-        if self.control.load(1) == 0 {
+        if self.control.load(CONTROL_DISCARDS) == 0 {
             return;
         }
         for entry in (0..DISCARDS_MAX).map(|entry| entry * DISCARD_WORDS) {
             let left = self.discards.load(entry);
             if left != 0 && left != DISCARD_RESERVED && self.discards.clear_if(entry, left) {
-                self.control.decrement(1);
+                self.control.decrement(CONTROL_DISCARDS);
             }
+        }
+    }
+
+    /// Lets no discard on its way make holes: a write that overlaps one may not have been seen to.
+    pub(super) fn touch_discards(&self) {
+        if self.control.load(CONTROL_DISCARDS) != 0 {
+            (0..DISCARDS_MAX).for_each(|entry| self.discards.set(entry * DISCARD_WORDS + DISCARD_TOUCHED, 1));
         }
     }
 
@@ -275,12 +301,12 @@ impl Instance {
             rows.map(|row| self.tallies.load(row * TALLY_WORDS + field)).sum()
         };
         Ok(EventCounts {
-            issued: events(5),
-            completed: events(3),
-            blind: sum(4),
-            lost: sum(5),
-            unremembered: sum(6),
-            unknown: sum(7),
+            issued: events(TALLY_ISSUED_EVENTS),
+            completed: events(TALLY_COMPLETED_EVENTS),
+            blind: sum(GATE_BLIND),
+            lost: sum(GATE_LOST),
+            unremembered: sum(GATE_UNREMEMBERED),
+            unknown: sum(GATE_UNKNOWN),
             issue_misses: self.programs[0].misses()? + self.programs[1].misses()?,
             complete_misses: self.programs[2].misses()? + self.programs[3].misses()?,
         })
@@ -301,7 +327,15 @@ impl Instance {
         let sum = |field: usize| {
             (0..self.cpus).map(|cpu| self.tallies.load((cpu * VOLUMES_MAX + index) * TALLY_WORDS + field)).sum()
         };
-        Tally { written: sum(0), discarded: sum(1), zeroed: sum(2), issued: sum(4), remapped: sum(6) }
+        // Asked first: what is given back was issued before, and more must not seem completed than was ever issued.
+        let given_back: u64 = sum(TALLY_GIVEN_BACK);
+        Tally {
+            written: sum(TALLY_WRITTEN),
+            discarded: sum(TALLY_DISCARDED),
+            zeroed: sum(TALLY_ZEROED),
+            issued: sum(TALLY_ISSUED).wrapping_sub(given_back),
+            remapped: sum(TALLY_REMAPPED),
+        }
     }
 
     /// Keeps by how much the kernel's count of written sectors is ahead of the programs', for `reset_disks`. Only grows.
@@ -354,11 +388,11 @@ impl Gates for Instance {
     }
 
     fn exits(&self, cpu: usize, parity: usize) -> u64 {
-        self.gates.load(cpu * GATE_WORDS + 2 + parity)
+        self.gates.load(cpu * GATE_WORDS + GATE_EXITS + parity)
     }
 
     fn entries(&self, cpu: usize, parity: usize) -> u64 {
-        self.gates.load(cpu * GATE_WORDS + parity)
+        self.gates.load(cpu * GATE_WORDS + GATE_ENTRIES + parity)
     }
 
     fn full_barrier(&self) {

@@ -13,11 +13,14 @@ pub(super) struct Programs {
     pub(super) skips_barrier: bool,
     /// No block is ever conflicted.
     pub(super) skips_validation: bool,
+    /// What the counts say is not listened to.
+    pub(super) skips_sums: bool,
 }
 
 impl Programs {
     /// As they are meant to be.
-    pub(super) const PLAIN: Self = Self { object: PLAIN, skips_barrier: false, skips_validation: false };
+    pub(super) const PLAIN: Self =
+        Self { object: PLAIN, skips_barrier: false, skips_validation: false, skips_sums: false };
 
     /// The object's hash, as it stands in an identity.
     pub(super) fn hash(&self) -> String {
@@ -41,6 +44,8 @@ pub enum Sabotage {
     NoValidation,
     /// One completion in a thousand is not seen.
     DropCompletions,
+    /// The same, and what the counts say of it is not listened to.
+    IgnoreSums,
     /// The kernel refuses the last program, after the others were attached.
     RefusedProgram,
 }
@@ -62,6 +67,7 @@ impl Sabotage {
             Self::NoBarrier => Programs { object: HOLD, skips_barrier: true, ..plain },
             Self::NoValidation => Programs { skips_validation: true, ..plain },
             Self::DropCompletions => Programs { object: DROP, ..plain },
+            Self::IgnoreSums => Programs { object: DROP, skips_sums: true, ..plain },
             Self::RefusedProgram => Programs { object: REFUSED, ..plain },
         }
     }

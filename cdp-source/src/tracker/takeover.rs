@@ -35,6 +35,8 @@ pub(super) struct TakenOver {
     pub(super) started_over: Option<String>,
     /// Which volumes were not tracked before.
     pub(super) first_copy: Option<String>,
+    /// Each disk had nothing in flight at some moment since the programs that mark now were attached.
+    pub(super) is_quiet: bool,
 }
 
 /// What was found of an earlier tracking, and what it is worth.
@@ -57,13 +59,14 @@ pub(super) fn take_over(
     let wanted = identity(options, devices, boot);
     match find(options, folder, &wanted, devices)? {
         Found::Same(instance) => {
-            Ok(TakenOver { instance: *instance, recovered: None, started_over: None, first_copy: None })
+            let instance = *instance;
+            Ok(TakenOver { instance, recovered: None, started_over: None, first_copy: None, is_quiet: false })
         }
         Found::Other(old) => succeed(options, wanted, devices, &old),
         Found::Nothing(reason) => {
             let instance = create(options, wanted, devices)?;
-            answer_for_the_past(&instance, devices).map_err(looking)?;
-            Ok(all_dirty(instance, reason))
+            let is_quiet = answer_for_the_past(&instance, devices).map_err(looking)?;
+            Ok(all_dirty(instance, reason, is_quiet))
         }
     }
 }
@@ -112,14 +115,14 @@ fn find(options: &EbpfOptions, folder: &Path, wanted: &Identity, devices: &[Devi
 }
 
 /// Every volume dirty.
-fn all_dirty(instance: Instance, reason: String) -> TakenOver {
+fn all_dirty(instance: Instance, reason: String, is_quiet: bool) -> TakenOver {
     let mut all = Vec::new();
     for place in &instance.places {
         let blocks = place.all();
         instance.unacked.add(place, &blocks);
         all.push(blocks);
     }
-    TakenOver { instance, recovered: Some(all), started_over: Some(reason), first_copy: None }
+    TakenOver { instance, recovered: Some(all), started_over: Some(reason), first_copy: None, is_quiet }
 }
 
 fn create(options: &EbpfOptions, wanted: Identity, devices: &[Device]) -> Result<Instance, TrackerError> {
@@ -140,9 +143,9 @@ fn succeed(
     // that cannot be waited for, the old marks may lack a write, and nothing is carried over.
     if let Err(error) = pins::wait_for_runs() {
         let reason = format!("the volumes changed, and the running programs cannot be waited for: {error}");
-        return Ok(all_dirty(instance, reason));
+        return Ok(all_dirty(instance, reason, false));
     }
-    answer_for_the_past(&instance, devices).map_err(looking)?;
+    let is_quiet = answer_for_the_past(&instance, devices).map_err(looking)?;
     let mut carried = Vec::new();
     for ((volume, place), difference) in instance.identity.volumes.iter().zip(&instance.places).zip(&differences) {
         let before = old.identity.volumes.iter().position(|before| before.slot == volume.slot);
@@ -168,22 +171,28 @@ fn succeed(
         }
     }
     let told = |reasons: Vec<String>| (!reasons.is_empty()).then(|| reasons.join("; "));
-    Ok(TakenOver { instance, recovered: Some(carried), started_over: told(lost), first_copy: told(joined) })
+    let (started_over, first_copy) = (told(lost), told(joined));
+    Ok(TakenOver { instance, recovered: Some(carried), started_over, first_copy, is_quiet })
 }
 
 /// Waits a while for the writes that were on their way when the new programs were attached, which know nothing of them, and
-/// answers for all that have ended by now: everything is read later, or the old programs have marked them.
-fn answer_for_the_past(instance: &Instance, devices: &[Device]) -> io::Result<()> {
+/// answers for all that have ended by now: everything is read later, or the old programs have marked them. Tells whether
+/// all have.
+fn answer_for_the_past(instance: &Instance, devices: &[Device]) -> io::Result<bool> {
     let clock = SystemClock::new();
+    let mut all_quiet = true;
     for device in devices {
         let deadline = clock.monotonic() + QUIET_WITHIN;
         let counter = DiskCounter::open(device.disk)?;
-        while counter.read()?.in_flight > 0 && clock.monotonic() < deadline {
+        let mut is_quiet = counter.read()?.in_flight == 0;
+        while !is_quiet && clock.monotonic() < deadline {
             std::thread::yield_now();
+            is_quiet = counter.read()?.in_flight == 0;
         }
+        all_quiet &= is_quiet;
     }
     instance.set_answered(&instance.counts()?);
-    Ok(())
+    Ok(all_quiet)
 }
 
 fn looking(source: io::Error) -> TrackerError {

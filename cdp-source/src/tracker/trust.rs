@@ -7,8 +7,8 @@
 //! lost; it can hide a loss. So both are asked once more the other way round, the kernel last: there a loss cannot hide, and
 //! what completes in between looks like one, so they are asked again until the kernel is not ahead. If it always is, a
 //! completion was lost, now or before. A bio may be issued and given back without ever becoming a request (`REQ_NOWAIT` on a
-//! full queue), so that what is outstanding does not fall back to where it was: after a while in which nothing moves, it
-//! counts as none.
+//! full queue): the programs take it off what was issued. Where they cannot see that, what is outstanding does not fall back
+//! to where it was: after a while in which nothing moves, it counts as none.
 //!
 //! Writes and discards are compared each for itself. `WRITE_ZEROES` counts as written in the kernel, and some bio-based
 //! drivers (zram) count neither it nor discards: so the exact comparison is made when nothing is in flight, where the difference
@@ -26,6 +26,11 @@ use std::time::Duration;
 
 /// How long nothing may have moved for what is outstanding to count as none.
 const STILL_FOR: Duration = Duration::from_millis(50);
+/// The same on a bio-based disk: a stacked driver may hold bios back, while it is suspended, and count them nowhere.
+const STILL_FOR_BIOS: Duration = Duration::from_secs(5);
+/// How often in a row the counts may differ while nothing is in flight: lost completions are rare, and a driver that does not
+/// count is no witness.
+const DISAGREEMENTS_MAX: u32 = 16;
 /// How often the counts are asked for at a flip, at most: a few µs each, in some of which nothing completes.
 const ASKED_MAX: u32 = 64;
 
@@ -104,12 +109,16 @@ struct DiskTrust {
     bio_based: bool,
     /// Sectors the kernel had completed and the program had not counted when the measure began.
     origin: u64,
-    /// Most sectors the kernel was seen to have written and discarded beyond what the program counted, since both agreed.
+    /// Sectors the kernel has written and discarded beyond what the program counted, at most: what is beyond that is lost.
     ahead: [i64; 2],
     /// The counts when nothing was in flight last.
     base: Option<(DiskCounts, Tally)>,
     /// The kernel counts less than the program.
     is_behind: bool,
+    /// What a bio-based driver leaves out of the kernel's counts, once it was seen.
+    leaves_out: LeavesOut,
+    /// Times in a row that the counts differed although nothing was in flight.
+    disagreements: u32,
     /// Sectors issued and not completed, while nothing is on its way.
     outstanding: i64,
     /// Least sectors ever seen issued, or sent on, beyond those completed; known once nothing was in flight.
@@ -134,6 +143,8 @@ impl DiskTrust {
             ahead: ahead(kernel, counted),
             base: None,
             is_behind: false,
+            leaves_out: LeavesOut::default(),
+            disagreements: 0,
             outstanding: i64::MAX,
             bottom: None,
             still: (0, 0, now),
@@ -155,7 +166,7 @@ impl DiskTrust {
         self.outstanding = self.outstanding.min(outstanding);
         if (self.still.0, self.still.1) != (before.issued, completed) || kernel.in_flight != 0 {
             self.still = (before.issued, completed, now);
-        } else if now.saturating_sub(self.still.2) >= STILL_FOR {
+        } else if now.saturating_sub(self.still.2) >= if self.bio_based { STILL_FOR_BIOS } else { STILL_FOR } {
             self.outstanding = outstanding;
         }
         let idle = !is_first && kernel.in_flight == 0 && outstanding == self.outstanding;
@@ -189,9 +200,17 @@ impl DiskTrust {
         let seen_written = counted.written.wrapping_sub(base.written);
         let seen_zeroed = counted.zeroed.wrapping_sub(base.zeroed);
         let seen_discarded = counted.discarded.wrapping_sub(base.discarded);
-        let writes = written == seen_written.wrapping_add(seen_zeroed) || self.bio_based && written == seen_written;
-        let discards = discarded == seen_discarded || self.bio_based && discarded == 0;
+        let leaves_out = &mut self.leaves_out;
+        let writes = matches(written, seen_written, seen_zeroed, self.bio_based, &mut leaves_out.zeroed);
+        let discards = matches(discarded, 0, seen_discarded, self.bio_based, &mut leaves_out.discarded);
         self.is_behind = !(writes && discards);
+        self.disagreements = if self.is_behind {
+            self.disagreements.saturating_add(1)
+        } else if seen_written > 0 {
+            0
+        } else {
+            self.disagreements
+        };
         writes && discards
     }
 
@@ -200,6 +219,13 @@ impl DiskTrust {
         // A bio-based driver counts by itself, whatever the queue says (zram says 0, and counts); `agrees` sees if it does not.
         if kernel.is_off && !self.bio_based {
             let reason = format!("the kernel does not count what disk {disk} completes (its queue/iostats is 0)");
+            return Some(Cause { reason, is_unmarked: false, persists: true });
+        }
+        if self.disagreements >= DISAGREEMENTS_MAX {
+            let reason = format!(
+                "what disk {disk} counts never agrees with what it was seen to complete ({} times in a row)",
+                self.disagreements
+            );
             return Some(Cause { reason, is_unmarked: false, persists: true });
         }
         let reason = format!("disk {disk} completed {missing} sectors that were never seen issued");
@@ -222,9 +248,30 @@ impl DiskTrust {
     /// later ones that the program was asked for had hidden it.
     fn is_late(&mut self, excess: [i64; 2]) -> bool {
         let is_late = excess[0] > self.ahead[0] || excess[1] > self.ahead[1];
-        self.ahead = [self.ahead[0].max(excess[0]), self.ahead[1].max(excess[1])];
+        // Downwards too: it is never below what was lost, and a count that was ahead for a moment would hide the next loss.
+        self.ahead = excess;
         is_late
     }
+}
+
+/// What a driver does not count; `None` until it was seen.
+#[derive(Clone, Copy, Debug, Default)]
+struct LeavesOut {
+    zeroed: Option<bool>,
+    discarded: Option<bool>,
+}
+
+/// Whether the kernel counted what the program saw. Of a bio-based driver it is learned once whether it leaves `special` out:
+/// else a loss of as many sectors would look like the other kind of driver.
+fn matches(kernel: u64, plain: u64, special: u64, bio_based: bool, leaves_out: &mut Option<bool>) -> bool {
+    let (with, without) = (kernel == plain.wrapping_add(special), kernel == plain);
+    if special == 0 || !bio_based {
+        return with;
+    }
+    if with || without {
+        return if *leaves_out.get_or_insert(without) { without } else { with };
+    }
+    false
 }
 
 /// By how much the kernel is ahead of the program when it is asked after it, at least: what completes between the two
@@ -426,6 +473,45 @@ mod tests {
         let excess = least_excess(after, trust.ahead).expect("asked");
         assert!(trust.is_late(excess));
         assert!(!trust.is_late(excess), "once");
+    }
+
+    #[test]
+    fn a_count_that_was_ahead_for_a_moment_does_not_hide_a_loss() {
+        let mut trust = trust();
+        // The kernel has counted 8 sectors that the program counts a moment later.
+        let kernel = DiskCounts { written: 108, in_flight: 1, ..IDLE };
+        assert!(trust.judge(&kernel, &tally(0, 58), &tally(0, 58), AT).lost, "it looks like a loss");
+        assert!(!trust.is_late([0, 0]));
+        let kernel = DiskCounts { written: 124, ..kernel };
+        assert!(trust.judge(&kernel, &tally(8, 74), &tally(8, 74), AT).lost, "one of 8 sectors is lost");
+    }
+
+    #[test]
+    fn a_disk_that_never_agrees_is_no_witness_until_it_does() {
+        let mut trust = trust();
+        let doubt = |trust: &mut DiskTrust, number: u64| {
+            let seen = tally(8 * number, 50 + 8 * number);
+            at_rest(trust, &IDLE, &seen).doubt.map(|doubt| doubt.persists)
+        };
+        for number in 1..u64::from(DISAGREEMENTS_MAX) {
+            assert_eq!(doubt(&mut trust, number), None, "{number}");
+        }
+        assert_eq!(doubt(&mut trust, u64::from(DISAGREEMENTS_MAX)), Some(true));
+        let (number, kernel) = (u64::from(DISAGREEMENTS_MAX) + 1, DiskCounts { written: 108, ..IDLE });
+        assert_eq!(at_rest(&mut trust, &kernel, &tally(8 * number, 50 + 8 * number)).doubt, None);
+    }
+
+    #[test]
+    fn a_loss_is_not_taken_for_what_another_kind_of_driver_does() {
+        let mut trust = trust_in(true);
+        let zeroed =
+            |written: u64, zeroed: u64| Tally { written, zeroed, issued: 50 + written + zeroed, ..Tally::default() };
+        let counts = |written: u64| DiskCounts { written: 100 + written, ..IDLE };
+        assert!(!at_rest(&mut trust, &counts(8), &zeroed(8, 16)).lost, "it leaves zeroes out");
+        // 16 more were zeroed, and a write of 16 was not seen.
+        let lost = Tally { issued: 50 + 8 + 32 + 16, ..zeroed(8, 32) };
+        assert!(!at_rest(&mut trust, &counts(24), &lost).quiet, "it may be on its way");
+        assert!(trust.judge(&counts(24), &lost, &lost, AT + STILL_FOR_BIOS).lost);
     }
 
     #[test]
