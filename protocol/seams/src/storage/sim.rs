@@ -6,6 +6,8 @@
 //! subset of name changes that keeps the order on one name. Calls are counted, so that a cut or an error can be set at any of them;
 //! after a cut every call fails until `restart`. Knows no permissions, links or mounts.
 
+mod image;
+
 use super::{Storage, StorageFile};
 use crate::random::SimRandom;
 use std::collections::BTreeMap;
@@ -31,6 +33,8 @@ pub enum Fault {
     PowerCut,
     /// The call is the last of its process: it may have begun. What was not synced stays in the page cache.
     Death,
+    /// The process ends before the call: it does not happen, and everything stays as it is.
+    End,
 }
 
 struct Disk {
@@ -39,6 +43,8 @@ struct Disk {
     folders: BTreeMap<PathBuf, Folder>,
     calls: u64,
     faults: BTreeMap<u64, Fault>,
+    /// From this call on every one fails with this.
+    fails_from: Option<(u64, io::ErrorKind)>,
     /// Which life of the machine it is; handles of an earlier one fail.
     life: u64,
     is_down: bool,
@@ -100,6 +106,7 @@ impl SimStorage {
             folders,
             calls: 0,
             faults: BTreeMap::new(),
+            fails_from: None,
             life: 0,
             is_down: false,
             free_bytes: u64::MAX,
@@ -117,9 +124,16 @@ impl SimStorage {
         locked(&self.0).faults.insert(call, fault);
     }
 
+    /// Lets call number `call` and all after it fail.
+    pub fn fail_from(&self, call: u64, kind: io::ErrorKind) {
+        locked(&self.0).fails_from = Some((call, kind));
+    }
+
     /// Takes back all faults to come.
     pub fn clear_faults(&self) {
-        locked(&self.0).faults.clear();
+        let mut disk = locked(&self.0);
+        disk.faults.clear();
+        disk.fails_from = None;
     }
 
     /// Whether the power was cut and not restored.
@@ -177,8 +191,13 @@ impl Disk {
         if self.is_down {
             return Err(down());
         }
-        let fault = self.faults.remove(&self.calls);
+        let for_good = self.fails_from.filter(|(from, _)| self.calls >= *from).map(|(_, kind)| Fault::Error(kind));
+        let fault = self.faults.remove(&self.calls).or(for_good);
         self.calls += 1;
+        if fault == Some(Fault::End) {
+            self.die();
+            return Err(down());
+        }
         Ok(fault)
     }
 
@@ -198,7 +217,7 @@ impl Disk {
         match end {
             None | Some(Fault::Error(_)) => return Ok(value),
             Some(Fault::PowerCut) => self.power_cut(),
-            Some(Fault::Death) => self.die(),
+            Some(Fault::Death | Fault::End) => self.die(),
         }
         Err(down())
     }
