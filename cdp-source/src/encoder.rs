@@ -125,8 +125,10 @@ impl Encoder {
 
 impl Drop for Encoder {
     fn drop(&mut self) {
-        if let Way::Pool(jobs) = &mut self.way {
-            *jobs = None;
+        match &mut self.way {
+            Way::Pool(jobs) => *jobs = None,
+            #[cfg(any(test, feature = "sim"))]
+            Way::Inline(_) => {}
         }
         for thread in self.threads.drain(..) {
             // A thread that panicked has said so already, and whoever waited for its frame too.

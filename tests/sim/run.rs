@@ -34,6 +34,8 @@ struct Simulation {
     connections: u64,
     model: Model,
     line: LineFaults,
+    /// Whether whole messages were lost or came twice.
+    is_lossy: bool,
     /// How many of 1000 events are misfortunes.
     harm_permille: u64,
     /// How many bits may still be flipped.
@@ -105,6 +107,7 @@ impl Simulation {
             0 => LineFaults { lost_permille: random.below(30), twice_permille: random.below(30) },
             _ => LineFaults::default(),
         };
+        let is_lossy = line.lost_permille + line.twice_permille > 0;
         let harm_permille = 2 + random.below(50);
         let flips_left = if random.below(8) == 0 { 1 + random.below(3) } else { 0 };
         let (wires, tally) = (Vec::new(), Tally::default());
@@ -116,6 +119,7 @@ impl Simulation {
             connections: 0,
             model,
             line,
+            is_lossy,
             harm_permille,
             flips_left,
             is_frozen: false,
@@ -171,7 +175,7 @@ impl Simulation {
         let wire = &mut self.wires[at];
         let Some(bytes) = next(&mut wire.to_source, self.line, &self.random) else { return Ok(()) };
         // A line that loses messages makes the target say what it cannot have been sent.
-        let may_contradict = self.target.is_hurt || self.line.lost_permille + self.line.twice_permille > 0;
+        let may_contradict = self.target.is_hurt || self.is_lossy;
         match self.source.receive(&bytes, wire, may_contradict) {
             // Rot took the newest commit and what names it: whether the source stands there nobody can tell any more.
             Err(_) if self.target.is_hurt => self.is_frozen = true,
