@@ -35,8 +35,17 @@ pub struct EncodedAttempt {
 
 /// Encodes captures on its threads. May be shared by the groups of an agent.
 pub struct Encoder {
-    jobs: Option<SyncSender<Job>>,
+    way: Way,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// Where frames are made.
+enum Way {
+    /// By the pool, which ends when this is closed.
+    Pool(Option<SyncSender<Job>>),
+    /// By whoever asks, at once: for simulations, in which nothing may happen beside.
+    #[cfg(any(test, feature = "sim"))]
+    Inline(Mutex<Packer>),
 }
 
 /// One frame to be made.
@@ -73,7 +82,19 @@ impl Encoder {
             let builder = std::thread::Builder::new().name(format!("encode-{number}"));
             builder.spawn(move || serve(&queue)).expect("the system has a thread to give")
         };
-        Self { jobs: Some(jobs), threads: (0..threads).map(start).collect() }
+        Self { way: Way::Pool(Some(jobs)), threads: (0..threads).map(start).collect() }
+    }
+
+    /// An encoder without threads: whoever asks makes the frames.
+    #[cfg(any(test, feature = "sim"))]
+    #[must_use]
+    pub fn inline() -> Self {
+        Self { way: Way::Inline(Mutex::default()), threads: Vec::new() }
+    }
+
+    /// Whether it has no threads.
+    pub(crate) const fn is_inline(&self) -> bool {
+        !matches!(self.way, Way::Pool(_))
     }
 
     /// Encodes `capture` as the attempt of `sealer`, which must not have sealed anything yet. `slots` are the volumes'
@@ -91,8 +112,7 @@ impl Encoder {
         let begin = Bytes::from(sealer.begin(begin));
         let _ = made.send(Made { sequence: Sequence(0), hash: frame::hash(&begin), frame: begin });
         let (epoch, attempt) = (sealer.epoch(), sealer.attempt());
-        let jobs = self.jobs.as_ref().expect("there until the encoder is dropped");
-        let mut plan = Plan { jobs, sealer, made, volume: VolumeSlot(0), next: Sequence(1) };
+        let mut plan = Plan { way: &self.way, sealer, made, volume: VolumeSlot(0), next: Sequence(1) };
         for (volume, slot) in capture.volumes.iter().zip(slots) {
             plan.volume = *slot;
             plan.add(volume);
@@ -105,7 +125,11 @@ impl Encoder {
 
 impl Drop for Encoder {
     fn drop(&mut self) {
-        self.jobs = None;
+        match &mut self.way {
+            Way::Pool(jobs) => *jobs = None,
+            #[cfg(any(test, feature = "sim"))]
+            Way::Inline(_) => {}
+        }
         for thread in self.threads.drain(..) {
             // A thread that panicked has said so already, and whoever waited for its frame too.
             let _ = thread.join();
@@ -119,14 +143,19 @@ fn serve(queue: &Mutex<Receiver<Job>>) {
     loop {
         // Nothing is done under the lock but to wait, so a poisoned one is as good.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { sealer, volume, sequence, extents, work, made }) = job else { return };
-        let frame = match work {
-            Work::Content(draft) => sealer.content_of(&mut packer, volume, sequence, extents, draft),
-            Work::Bare(encoding) => sealer.bare(encoding, volume, sequence, extents).into(),
-        };
-        // The receiver is gone only if the one who waits has panicked.
-        let _ = made.send(Made { sequence, hash: frame::hash(&frame), frame });
+        let Ok(job) = job else { return };
+        make(job, &mut packer);
     }
+}
+
+fn make(job: Job, packer: &mut Packer) {
+    let Job { sealer, volume, sequence, extents, work, made } = job;
+    let frame = match work {
+        Work::Content(draft) => sealer.content_of(packer, volume, sequence, extents, draft),
+        Work::Bare(encoding) => sealer.bare(encoding, volume, sequence, extents).into(),
+    };
+    // The receiver is gone only if the one who waits has panicked.
+    let _ = made.send(Made { sequence, hash: frame::hash(&frame), frame });
 }
 
 /// Puts the frames in order.
@@ -152,7 +181,7 @@ fn collect(
 
 /// Decides which blocks share a frame, and numbers the frames.
 struct Plan<'a> {
-    jobs: &'a SyncSender<Job>,
+    way: &'a Way,
     sealer: Arc<Sealer>,
     made: Sender<Made>,
     volume: VolumeSlot,
@@ -202,7 +231,17 @@ impl Plan<'_> {
         let (sealer, made) = (Arc::clone(&self.sealer), self.made.clone());
         let job = Job { sealer, volume: self.volume, sequence: self.next, extents, work, made };
         self.next.0 += 1;
-        assert!(self.jobs.send(job).is_ok(), "the pool lives as long as the encoder, unless all its threads panicked");
+        match self.way {
+            Way::Pool(jobs) => {
+                let jobs = jobs.as_ref().expect("there until the encoder is dropped");
+                assert!(
+                    jobs.send(job).is_ok(),
+                    "the pool lives as long as the encoder, unless all its threads panicked"
+                );
+            }
+            #[cfg(any(test, feature = "sim"))]
+            Way::Inline(packer) => make(job, &mut packer.lock().unwrap_or_else(PoisonError::into_inner)),
+        }
     }
 }
 
@@ -229,11 +268,11 @@ mod tests {
     type Image = BTreeMap<(VolumeSlot, u32), Option<Vec<u8>>>;
 
     /// Encodes and opens again: every block that the frames hold, `None` where it is unreadable.
-    fn round_trip(capture: &Capture, threads: usize) -> (EncodedAttempt, Image) {
+    fn round_trip(capture: &Capture, pool: &Encoder) -> (EncodedAttempt, Image) {
         let key = DataKey::new([8; 32]);
         let sealer = Sealer::new(GROUP, Epoch(5), Generation(2), AttemptId([6; 16]), &key);
         let begin = Begin { key: KeyId([1; 8]), volumes: vec![] };
-        let encoded = Encoder::new(threads).encode(capture, &SLOTS, &begin, Arc::new(sealer));
+        let encoded = pool.encode(capture, &SLOTS, &begin, Arc::new(sealer));
         let mut image = Image::new();
         let mut hasher = FrameListHasher::default();
         for (index, bytes) in encoded.frames.iter().enumerate() {
@@ -284,8 +323,8 @@ mod tests {
             }
         }
         capture.count();
-        for threads in [1, 3] {
-            let (encoded, image) = round_trip(&capture, threads);
+        for encoder in [Encoder::new(1), Encoder::new(3), Encoder::inline()] {
+            let (encoded, image) = round_trip(&capture, &encoder);
             assert!(image == expected, "the frames hold something else");
             assert_eq!(encoded.meters.frame_bytes, encoded.bytes);
             assert_eq!(encoded.meters.dirty_blocks, expected.len() as u64);
@@ -301,7 +340,7 @@ mod tests {
         for block in 0..65 {
             capture.volumes[1].put(Block(2 * block), &[7; BLOCK_BYTES]);
         }
-        let (encoded, _) = round_trip(&capture, 2);
+        let (encoded, _) = round_trip(&capture, &Encoder::new(2));
         let header = |index: usize| frame::decode_header(&GROUP, &encoded.frames[index]).expect("a header");
         assert_eq!(header(1).extents.iter().map(|extent| extent.count).collect::<Vec<_>>(), [HOLE_BLOCKS_MAX, 10]);
         assert_eq!((2..5).map(|index| header(index).blocks()).collect::<Vec<_>>(), [32, 32, 1]);
@@ -314,7 +353,7 @@ mod tests {
         for block in 0..=2 * EXTENTS_MAX as u32 {
             capture.volumes[0].put(Block(2 * block), &[0; BLOCK_BYTES]);
         }
-        let (encoded, image) = round_trip(&capture, 1);
+        let (encoded, image) = round_trip(&capture, &Encoder::new(1));
         assert_eq!((encoded.list.count, image.len()), (4, 2 * EXTENTS_MAX + 1));
     }
 
@@ -347,7 +386,7 @@ mod tests {
 
     #[test]
     fn an_empty_capture_is_a_begin_alone() {
-        let (encoded, image) = round_trip(&Capture::new(2), 1);
+        let (encoded, image) = round_trip(&Capture::new(2), &Encoder::new(1));
         assert_eq!((encoded.list.count, image.len()), (1, 0));
     }
 }

@@ -352,6 +352,14 @@ pub struct MemoFile {
     path: PathBuf,
 }
 
+impl MemoFile {
+    /// The memo that is kept at `path`.
+    #[must_use]
+    pub const fn new(storage: Arc<dyn Storage>, path: PathBuf) -> Self {
+        Self { storage, path }
+    }
+}
+
 impl KeptMemo for MemoFile {
     fn load(&self) -> Memo {
         let bytes = match storage::read_all(&*self.storage, &self.path, MEMO_BYTES_MAX as u64) {

@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The groups of a store, for the receiver.
 pub struct StoreGroups {
     store: Store,
+    limits: JournalLimits,
     /// Offices by name, as they were admitted.
     offices: Mutex<HashMap<String, OfficeId>>,
     views: Arc<Views>,
@@ -47,7 +48,16 @@ impl StoreGroups {
     /// The groups of a store whose lock is held.
     #[must_use]
     pub fn new(store: Store) -> Self {
-        Self { store, offices: Mutex::default(), views: Arc::default(), making: Mutex::default() }
+        let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
+        Self { store, limits, offices: Mutex::default(), views: Arc::default(), making: Mutex::default() }
+    }
+
+    /// The same with bounds that no configuration may set: segments of a few frames, for simulations.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub const fn with_limits(mut self, limits: JournalLimits) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Lets an office's groups be opened: the receiver knows offices by name, the store by id.
@@ -83,14 +93,10 @@ impl StoreGroups {
         known.take(KNOWN_GROUPS_MAX).collect()
     }
 
-    fn limits(&self) -> JournalLimits {
-        JournalLimits { segment_bytes_max: self.store.config().segment_bytes_max }
-    }
-
     fn open_journal(&self, place: GroupPlace) -> Result<Box<dyn GroupWriter>, StoreError> {
         let folder = self.store.group_folder(place);
         let (journal, report) =
-            GroupJournal::open(Arc::clone(self.store.storage()), &folder, self.limits()).map_err(failed)?;
+            GroupJournal::open(Arc::clone(self.store.storage()), &folder, self.limits).map_err(failed)?;
         if report.torn_bytes > 0 {
             tracing::info!(group = %place.group, bytes = report.torn_bytes, "cut off a torn tail that was never acked");
         }
@@ -144,7 +150,7 @@ impl GroupStore for StoreGroups {
             envelope: request.envelope.clone(),
         };
         let (storage, folder) = (Arc::clone(self.store.storage()), self.store.group_folder(place));
-        let journal = GroupJournal::create(storage, &folder, identity, self.limits()).map_err(failed)?;
+        let journal = GroupJournal::create(storage, &folder, identity, self.limits).map_err(failed)?;
         tracing::info!(office, group = request.name, "new group");
         Ok(self.writer(place, journal))
     }

@@ -8,6 +8,8 @@
 mod connection;
 mod group;
 mod live;
+#[cfg(feature = "sim")]
+pub mod steps;
 mod store_api;
 
 pub use connection::ConnectionError;
@@ -127,22 +129,7 @@ impl Receiver {
     fn start(&self, office: &str, group: GroupId) -> Group {
         let (commands, queue) = mpsc::channel(COMMANDS_MAX);
         let live = Arc::new(Mutex::new(LiveGroup::default()));
-        let state = GroupThread {
-            office: office.to_owned(),
-            group,
-            store: self.store.clone(),
-            clock: self.clock.clone(),
-            live: live.clone(),
-            writer: None,
-            session: None,
-            holder: None,
-            superseded: Vec::new(),
-            pending: Vec::new(),
-            unsynced_bytes: 0,
-            reopened: false,
-            full: false,
-            unmade: false,
-        };
+        let state = GroupThread::new(office, group, self.store.clone(), self.clock.clone(), live.clone());
         let name = format!("group-{}", &group.to_string()[..8]);
         let spawned = std::thread::Builder::new().name(name).spawn(move || state.run(queue));
         let thread = spawned.expect("the machine has threads for as many groups as it serves");

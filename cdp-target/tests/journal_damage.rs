@@ -44,8 +44,9 @@ impl Made {
         drop(journal);
         let mut files = Vec::new();
         for folder in [FOLDER.to_owned(), format!("{FOLDER}/journal")] {
-            for name in disk.list(Path::new(&folder)).expect("listed") {
-                let path = Path::new(&folder).join(name);
+            let paths =
+                disk.list(Path::new(&folder)).expect("listed").into_iter().map(|name| Path::new(&folder).join(name));
+            for path in paths.filter(|path| disk.list(path).is_err()) {
                 let bytes = cdp_seams::storage::read_all(&disk, &path, 1 << 30).expect("read");
                 files.push((path, bytes));
             }

@@ -21,9 +21,15 @@ pub(crate) struct Job {
 }
 
 /// The thread. It ends when it is dropped, after what it is at.
-pub(crate) struct Encoding {
-    jobs: Option<SyncSender<Job>>,
-    thread: Option<JoinHandle<()>>,
+pub(crate) struct Encoding(Way);
+
+enum Way {
+    Thread {
+        jobs: Option<SyncSender<Job>>,
+        thread: Option<JoinHandle<()>>,
+    },
+    /// Without one, where the encoder has none either.
+    Inline(Box<dyn Fn(Job) + Send>),
 }
 
 impl Encoding {
@@ -34,12 +40,15 @@ impl Encoding {
         begin: Begin,
         done: impl Fn(Outgoing) + Send + 'static,
     ) -> Self {
+        if encoder.is_inline() {
+            return Self(Way::Inline(Box::new(move |job| done(encode(job, &encoder, &slots, &begin)))));
+        }
         let (jobs, queue) = sync_channel(1);
         let builder = std::thread::Builder::new().name("encode-group".into());
         let thread = builder
             .spawn(move || serve(&queue, &encoder, &slots, &begin, done))
             .expect("the system has a thread to give");
-        Self { jobs: Some(jobs), thread: Some(thread) }
+        Self(Way::Thread { jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Hands over a capture; waits where one is waiting already.
@@ -47,29 +56,39 @@ impl Encoding {
     /// # Panics
     /// Where the thread has died of a panic.
     pub(crate) fn submit(&self, job: Job) {
-        let jobs = self.jobs.as_ref().expect("there until it is dropped");
-        assert!(jobs.send(job).is_ok(), "the encoding thread lives as long as its group");
+        match &self.0 {
+            Way::Thread { jobs, .. } => {
+                let jobs = jobs.as_ref().expect("there until it is dropped");
+                assert!(jobs.send(job).is_ok(), "the encoding thread lives as long as its group");
+            }
+            Way::Inline(encode) => encode(job),
+        }
     }
 }
 
 impl Drop for Encoding {
     fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
+        if let Way::Thread { jobs, thread } = &mut self.0 {
+            *jobs = None;
             // A thread that panicked has said so already.
-            let _ = thread.join();
+            let _ = thread.take().map(JoinHandle::join);
         }
     }
 }
 
 fn serve(queue: &Receiver<Job>, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin, done: impl Fn(Outgoing)) {
-    for Job { capture, sealer, mut end } in queue {
-        let made = encoder.encode(&capture, slots, begin, Arc::clone(&sealer));
-        drop(capture);
-        let EncodedAttempt { epoch, attempt, frames, list, meters, bytes } = made;
-        if let End::Commit(draft) = &mut end {
-            draft.meters = meters;
-        }
-        done(Outgoing { epoch, attempt, frames, list, bytes, end, sealer });
+    for job in queue {
+        done(encode(job, encoder, slots, begin));
     }
+}
+
+fn encode(job: Job, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin) -> Outgoing {
+    let Job { capture, sealer, mut end } = job;
+    let made = encoder.encode(&capture, slots, begin, Arc::clone(&sealer));
+    drop(capture);
+    let EncodedAttempt { epoch, attempt, frames, list, meters, bytes } = made;
+    if let End::Commit(draft) = &mut end {
+        draft.meters = meters;
+    }
+    Outgoing { epoch, attempt, frames, list, bytes, end, sealer }
 }

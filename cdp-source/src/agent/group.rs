@@ -11,6 +11,8 @@
 mod answers;
 mod capturing;
 mod standing;
+#[cfg(feature = "sim")]
+pub mod steps;
 mod volumes;
 
 use super::encoding::Encoding;

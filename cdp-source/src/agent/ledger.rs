@@ -161,6 +161,12 @@ impl Ledger {
         self.captured.len()
     }
 
+    /// What was captured last and is not acked.
+    #[must_use]
+    pub fn newest(&self) -> Option<&Captured> {
+        self.captured.back()
+    }
+
     /// Whether all that was captured is acked.
     #[must_use]
     pub fn is_acked(&self) -> bool {

@@ -189,8 +189,8 @@ mod tests {
 
     #[test]
     fn the_oracle_notices_whatever_is_left_out() {
-        use Sabotage::{ForgetCarry, MarkAtCompletionOnly, MarkAtIssueOnly, SkipValidation};
-        for sabotage in [SkipValidation, MarkAtIssueOnly, MarkAtCompletionOnly, ForgetCarry] {
+        use Sabotage::{ForgetCarry, MarkAtCompletionOnly, MarkAtIssueOnly, SkipBarrier, SkipValidation};
+        for sabotage in [SkipValidation, MarkAtIssueOnly, MarkAtCompletionOnly, ForgetCarry, SkipBarrier] {
             let is_caught = |seed: &u64| Driver::new(*seed, Profile::default(), sabotage).run(CUTS).is_err();
             let caught = (0..40).filter(is_caught).count();
             println!("{sabotage:?}: caught with {caught} of 40 seeds");
@@ -206,6 +206,7 @@ mod tests {
             in_flight_max: 4,
             write_sectors_max: 1,
             hot_permille: 1000,
+            slow_permille: 0,
             ..Profile::default()
         };
         let mut tally = Tally::default();

@@ -5,19 +5,24 @@
 //! new and torn content of whatever is in flight. At every flip the world notes what a power cut at that instant could
 //! leave; `Instant::explain` says whether an image is one of those states.
 
+mod death;
 mod drive;
+mod marks;
 mod reader;
 mod tracker;
 
+pub use death::{Died, Mortality};
 pub use drive::{Driver, Tally};
 pub use reader::SimReader;
 pub use tracker::{Sabotage, SimTracker};
 
-use cdp_protocol::units::{BLOCK_BYTES, BLOCK_SECTORS, Block};
+use cdp_protocol::units::{BLOCK_BYTES, BLOCK_SECTORS, Block, blocks_in};
 use cdp_seams::clock::{Clock, SimClock};
 use cdp_seams::random::SimRandom;
+use marks::{Marks, Run};
 use roaring::RoaringBitmap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +30,8 @@ use std::time::Duration;
 const SECTOR: usize = 512;
 /// When every world begins.
 const START_MS: i64 = 1_700_000_000_000;
+/// One in so many steps of a slow write does anything.
+const SLOWNESS: u64 = 40;
 /// How long a step takes.
 const STEP: Duration = Duration::from_micros(10);
 
@@ -41,13 +48,32 @@ pub struct Profile {
     pub write_sectors_max: u32,
     /// How many of 1000 writes go to the first 16 sectors of a volume.
     pub hot_permille: u64,
+    /// How many of 1000 writes take long: only one in 40 of the steps they are given does anything.
+    pub slow_permille: u64,
+    /// How many of 1000 runs of the tracker's programs are held up between their entry and their exit.
+    pub held_up_permille: u64,
+}
+
+impl Profile {
+    /// Blocks of each volume.
+    fn blocks(&self) -> Vec<u32> {
+        self.sectors.iter().map(|sectors| blocks_in(u64::from(*sectors) * SECTOR as u64) as u32).collect()
+    }
 }
 
 impl Default for Profile {
     fn default() -> Self {
         // The second volume ends within a block.
         let sectors = vec![64 * 8, 40 * 8 + 3];
-        Self { sectors, issue_permille: 60, in_flight_max: 12, write_sectors_max: 24, hot_permille: 300 }
+        Self {
+            sectors,
+            issue_permille: 60,
+            in_flight_max: 12,
+            write_sectors_max: 24,
+            hot_permille: 300,
+            slow_permille: 100,
+            held_up_permille: 100,
+        }
     }
 }
 
@@ -64,6 +90,10 @@ pub struct World {
     pub clock: Arc<SimClock>,
     /// Decides everything.
     pub random: SimRandom,
+    /// When the agent dies.
+    pub mortality: Mortality,
+    /// How far the wall clock is off.
+    wall_offset_ms: AtomicI64,
     profile: Profile,
 }
 
@@ -76,8 +106,9 @@ struct State {
     landings: u64,
     is_quiet: bool,
     sabotage: Sabotage,
-    dirty: Blocks,
-    issued: Blocks,
+    marks: Marks,
+    /// What a power cut at the last flip could have left.
+    flipped: Arc<Instant>,
     unreadable: Blocks,
 }
 
@@ -88,6 +119,9 @@ struct Write {
     sectors: Range<u32>,
     /// When each of its sectors landed.
     landed: Vec<Option<u64>>,
+    /// A run of the tracker for it that is held up: the write goes no further meanwhile.
+    run: Option<Run>,
+    is_slow: bool,
 }
 
 /// What a power cut at one instant could leave.
@@ -105,18 +139,19 @@ impl World {
         let nothing = vec![RoaringBitmap::new(); profile.sectors.len()];
         let state = State {
             settled: image.iter().map(|volume| vec![(0, 0); volume.len()]).collect(),
+            flipped: Arc::new(Instant { settled: image.clone(), in_flight: Vec::new() }),
             media: image,
             in_flight: Vec::new(),
             writes: 0,
             landings: 0,
             is_quiet: false,
             sabotage,
-            dirty: nothing.clone(),
-            issued: nothing.clone(),
+            marks: Marks::new(&profile.blocks()),
             unreadable: nothing,
         };
         let clock = Arc::new(SimClock::new(START_MS));
-        Arc::new(Self { state: Mutex::new(state), clock, random: SimRandom::new(seed), profile })
+        let (random, mortality, wall_offset_ms) = (SimRandom::new(seed), Mortality::default(), 0.into());
+        Arc::new(Self { state: Mutex::new(state), clock, random, mortality, wall_offset_ms, profile })
     }
 
     /// Bytes of a volume.
@@ -135,11 +170,37 @@ impl World {
     pub fn run(&self, steps: u64) {
         let mut state = self.lock();
         for _ in 0..steps {
-            self.clock.advance(STEP);
-            // Steps are far below a millisecond: the wall clock follows the monotonic one.
-            self.clock.set_wall_ms(START_MS + self.clock.monotonic().as_millis() as i64);
             state.step(&self.profile, &self.random);
         }
+        drop(state);
+        self.pass(STEP * steps as u32);
+    }
+
+    /// Lets time pass in which nothing is written.
+    pub fn pass(&self, time: Duration) {
+        self.clock.advance(time);
+        // Steps are far below a millisecond: the wall clock follows the monotonic one.
+        let offset_ms = self.wall_offset_ms.load(Ordering::SeqCst);
+        self.clock.set_wall_ms(START_MS + offset_ms + self.clock.monotonic().as_millis() as i64);
+    }
+
+    /// Sets the wall clock off, as an operator or a dead battery may.
+    pub fn set_wall_offset_ms(&self, offset_ms: i64) {
+        self.wall_offset_ms.store(offset_ms, Ordering::SeqCst);
+        self.pass(Duration::ZERO);
+    }
+
+    /// The machine loses its power: writes in flight stay where they got to, and the tracking is gone.
+    pub fn power_loss(&self) {
+        let mut state = self.lock();
+        state.in_flight.clear();
+        state.landings += 1;
+        let landed = state.landings;
+        let State { settled, media, .. } = &mut *state;
+        for (settled, media) in settled.iter_mut().flatten().zip(media.iter().flatten()) {
+            *settled = (*media, landed);
+        }
+        state.marks = Marks::new(&self.profile.blocks());
     }
 
     /// No new writes from here on, or again; those in flight go on.
@@ -164,6 +225,12 @@ impl World {
         self.lock().instant()
     }
 
+    /// What a power cut at the last flip could have left.
+    #[must_use]
+    pub fn flipped(&self) -> Arc<Instant> {
+        Arc::clone(&self.lock().flipped)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -176,7 +243,7 @@ impl State {
             self.issue(profile, random);
         } else if !self.in_flight.is_empty() {
             let index = random.below(self.in_flight.len() as u64) as usize;
-            self.go_on(index, random);
+            self.go_on(index, profile, random);
         }
     }
 
@@ -187,18 +254,30 @@ impl State {
         let start = random.below(u64::from(if is_hot { all.min(16) } else { all })) as u32;
         let len = 1 + random.below(u64::from(profile.write_sectors_max.min(all - start))) as u32;
         self.writes += 1;
-        let landed = vec![None; len as usize];
-        let write = Write { number: self.writes, volume, sectors: start..start + len, landed };
-        self.mark_issue(&write);
-        self.in_flight.push(write);
+        let (landed, run) = (vec![None; len as usize], Some(self.marks.enter(false)));
+        let (number, is_slow) = (self.writes, random.below(1000) < profile.slow_permille);
+        self.in_flight.push(Write { number, volume, sectors: start..start + len, landed, run, is_slow });
+        if random.below(1000) >= profile.held_up_permille {
+            self.exit(self.in_flight.len() - 1);
+        }
     }
 
     /// Lands one more sector of a write, or completes it.
-    fn go_on(&mut self, index: usize, random: &SimRandom) {
+    fn go_on(&mut self, index: usize, profile: &Profile, random: &SimRandom) {
         let write = &mut self.in_flight[index];
+        if write.is_slow && random.below(SLOWNESS) > 0 {
+            return;
+        }
+        if write.run.is_some() {
+            self.exit(index);
+            return;
+        }
         let waiting: Vec<usize> = (0..write.landed.len()).filter(|at| write.landed[*at].is_none()).collect();
         if waiting.is_empty() {
-            self.complete(index);
+            write.run = Some(self.marks.enter(true));
+            if random.below(1000) >= profile.held_up_permille {
+                self.exit(index);
+            }
             return;
         }
         // Sometimes all the rest at once: a write of many sectors is not always slow.
@@ -211,6 +290,18 @@ impl State {
         }
     }
 
+    /// Ends the tracker's run for a write; one for a completion ends the write with it. Tells whether it did.
+    fn exit(&mut self, index: usize) -> bool {
+        let write = &mut self.in_flight[index];
+        let Some(run) = write.run.take() else { return false };
+        let (volume, blocks) = (write.volume, write.blocks());
+        self.marks.exit(run, volume, blocks, self.sabotage);
+        if run.is_completion {
+            self.complete(index);
+        }
+        run.is_completion
+    }
+
     fn complete(&mut self, index: usize) {
         let write = self.in_flight.swap_remove(index);
         for (sector, landed) in write.sectors.clone().zip(&write.landed) {
@@ -220,25 +311,19 @@ impl State {
                 *settled = (write.number, landed);
             }
         }
-        self.mark_completion(&write);
     }
 
-    fn mark_issue(&mut self, write: &Write) {
-        if self.sabotage != Sabotage::MarkAtCompletionOnly {
-            self.dirty[write.volume].insert_range(write.blocks());
-            self.issued[write.volume].insert_range(write.blocks());
+    /// The flip of the tracker: the instant, the straggler barrier.
+    fn flip(&mut self) {
+        self.flipped = Arc::new(self.instant());
+        self.marks.flip();
+        if self.sabotage == Sabotage::SkipBarrier {
+            return;
         }
-    }
-
-    fn mark_completion(&mut self, write: &Write) {
-        match self.sabotage {
-            Sabotage::MarkAtIssueOnly => {}
-            Sabotage::MarkAtCompletionOnly => {
-                self.dirty[write.volume].insert_range(write.blocks());
-                self.issued[write.volume].insert_range(write.blocks());
-            }
-            _ => {
-                self.dirty[write.volume].insert_range(write.blocks());
+        let mut index = 0;
+        while index < self.in_flight.len() {
+            if !self.exit(index) {
+                index += 1;
             }
         }
     }
@@ -281,13 +366,13 @@ impl Instant {
 }
 
 /// Fills a sector's bytes as write `number` does; 0 gives zeros.
-fn fill_sector(bytes: &mut [u8], number: u64) {
+pub fn fill_sector(bytes: &mut [u8], number: u64) {
     bytes.fill(0);
     bytes[..8].copy_from_slice(&number.to_le_bytes());
 }
 
 /// The writes that the sectors of a block are from.
-fn sectors_of(block: &[u8]) -> impl Iterator<Item = u64> {
+pub fn sectors_of(block: &[u8]) -> impl Iterator<Item = u64> {
     assert_eq!(block.len(), BLOCK_BYTES);
     block.chunks_exact(SECTOR).map(|sector| u64::from_le_bytes(*sector.first_chunk().expect("eight bytes")))
 }

@@ -63,6 +63,7 @@ impl SimReader {
 
 impl BlockReader for SimReader {
     fn read(&mut self, requests: &[ReadRequest], done: &mut ReadDone<'_>) -> io::Result<()> {
+        self.world.mortality.call();
         if let Some(failure) = self.failure.take() {
             return Err(failure.into());
         }
@@ -82,6 +83,7 @@ impl BlockReader for SimReader {
             self.read_sector(&mut in_flight[chosen], request);
             if in_flight[chosen].waiting.is_empty() {
                 let operation = in_flight.swap_remove(chosen);
+                self.world.mortality.call();
                 self.pass_time(4);
                 let is_readable = self.is_readable(request);
                 done(operation.index, if is_readable { Ok(&operation.bytes) } else { Err(Errno::IO.into()) });

@@ -1,5 +1,6 @@
 //! A tracker over the simulated world, and the ways to build one wrongly.
 
+use super::marks::Marks;
 use super::{Blocks, Instant, World};
 use crate::tracker::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::units::{Block, VolumeSlot};
@@ -19,6 +20,8 @@ pub enum Sabotage {
     MarkAtCompletionOnly,
     /// What a failed cut held is forgotten (done by the driver).
     ForgetCarry,
+    /// A flip does not wait for the runs that are under way.
+    SkipBarrier,
 }
 
 /// Marks of the world's writes, flipped at one instant.
@@ -28,43 +31,45 @@ pub struct SimTracker {
     recovered: Blocks,
     /// Drained by a flip that failed.
     kept: Blocks,
-    instant: Instant,
-    memo: Vec<u8>,
+    instant: Arc<Instant>,
     /// How many of 1000 flips meet a straggler.
     pub straggler_permille: u64,
     /// How many of 1000 questions are answered with a conflict that is none, as a hashed filter does.
     pub false_hit_permille: u64,
     /// Fails the next flip or settlement.
     pub failure: Option<TrackerError>,
-    /// What was given to `retain_unacked` last.
-    pub unacked: Blocks,
 }
 
 impl SimTracker {
-    /// Tracks all volumes of the world; everything is dirty at first.
+    /// Tracks all volumes of the world anew; everything is dirty at first.
     #[must_use]
     pub fn new(world: &Arc<World>) -> Self {
+        let blocks = world.profile.blocks();
+        world.lock().marks = Marks::new(&blocks);
+        Self::attach(world)
+    }
+
+    /// Goes on with the tracking as another agent of the same world left it, or begins one.
+    #[must_use]
+    pub fn attach(world: &Arc<World>) -> Self {
         let volume = |index| TrackedVolume { slot: VolumeSlot(index as u16), size_bytes: world.size_bytes(index) };
         let volumes: Vec<TrackedVolume> = (0..world.volumes()).map(volume).collect();
-        let all = |volume: &TrackedVolume| (0..cdp_protocol::units::blocks_in(volume.size_bytes) as u32).collect();
-        let nothing = vec![RoaringBitmap::new(); volumes.len()];
+        let recovered = world.lock().marks.take_up();
         Self {
             world: Arc::clone(world),
-            recovered: volumes.iter().map(all).collect(),
+            recovered,
+            kept: vec![RoaringBitmap::new(); volumes.len()],
             volumes,
-            kept: nothing.clone(),
-            instant: world.instant(),
-            memo: Vec::new(),
+            instant: Arc::new(world.instant()),
             straggler_permille: 0,
             false_hit_permille: 0,
             failure: None,
-            unacked: nothing,
         }
     }
 
     /// What a power cut at the last flip could have left.
     #[must_use]
-    pub const fn instant(&self) -> &Instant {
+    pub fn instant(&self) -> &Instant {
         &self.instant
     }
 
@@ -84,14 +89,16 @@ impl Tracker for SimTracker {
     }
 
     fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+        self.world.mortality.call();
         self.world.run(self.world.random.below(5));
-        let nothing = self.nothing();
-        let drained = {
+        self.instant = {
             let mut state = self.world.lock();
-            self.instant = state.instant();
-            state.issued.clone_from(&nothing);
-            std::mem::replace(&mut state.dirty, nothing.clone())
+            state.flip();
+            Arc::clone(&state.flipped)
         };
+        self.world.mortality.call();
+        let drained = self.world.lock().marks.drain();
+        self.world.mortality.call();
         self.world.run(self.world.random.below(5));
         for (kept, drained) in self.kept.iter_mut().zip(drained) {
             *kept |= drained;
@@ -102,12 +109,13 @@ impl Tracker for SimTracker {
         if self.world.random.below(1000) < self.straggler_permille {
             return Err(TrackerError::Stragglers("simulated".to_owned()));
         }
+        let nothing = self.nothing();
         Ok(std::mem::replace(&mut self.kept, nothing))
     }
 
     fn is_conflicted(&self, volume: usize, block: Block) -> bool {
         let state = self.world.lock();
-        let is_issued = state.issued[volume].contains(block.0);
+        let is_issued = state.marks.is_issued(volume, block);
         let is_false_hit = self.world.random.below(1000) < self.false_hit_permille;
         state.sabotage != Sabotage::SkipValidation && (is_issued || is_false_hit)
     }
@@ -117,16 +125,23 @@ impl Tracker for SimTracker {
     }
 
     fn retain_unacked(&mut self, union: &[RoaringBitmap]) -> Result<(), TrackerError> {
-        union.clone_into(&mut self.unacked);
+        self.world.mortality.call();
+        // What was not given away yet is of no epoch, and stays.
+        let ungiven = self.kept.iter().zip(&self.recovered).map(|(kept, recovered)| kept | recovered);
+        let unacked: Blocks = union.iter().zip(ungiven).map(|(union, ungiven)| union | ungiven).collect();
+        self.world.lock().marks.unacked = unacked;
+        self.world.mortality.call();
         Ok(())
     }
 
     fn memo(&self) -> Result<Vec<u8>, TrackerError> {
-        Ok(self.memo.clone())
+        Ok(self.world.lock().marks.memo.clone())
     }
 
     fn set_memo(&mut self, memo: &[u8]) -> Result<(), TrackerError> {
-        memo.clone_into(&mut self.memo);
+        self.world.mortality.call();
+        memo.clone_into(&mut self.world.lock().marks.memo);
+        self.world.mortality.call();
         Ok(())
     }
 

@@ -107,15 +107,17 @@ impl GroupView {
         extent: Extent,
     ) -> Result<Vec<Layer>, JournalError> {
         // The end of a run may be told by a later segment: the lock of the open one must not be held while that is looked up.
-        let index = self.index(number)?;
+        let mut index = self.index(number)?;
         let mut entries = Vec::new();
-        match &index {
+        match &mut index {
             SegmentIndex::Open(open, limit) => {
                 open.candidates(slot, extent, &mut entries);
                 entries.retain(|entry| entry.frame_offset < *limit);
             }
             SegmentIndex::Sealed(summary, sealed) if summary.touches(slot, extent) => {
-                self.shelf().tables(sealed)?.candidates(slot, extent, &mut entries);
+                let tables;
+                (*summary, tables) = self.shelf().tables(sealed)?;
+                tables.candidates(slot, extent, &mut entries);
             }
             SegmentIndex::Sealed(..) => {}
         }

@@ -1,6 +1,7 @@
 //! Indexes of sealed segments, as readers hold them: loaded when needed, verified, within a budget of memory.
 //!
-//! An index that does not verify is made anew from the segment's frames, in memory; nothing is written.
+//! An index that does not verify is made anew from the segment's frames, in memory; nothing is written. It is made anew as a
+//! whole, whichever part of it is damaged: what was lost among the frames is told by the other part.
 
 use super::index::{Summary, Tables};
 use super::listing::Tally;
@@ -11,7 +12,7 @@ use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
 use cdp_protocol::units::{Epoch, GroupId};
 use cdp_seams::storage::{Storage, StorageFile};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,6 +40,8 @@ pub(crate) struct Caches {
     summaries: Mutex<Cache<Summary>>,
     tables: Mutex<Cache<Tables>>,
     files: Mutex<Cache<Box<dyn StorageFile>>>,
+    /// Segments whose index does not verify, in some part: nothing of it is believed.
+    distrusted: Mutex<HashSet<u64>>,
     /// Two numbers a segment: never dropped.
     tallies: Mutex<HashMap<u64, Tally>>,
     /// Bytes of the parts of a point, by its epoch, where it has any: the first copy, and long outages.
@@ -126,38 +129,63 @@ impl Shelf<'_> {
         if let Some(summary) = locked(&self.caches.summaries).find(sealed.number) {
             return Ok(summary);
         }
-        let file = self.file(sealed.number)?;
-        let (summary, tables) = match load_summary(file.as_ref().as_ref(), sealed) {
-            Ok(summary) => (summary, None),
-            Err(IndexError::Damaged) => {
-                let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
-                (summary, Some(tables))
+        match self.load(sealed, load_summary)? {
+            Some(summary) => {
+                let summary = Arc::new(summary);
+                locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
+                Ok(summary)
             }
-            Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
-        };
-        if let Some(tables) = tables {
-            let bytes = tables.bytes();
-            locked(&self.caches.tables).keep(sealed.number, &Arc::new(tables), bytes, CACHE_BYTES_MAX);
+            None => Ok(self.make_anew(sealed)?.0),
         }
-        let summary = Arc::new(summary);
-        locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
-        Ok(summary)
     }
 
-    /// The extents.
-    pub(crate) fn tables(&self, sealed: &SealedSegment) -> Result<Arc<Tables>, JournalError> {
-        if let Some(tables) = locked(&self.caches.tables).find(sealed.number) {
-            return Ok(tables);
-        }
-        let file = self.file(sealed.number)?;
-        let tables = match load_tables(file.as_ref().as_ref(), sealed) {
-            Ok(tables) => tables,
-            Err(IndexError::Damaged) => self.rebuild(sealed)?.index.into_sealed().1,
-            Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
+    /// The extents, with the summary that they belong to.
+    pub(crate) fn tables(&self, sealed: &SealedSegment) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
+        let summary = self.summary(sealed)?;
+        let was_trusted = !self.is_distrusted(sealed.number);
+        let kept = locked(&self.caches.tables).find(sealed.number);
+        let tables = match kept {
+            Some(tables) => tables,
+            None => match self.load(sealed, load_tables)? {
+                Some(tables) => {
+                    let tables = Arc::new(tables);
+                    locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
+                    tables
+                }
+                None => return self.make_anew(sealed),
+            },
         };
-        let tables = Arc::new(tables);
+        if was_trusted && self.is_distrusted(sealed.number) { self.make_anew(sealed) } else { Ok((summary, tables)) }
+    }
+
+    /// A part of the index from the file; `None` where the index does not verify, now or before.
+    fn load<T>(
+        &self,
+        sealed: &SealedSegment,
+        load: impl FnOnce(&dyn StorageFile, &SealedSegment) -> Result<T, IndexError>,
+    ) -> Result<Option<T>, JournalError> {
+        if self.is_distrusted(sealed.number) {
+            return Ok(None);
+        }
+        match load(self.file(sealed.number)?.as_ref().as_ref(), sealed) {
+            Ok(part) => Ok(Some(part)),
+            Err(IndexError::Damaged) => Ok(None),
+            Err(IndexError::Io(error)) => Err(self.read_error(sealed.number, error)),
+        }
+    }
+
+    fn is_distrusted(&self, number: u64) -> bool {
+        locked(&self.caches.distrusted).contains(&number)
+    }
+
+    /// Both parts of an index that does not verify, from the frames.
+    fn make_anew(&self, sealed: &SealedSegment) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
+        let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
+        let (summary, tables) = (Arc::new(summary), Arc::new(tables));
+        locked(&self.caches.distrusted).insert(sealed.number);
+        locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
         locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
-        Ok(tables)
+        Ok((summary, tables))
     }
 
     fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {

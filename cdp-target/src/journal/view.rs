@@ -298,12 +298,16 @@ impl GroupView {
 
     /// All included extents of `segment`, with their epochs.
     pub(crate) fn included(&self, segment: u64) -> Result<Vec<(Epoch, Entry)>, JournalError> {
-        let index = self.index(segment)?;
-        let entries: Vec<Entry> = match &index {
+        let mut index = self.index(segment)?;
+        let entries: Vec<Entry> = match &mut index {
             SegmentIndex::Open(open, limit) => {
                 open.iter().filter(|entry| entry.frame_offset < *limit).copied().collect()
             }
-            SegmentIndex::Sealed(_, sealed) => self.shelf().tables(sealed)?.iter().copied().collect(),
+            SegmentIndex::Sealed(summary, sealed) => {
+                let tables;
+                (*summary, tables) = self.shelf().tables(sealed)?;
+                tables.iter().copied().collect()
+            }
         };
         let runs = index.runs().to_vec();
         drop(index);

@@ -276,7 +276,7 @@ impl Connection {
             if !fill(&mut stream, &mut bytes, frame_len).await? {
                 return Ok(());
             }
-            let command = Command::Frame { session: held.session, bytes, room };
+            let command = Command::Frame { session: held.session, bytes, room: Some(room) };
             if held.handle.commands.send(command).await.is_err() {
                 return Err(ConnectionError::Ended(format!("the thread of group {group} is gone")));
             }

@@ -40,8 +40,8 @@ pub(super) type Work = Box<dyn FnOnce(Result<&mut dyn GroupWriter, StoreError>) 
 pub(super) enum Command {
     /// A source opens the group.
     Open { session: Session, request: Box<OpenGroup> },
-    /// A frame of a session, whose header is verified; the permit is its place in memory.
-    Frame { session: u64, bytes: Vec<u8>, room: OwnedSemaphorePermit },
+    /// A frame of a session, whose header is verified; the permit is its place in memory, where that is bounded.
+    Frame { session: u64, bytes: Vec<u8>, room: Option<OwnedSemaphorePermit> },
     /// Nothing was written at the source.
     Unchanged { session: u64, epoch: Epoch, as_of: Timestamp },
     /// A page of points.
@@ -89,29 +89,55 @@ impl Outbox {
 
 /// A group and the thread's state.
 pub(super) struct GroupThread {
-    pub(super) office: String,
-    pub(super) group: GroupId,
-    pub(super) store: Arc<dyn GroupStore>,
-    pub(super) clock: Arc<dyn Clock>,
-    pub(super) live: Arc<Mutex<LiveGroup>>,
-    pub(super) writer: Option<Box<dyn GroupWriter>>,
-    pub(super) session: Option<Session>,
+    office: String,
+    group: GroupId,
+    store: Arc<dyn GroupStore>,
+    clock: Arc<dyn Clock>,
+    live: Arc<Mutex<LiveGroup>>,
+    writer: Option<Box<dyn GroupWriter>>,
+    session: Option<Session>,
     /// The process that had the group open last, whether or not its line still stands.
-    pub(super) holder: Option<Instance>,
+    holder: Option<Instance>,
     /// Processes that others took the group over from, newest last, and what they are told.
-    pub(super) superseded: Vec<([u8; 16], RefusalReason)>,
+    superseded: Vec<([u8; 16], RefusalReason)>,
     /// Acks that wait for a sync.
     pub(super) pending: Vec<TargetMessage>,
-    pub(super) unsynced_bytes: u64,
+    unsynced_bytes: u64,
     /// The writer was opened anew and has not synced since.
-    pub(super) reopened: bool,
+    reopened: bool,
     /// There was no room, and nothing was acked since.
-    pub(super) full: bool,
+    full: bool,
     /// The store refused to make the group: once the source is gone, the thread has nothing to own.
-    pub(super) unmade: bool,
+    unmade: bool,
 }
 
 impl GroupThread {
+    /// A group that nobody has opened yet.
+    pub(super) fn new(
+        office: &str,
+        group: GroupId,
+        store: Arc<dyn GroupStore>,
+        clock: Arc<dyn Clock>,
+        live: Arc<Mutex<LiveGroup>>,
+    ) -> Self {
+        Self {
+            office: office.to_owned(),
+            group,
+            store,
+            clock,
+            live,
+            writer: None,
+            session: None,
+            holder: None,
+            superseded: Vec::new(),
+            pending: Vec::new(),
+            unsynced_bytes: 0,
+            reopened: false,
+            full: false,
+            unmade: false,
+        }
+    }
+
     /// Works until nobody is left who could say anything; then makes durable what is there.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
@@ -138,7 +164,7 @@ impl GroupThread {
         self.sync();
     }
 
-    fn apply(&mut self, command: Command) {
+    pub(super) fn apply(&mut self, command: Command) {
         match command {
             Command::Open { session, request } => self.open(session, &request),
             Command::Frame { session, bytes, room } => {
@@ -349,7 +375,7 @@ impl GroupThread {
     }
 
     /// Makes durable what was appended, then acks it.
-    fn sync(&mut self) {
+    pub(super) fn sync(&mut self) {
         if let Err(error) = self.try_sync() {
             self.failed(&error);
         }

@@ -93,7 +93,8 @@ impl Memo {
         }
         self.generation = Some(generation);
         match (verdict, head) {
-            (_, None) => *self = Self { generation: self.generation, ..Self::default() },
+            // Commits under way in this generation may yet be acked: they go again, or are still on their way.
+            (_, None) => self.acked.clear(),
             (Verdict::TargetBehind, Some(head)) => {
                 self.acked.retain(|acked| acked.epoch <= head.epoch);
                 self.acked(head);
@@ -235,6 +236,15 @@ mod tests {
         assert_eq!(memo.parts, None, "the point has taken them in");
         memo.opened(Generation(4), Verdict::New, None, None);
         assert_eq!(memo, Memo { generation: Some(Generation(4)), ..Memo::default() });
+    }
+
+    #[test]
+    fn commits_under_way_stay_known_where_the_target_has_no_point_yet() {
+        let mut memo = Memo { generation: Some(Generation(1)), sent: vec![head(1)], ..Memo::default() };
+        memo.opened(Generation(1), Verdict::Continue, None, None);
+        assert_eq!(memo.sent, [head(1)], "it goes again, and may be acked unheard");
+        memo.opened(Generation(2), Verdict::Continue, None, None);
+        assert_eq!(memo.sent, [], "fenced off");
     }
 
     #[test]

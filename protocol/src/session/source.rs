@@ -329,7 +329,7 @@ impl SourceSession {
             TargetMessage::PartAcked { parts, .. } => {
                 let known = self.stand.and_then(|stand| stand.parts).map(|(_, parts)| parts);
                 if known != Some(*parts) {
-                    self.acked_through(Queued::parts, parts, &mut events).ok_or(Contradiction("part ack"))?;
+                    self.parts_acked(parts, &mut events).ok_or(Contradiction("part ack"))?;
                 }
             }
             TargetMessage::Busy { reason, retry_after_ms, .. } => {
@@ -368,9 +368,19 @@ impl SourceSession {
         let now = self.stand.unwrap_or_default();
         if opened.parts != now.parts {
             let (_, parts) = opened.parts.ok_or(Contradiction("list of parts"))?;
-            self.acked_through(Queued::parts, &parts, events).ok_or(Contradiction("list of parts"))?;
+            self.parts_acked(&parts, events).ok_or(Contradiction("list of parts"))?;
         }
         Ok(())
+    }
+
+    /// Takes out all parts up to the one that gives `wanted`. A point is acked by its own ack alone: parts do not name what
+    /// stands before them, so one that is acked past a point says that the point's commit was lost on the way.
+    fn parts_acked(&mut self, wanted: &PartChain, events: &mut Vec<SourceEvent>) -> Option<()> {
+        let mut before = self.queue.iter().take_while(|queued| queued.parts() != Some(*wanted));
+        if before.any(|queued| queued.head().is_some()) {
+            return None;
+        }
+        self.acked_through(Queued::parts, wanted, events)
     }
 
     /// Takes out all attempts up to the one whose end gives `wanted`; `None`, and nothing changed, where none that left does.

@@ -126,11 +126,13 @@ impl Group {
         }
     }
 
-    /// Nothing has changed. A point that was asked for is made all the same, so that its name has something to stand on.
+    /// Nothing has changed since the last capture. A point that was asked for is made all the same, so that its name has
+    /// something to stand on; and one that takes in parts behind which nothing came: what they hold is in no point before it.
     pub(super) fn unchanged(&mut self, as_of: Timestamp) {
         let Some(open) = self.open else { return };
         self.failed_cuts = 0;
-        if !self.wanted.is_empty() || !open.has_point && self.ledger.unacked_epochs() == 0 {
+        let has_no_point = !open.has_point && self.ledger.unacked_epochs() == 0;
+        if !self.wanted.is_empty() || has_no_point || self.are_parts_open() {
             let mut capture = Capture::new(self.setup.facts.volumes.len());
             capture.cut_time = as_of;
             capture.meters.cut_rounds = 1;
@@ -144,6 +146,11 @@ impl Group {
             self.told_unchanged = Some(now);
             self.link.unchanged(head.epoch, as_of);
         }
+    }
+
+    /// Whether parts were captured, acked or not, that no cut has taken in.
+    fn are_parts_open(&self) -> bool {
+        self.ledger.newest().map_or(self.memo.parts.is_some(), |captured| captured.is_part)
     }
 
     /// Seals a capture under a fresh attempt and hands it to the encoder.

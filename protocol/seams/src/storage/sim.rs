@@ -6,6 +6,8 @@
 //! subset of name changes that keeps the order on one name. Calls are counted, so that a cut or an error can be set at any of them;
 //! after a cut every call fails until `restart`. Knows no permissions, links or mounts.
 
+mod image;
+
 use super::{Storage, StorageFile};
 use crate::random::SimRandom;
 use std::collections::BTreeMap;
@@ -15,6 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes that a disk writes as one.
 const SECTOR_BYTES: usize = 512;
+/// Bytes that the page cache writes as one, mostly.
+const PAGE_BYTES: usize = 4096;
 
 /// A disk in memory. Clones are the same disk.
 #[derive(Clone)]
@@ -27,6 +31,10 @@ pub enum Fault {
     Error(io::ErrorKind),
     /// The call is the last before a power cut: it may have begun.
     PowerCut,
+    /// The call is the last of its process: it may have begun. What was not synced stays in the page cache.
+    Death,
+    /// The process ends before the call: it does not happen, and everything stays as it is.
+    End,
 }
 
 struct Disk {
@@ -35,6 +43,8 @@ struct Disk {
     folders: BTreeMap<PathBuf, Folder>,
     calls: u64,
     faults: BTreeMap<u64, Fault>,
+    /// From this call on every one fails with this.
+    fails_from: Option<(u64, io::ErrorKind)>,
     /// Which life of the machine it is; handles of an earlier one fail.
     life: u64,
     is_down: bool,
@@ -96,6 +106,7 @@ impl SimStorage {
             folders,
             calls: 0,
             faults: BTreeMap::new(),
+            fails_from: None,
             life: 0,
             is_down: false,
             free_bytes: u64::MAX,
@@ -113,9 +124,16 @@ impl SimStorage {
         locked(&self.0).faults.insert(call, fault);
     }
 
+    /// Lets call number `call` and all after it fail.
+    pub fn fail_from(&self, call: u64, kind: io::ErrorKind) {
+        locked(&self.0).fails_from = Some((call, kind));
+    }
+
     /// Takes back all faults to come.
     pub fn clear_faults(&self) {
-        locked(&self.0).faults.clear();
+        let mut disk = locked(&self.0);
+        disk.faults.clear();
+        disk.fails_from = None;
     }
 
     /// Whether the power was cut and not restored.
@@ -134,7 +152,12 @@ impl SimStorage {
         locked(&self.0).power_cut();
     }
 
-    /// Brings the machine up again after a power cut. Handles from before stay dead.
+    /// Ends the process that uses it: its handles are dead, what it has written is not.
+    pub fn process_death(&self) {
+        locked(&self.0).die();
+    }
+
+    /// Brings the machine up again after a power cut or the death of its process. Handles from before stay dead.
     pub fn restart(&self) {
         locked(&self.0).is_down = false;
     }
@@ -168,32 +191,41 @@ impl Disk {
         if self.is_down {
             return Err(down());
         }
-        let fault = self.faults.remove(&self.calls);
+        let for_good = self.fails_from.filter(|(from, _)| self.calls >= *from).map(|(_, kind)| Fault::Error(kind));
+        let fault = self.faults.remove(&self.calls).or(for_good);
         self.calls += 1;
+        if fault == Some(Fault::End) {
+            self.die();
+            return Err(down());
+        }
         Ok(fault)
     }
 
-    /// A call that either happens whole or not at all.
-    fn atomic_call(&mut self) -> io::Result<bool> {
+    /// A call that either happens whole or not at all; gives the end that comes after it.
+    fn atomic_call(&mut self) -> io::Result<Option<Fault>> {
         match self.call()? {
-            None => Ok(false),
+            None => Ok(None),
             Some(Fault::Error(kind)) => Err(kind.into()),
             // Whether it was still done nobody saw.
-            Some(Fault::PowerCut) if self.random.below(2) == 0 => Ok(true),
-            Some(Fault::PowerCut) => {
-                self.power_cut();
-                Err(down())
-            }
+            end if self.random.below(2) == 0 => Ok(end),
+            end => self.finish(end, None),
         }
     }
 
     /// Ends a call that may have been the last.
-    fn finish<T>(&mut self, cut: bool, value: T) -> io::Result<T> {
-        if cut {
-            self.power_cut();
-            return Err(down());
+    fn finish<T>(&mut self, end: Option<Fault>, value: T) -> io::Result<T> {
+        match end {
+            None | Some(Fault::Error(_)) => return Ok(value),
+            Some(Fault::PowerCut) => self.power_cut(),
+            Some(Fault::Death | Fault::End) => self.die(),
         }
-        Ok(value)
+        Err(down())
+    }
+
+    /// No handle of this life is good for anything any more.
+    fn die(&mut self) {
+        self.is_down = true;
+        self.life += 1;
     }
 
     fn find(&self, path: &Path) -> Option<usize> {
@@ -213,8 +245,7 @@ impl Disk {
     }
 
     fn power_cut(&mut self) {
-        self.is_down = true;
-        self.life += 1;
+        self.die();
         for folder in self.folders.values_mut() {
             folder.power_cut(&self.random);
         }
@@ -309,11 +340,12 @@ impl Content {
         self.durable[from..to].copy_from_slice(&self.cache[from..to]);
     }
 
-    /// Some sectors came to be, some did not, a few hold garbage.
+    /// Some sectors or pages came to be, some did not, a few hold garbage.
     fn tear(&mut self, from: usize, to: usize, random: &SimRandom) {
+        let unit = if random.below(4) == 0 { PAGE_BYTES } else { SECTOR_BYTES };
         let mut at = from;
         while at < to {
-            let end = ((at / SECTOR_BYTES + 1) * SECTOR_BYTES).min(to);
+            let end = ((at / unit + 1) * unit).min(to);
             match random.below(8) {
                 0..=3 => self.keep(at, end),
                 4 if end <= self.durable.len() => {}
@@ -346,17 +378,17 @@ impl SimStorage {
 
     fn open_any(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         let file = disk.find(path).ok_or(io::ErrorKind::NotFound)?;
         let handle = self.handle(&disk, file);
-        disk.finish(cut, handle)
+        disk.finish(end, handle)
     }
 }
 
 impl Storage for SimStorage {
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         if disk.find(path).is_some() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -364,7 +396,7 @@ impl Storage for SimStorage {
         disk.files.push(Content::default());
         disk.change(path, vec![(name(path), Some(file))])?;
         let handle = self.handle(&disk, file);
-        disk.finish(cut, handle)
+        disk.finish(end, handle)
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
@@ -377,51 +409,54 @@ impl Storage for SimStorage {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         assert_eq!(from.parent(), to.parent(), "this disk renames within a folder");
         let file = disk.find(from).ok_or(io::ErrorKind::NotFound)?;
         disk.change(from, vec![(name(to), Some(file)), (name(from), None)])?;
-        disk.finish(cut, ())
+        disk.finish(end, ())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         disk.find(path).ok_or(io::ErrorKind::NotFound)?;
         disk.change(path, vec![(name(path), None)])?;
-        disk.finish(cut, ())
+        disk.finish(end, ())
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         for folder in path.ancestors() {
             disk.folders.entry(folder.to_owned()).or_default();
         }
-        disk.finish(cut, ())
+        disk.finish(end, ())
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
-        let names = disk.folders.get(path).ok_or(io::ErrorKind::NotFound)?.now.keys().cloned().collect();
-        disk.finish(cut, names)
+        let end = disk.atomic_call()?;
+        let folder = disk.folders.get(path).ok_or(io::ErrorKind::NotFound)?;
+        let within = disk.folders.keys().filter(|folder| folder.parent() == Some(path));
+        let mut names: Vec<PathBuf> = folder.now.keys().cloned().chain(within.map(|folder| name(folder))).collect();
+        names.sort();
+        disk.finish(end, names)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         let folder = disk.folders.get_mut(path).ok_or(io::ErrorKind::NotFound)?;
         folder.changes.clear();
         folder.durable.clone_from(&folder.now);
-        disk.finish(cut, ())
+        disk.finish(end, ())
     }
 
     fn free_bytes(&self, _path: &Path) -> io::Result<u64> {
         let mut disk = locked(&self.0);
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         let free_bytes = disk.free_bytes;
-        disk.finish(cut, free_bytes)
+        disk.finish(end, free_bytes)
     }
 }
 
@@ -435,12 +470,12 @@ impl SimFile {
 impl StorageFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut disk = self.disk()?;
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         let content = &disk.files[self.file].cache;
         let from = content.len().min(offset as usize);
         let read = buffer.len().min(content.len() - from);
         buffer[..read].copy_from_slice(&content[from..from + read]);
-        disk.finish(cut, read)
+        disk.finish(end, read)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -460,22 +495,22 @@ impl StorageFile for SimFile {
         match fault {
             None => Ok(()),
             Some(Fault::Error(kind)) => Err(kind.into()),
-            Some(Fault::PowerCut) => disk.finish(true, ()),
+            end => disk.finish(end, ()),
         }
     }
 
     fn len(&self) -> io::Result<u64> {
         let mut disk = self.disk()?;
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         let len = disk.files[self.file].cache.len() as u64;
-        disk.finish(cut, len)
+        disk.finish(end, len)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut disk = self.disk()?;
-        let cut = disk.atomic_call()?;
+        let end = disk.atomic_call()?;
         disk.files[self.file].set_len(len as usize);
-        disk.finish(cut, ())
+        disk.finish(end, ())
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -489,19 +524,19 @@ impl StorageFile for SimFile {
                 disk.files[self.file].fail_sync();
                 Err(kind.into())
             }
-            Some(Fault::PowerCut) => {
+            end => {
                 if disk.random.below(2) == 0 {
                     disk.files[self.file].sync();
                 }
-                disk.finish(true, ())
+                disk.finish(end, ())
             }
         }
     }
 
     fn try_lock(&self) -> io::Result<bool> {
         let mut disk = self.disk()?;
-        let cut = disk.atomic_call()?;
-        disk.finish(cut, true)
+        let end = disk.atomic_call()?;
+        disk.finish(end, true)
     }
 }
 

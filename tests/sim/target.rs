@@ -1,0 +1,287 @@
+//! The target's machine: a disk that loses what it may, and over it a server's group, which dies and comes back.
+//!
+//! Store, group and journal are the product's; this stands for the connections (`receiver/connection.rs`) and for the queue of
+//! the group's thread. Answers count as given the moment they leave the group.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use cdp_protocol::message::{self, GroupOpened, TargetMessage, Verdict};
+use cdp_protocol::session::target::{TargetAction, TargetSession};
+use cdp_protocol::units::{Head, OfficeId, Timestamp};
+use cdp_seams::clock::{Clock, SimClock};
+use cdp_seams::storage::Storage;
+use cdp_seams::storage::sim::SimStorage;
+use cdp_target::config::{Config, LISTEN_DEFAULT};
+use cdp_target::groups::StoreGroups;
+use cdp_target::journal::{GroupView, JournalLimits};
+use cdp_target::receiver::steps::{Answers, GroupSteps};
+use cdp_target::store::{self, GroupPlace, Store, StoreError};
+
+use super::check::{Depth, check};
+use super::line::{OnStream, Wire};
+use super::model::{GROUP, Model};
+use super::sabotage::Sabotage;
+use super::trace::trace;
+
+const FOLDER: &str = "/store";
+const OFFICE: OfficeId = OfficeId([4; 16]);
+const OFFICE_NAME: &str = "branch";
+
+/// The machine.
+pub(crate) struct Target {
+    pub(crate) disk: SimStorage,
+    pub(crate) clock: Arc<SimClock>,
+    /// Bits were flipped at rest.
+    pub(crate) is_hurt: bool,
+    sabotage: Sabotage,
+    limits: JournalLimits,
+    process: Option<Process>,
+}
+
+/// A server's process.
+struct Process {
+    groups: Arc<StoreGroups>,
+    steps: GroupSteps,
+    connections: Vec<Connection>,
+    /// Sessions so far.
+    sessions: u64,
+}
+
+struct Connection {
+    wire: u64,
+    session: TargetSession,
+    answers: Answers,
+    /// The group's session here.
+    held: Option<u64>,
+    /// The session that the stream of frames began in.
+    stream: Option<u64>,
+}
+
+impl Target {
+    /// A machine with an empty store, and no server.
+    pub(crate) fn new(seed: u64, limits: JournalLimits, sabotage: Sabotage) -> Self {
+        let disk = SimStorage::new(seed);
+        let storage: Arc<dyn Storage> = Arc::new(disk.clone());
+        let config = Config::new(LISTEN_DEFAULT, vec![]);
+        let made =
+            store::init(&storage, Path::new(FOLDER), &config, Timestamp(0), |_| Ok::<_, StoreError>("5".repeat(32)));
+        made.expect("no fault is set");
+        let clock = Arc::new(SimClock::new(1_700_000_000_000));
+        Self { disk, clock, is_hurt: false, sabotage, limits, process: None }
+    }
+
+    pub(crate) const fn is_up(&self) -> bool {
+        self.process.is_some()
+    }
+
+    fn place() -> GroupPlace {
+        GroupPlace { office: OFFICE, group: GROUP }
+    }
+
+    /// Starts a server, and lets it recover the group. Faults that are set may end it, or keep it from doing so.
+    pub(crate) fn start(&mut self) {
+        let storage = self.sabotage.storage(&self.disk);
+        let Ok(store) = Store::open(storage, Path::new(FOLDER)) else { return };
+        let groups = Arc::new(StoreGroups::new(store).with_limits(self.limits));
+        groups.admit(OFFICE_NAME, OFFICE);
+        let shown = self.sabotage.store(Arc::clone(&groups) as Arc<_>);
+        let mut steps = GroupSteps::new(OFFICE_NAME, GROUP, shown, Arc::clone(&self.clock) as Arc<dyn Clock>);
+        trace(|| "target starts".into());
+        // As an operator's command would: opens the group, if there is one.
+        steps.with_writer(|_| {});
+        self.process = Some(Process { groups, steps, connections: Vec::new(), sessions: 0 });
+    }
+
+    /// The server's process is gone, with its connections; gives their wires.
+    pub(crate) fn end(&mut self) -> Vec<u64> {
+        trace(|| "target ends".into());
+        self.disk.restart();
+        let process = self.process.take();
+        process.map_or_else(Vec::new, |process| process.connections.iter().map(|connection| connection.wire).collect())
+    }
+
+    /// Checks what a reader sees that opens the files beside the server, and what the server itself has recovered.
+    pub(crate) fn check(&self, model: &mut Model, depth: Depth) -> Result<(), String> {
+        let Some(process) = &self.process else { return Ok(()) };
+        let view = match process.groups.view(Self::place()) {
+            Some(view) => view,
+            None if model.acked.is_empty() => return Ok(()),
+            // The server could not open it: a fault was set.
+            None => return self.check_beside(model),
+        };
+        let missing = check(&view, model, depth, true, self.is_hurt)?;
+        model.lost(&missing);
+        Ok(())
+    }
+
+    /// Checks what a reader sees that opens the files.
+    pub(crate) fn check_beside(&self, model: &Model) -> Result<(), String> {
+        if model.acked.is_empty() {
+            return Ok(());
+        }
+        let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
+        let folder =
+            Store::open(Arc::clone(&storage), Path::new(FOLDER)).map(|store| store.group_folder(Self::place()));
+        let folder = folder.map_err(|error| format!("the store cannot be opened: {error}"))?;
+        let view = GroupView::open(storage, &folder).map_err(|error| format!("the group cannot be read: {error}"))?;
+        check(&Arc::new(view), model, Depth::Sample(0), false, self.is_hurt).map(drop)
+    }
+
+    /// A file of the group's journal, by a number that is drawn; for a bit to be flipped in.
+    pub(crate) fn hurt(&mut self, drawn: u64) -> bool {
+        let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
+        let Ok(store) = Store::open(Arc::clone(&storage), Path::new(FOLDER)) else { return false };
+        let journal = store.group_folder(Self::place()).join("journal");
+        let Ok(names) = storage.list(&journal) else { return false };
+        let Some(name) = names.get(drawn as usize % names.len().max(1)) else { return false };
+        let path = journal.join(name);
+        let bits = self.disk.file_len(&path) * 8;
+        if bits > 0 {
+            trace(|| format!("bit {} of {bits} of {} flips", drawn / 7 % bits, path.display()));
+            self.disk.flip_bit(&path, drawn / 7 % bits);
+            self.is_hurt = true;
+        }
+        bits > 0
+    }
+
+    /// One control message.
+    pub(crate) fn receive(
+        &mut self,
+        bytes: &[u8],
+        wires: &mut [Wire],
+        at: usize,
+        model: &mut Model,
+    ) -> Result<(), String> {
+        let now = Timestamp(self.clock.wall_ms());
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let wire = &mut wires[at];
+        let connection = process.connection(wire.number);
+        match connection.session.receive(bytes, now) {
+            Ok(TargetAction::Reply(reply)) => wire.to_source.push_back(message::encode(&reply)),
+            Ok(TargetAction::Open(request)) => {
+                process.sessions += 1;
+                let number = process.sessions;
+                let at = process.connection_at(wire.number);
+                process.connections[at].held = Some(number);
+                process.steps.open(number, &process.connections[at].answers, *request);
+            }
+            Ok(TargetAction::Unchanged { epoch, as_of, .. }) => {
+                let session = connection.held.unwrap_or(0);
+                process.steps.unchanged(session, epoch, as_of);
+            }
+            Ok(TargetAction::ListPoints { .. }) => {}
+            // What comes twice may be one too many; its connection ends.
+            Err(_) => {
+                self.close(wire);
+                return Ok(());
+            }
+        }
+        self.answer(wires, model)
+    }
+
+    /// One thing of a stream of frames.
+    pub(crate) fn frame(
+        &mut self,
+        on_stream: OnStream,
+        wires: &mut [Wire],
+        at: usize,
+        model: &mut Model,
+    ) -> Result<(), String> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let connection = process.connection(wires[at].number);
+        match on_stream {
+            OnStream::Opened => connection.stream = connection.held,
+            OnStream::Frame(bytes) => {
+                if let Some(session) = connection.stream {
+                    process.steps.frame(session, bytes.to_vec());
+                }
+            }
+        }
+        self.answer(wires, model)
+    }
+
+    /// Syncs, if anything waits for it.
+    pub(crate) fn sync(&mut self, wires: &mut [Wire], model: &mut Model) -> Result<(), String> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        if process.steps.is_sync_due() {
+            process.steps.sync();
+        }
+        self.answer(wires, model)
+    }
+
+    /// The connection is gone.
+    pub(crate) fn close(&mut self, wire: &mut Wire) {
+        wire.target_gone = true;
+        let Some(process) = &mut self.process else { return };
+        let Some(at) = process.connections.iter().position(|connection| connection.wire == wire.number) else { return };
+        let connection = process.connections.remove(at);
+        if let Some(session) = connection.held {
+            process.steps.closed(session);
+        }
+    }
+
+    /// Puts the answers that left the group on their wires, and takes each at its word.
+    pub(crate) fn answer(&mut self, wires: &mut [Wire], model: &mut Model) -> Result<(), String> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let mut ended = Vec::new();
+        for connection in &mut process.connections {
+            let mut wire = wires.iter_mut().find(|wire| wire.number == connection.wire);
+            while let Some(answer) = connection.answers.next_answer() {
+                trace(|| format!("target says on line {}: {answer:?}", connection.wire));
+                if let TargetMessage::GroupOpened(GroupOpened { verdict, head, .. }) = &answer {
+                    if *verdict == Verdict::TargetBehind && !self.is_hurt {
+                        return Err("the target says that it has lost points, and nothing was hurt".into());
+                    }
+                    // Of a store that was hurt the source is told where it stands now.
+                    if self.is_hurt {
+                        model.behind(head.map(|(head, _)| head));
+                    }
+                }
+                if let Some(head) = promised(&answer) {
+                    model.promise(head)?;
+                }
+                if let Some(wire) = wire.as_mut().filter(|wire| !wire.source_gone) {
+                    wire.to_source.push_back(message::encode(&answer));
+                }
+            }
+            if connection.answers.ending().is_some() {
+                ended.push(connection.wire);
+            }
+        }
+        for wire in wires.iter_mut().filter(|wire| ended.contains(&wire.number)) {
+            self.close(wire);
+        }
+        Ok(())
+    }
+}
+
+/// The point that an answer says is durable.
+fn promised(answer: &TargetMessage) -> Option<Head> {
+    match answer {
+        TargetMessage::Acked { head, .. } => Some(*head),
+        TargetMessage::GroupOpened(opened) => opened.head.map(|(head, _)| head),
+        _ => None,
+    }
+}
+
+impl Process {
+    fn connection_at(&mut self, wire: u64) -> usize {
+        if let Some(at) = self.connections.iter().position(|connection| connection.wire == wire) {
+            return at;
+        }
+        self.connections.push(Connection {
+            wire,
+            session: TargetSession::new("sim"),
+            answers: Answers::new(wire),
+            held: None,
+            stream: None,
+        });
+        self.connections.len() - 1
+    }
+
+    fn connection(&mut self, wire: u64) -> &mut Connection {
+        let at = self.connection_at(wire);
+        &mut self.connections[at]
+    }
+}
