@@ -28,6 +28,8 @@ pub struct GroupView {
     open: Arc<RwLock<OpenIndex>>,
     /// What stands at or behind this offset of the open segment is not shown.
     limit: u64,
+    /// Bytes of a source's whole frames behind it.
+    unproven_bytes: u64,
     caches: Arc<Caches>,
 }
 
@@ -121,12 +123,12 @@ impl GroupView {
         caches: Arc<Caches>,
     ) -> Self {
         let facts = Facts { storage, folder: folder.to_owned(), manifest: manifest.clone() };
-        Self { facts: Arc::new(facts), open, limit, caches }
+        Self { facts: Arc::new(facts), open, limit, unproven_bytes: 0, caches }
     }
 
     pub(super) fn advanced(&self, limit: u64) -> Self {
         let (facts, open, caches) = (Arc::clone(&self.facts), Arc::clone(&self.open), Arc::clone(&self.caches));
-        Self { facts, open, limit, caches }
+        Self { facts, open, limit, unproven_bytes: 0, caches }
     }
 
     /// Opens a view from the files alone, also beside a running server. Writes nothing.
@@ -137,18 +139,27 @@ impl GroupView {
         let (mut manifest, _) = Manifest::read(storage.as_ref(), folder)?;
         let place = open_place(folder, &manifest)?.place;
         let path = segment::path(folder, manifest.open);
-        let (index, limit) = match storage.open(&path) {
+        let (index, limit, frames_end) = match storage.open(&path) {
             Ok(file) => {
                 let (walked, _) =
                     walk_open(file.as_ref(), &manifest, place).map_err(JournalError::io("read", &path))?;
                 manifest.damages.extend(walked.damages);
-                (walked.index, walked.proven)
+                (walked.index, walked.proven, walked.source_end)
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (OpenIndex::default(), 0),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (OpenIndex::default(), 0, 0),
             Err(error) => return Err(JournalError::io("open", &path)(error)),
         };
         let open = Arc::new(RwLock::new(index));
-        Ok(Self::of(storage, folder, &manifest, open, limit, Arc::default()))
+        let view = Self::of(storage, folder, &manifest, open, limit, Arc::default());
+        Ok(Self { unproven_bytes: frames_end.saturating_sub(limit), ..view })
+    }
+
+    /// Bytes of whole frames that are not shown, because nothing on disk proves that they are durable. Beside a server they are
+    /// on their way. Without one they are what recovery makes durable, points that were acked among them: the proof of the
+    /// newest is written behind the ack's sync, and waits for the next.
+    #[must_use]
+    pub const fn unproven_bytes(&self) -> u64 {
+        self.unproven_bytes
     }
 
     /// Who the group is.
