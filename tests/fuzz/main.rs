@@ -74,6 +74,7 @@ targets! {
     segment_index: store::SegmentIndex,
     manifest: store::ManifestCopy,
     manifest_file: store::ManifestFile,
+    kept_copy: store::KeptCopy,
     segment_file: recovery::SegmentFile,
     recovered_group: recovery::RecoveredGroup,
     source_message: words::SourceWords,

@@ -5,6 +5,7 @@ use cdp_protocol::units::{Block, Extent, VolumeSlot};
 use cdp_target::journal::Manifest;
 use cdp_target::journal::index::{Summary, Tables};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header, INDEX_MAGIC, SECTIONS};
+use cdp_target::kept;
 
 pub(crate) const SEALED: &[u8] = include_bytes!("../testdata/segment/1/sealed.seg");
 pub(crate) const OPEN: &[u8] = include_bytes!("../testdata/segment/1/open.seg");
@@ -172,5 +173,26 @@ impl Format for ManifestFile {
     fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
         let (manifest, _) = Manifest::decode_file(bytes).ok()?;
         Some(manifest.encode())
+    }
+}
+
+/// The copy of a file that is kept twice.
+pub(crate) struct KeptCopy;
+
+impl Format for KeptCopy {
+    const CHECK: Check = Check::Hash;
+    const ONE_FORM: bool = true;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        [&b"secret"[..], &[]].map(|content| kept::encode(content).to_vec()).to_vec()
+    }
+
+    fn mend(bytes: &mut [u8]) {
+        let Some((header, content)) = bytes.split_at_mut_checked(kept::HEADER_BYTES) else { return };
+        header[kept::MAGIC.len()..].copy_from_slice(blake3::hash(content).as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        kept::decode(bytes).map(|content| kept::encode(content).to_vec())
     }
 }

@@ -6,7 +6,7 @@ use super::index::{Summary, Tables};
 use super::listing::Tally;
 use super::manifest::SealedSegment;
 use super::scan::FrameScan;
-use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Section};
+use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC, Section};
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
 use cdp_protocol::units::{Epoch, GroupId};
@@ -197,7 +197,8 @@ impl Shelf<'_> {
     pub(crate) fn index_is_whole(&self, sealed: &SealedSegment) -> Result<bool, JournalError> {
         let file = self.file(sealed.number)?;
         let file = file.as_ref().as_ref();
-        let loaded = load_summary(file, sealed).and_then(|_| load_tables(file, sealed));
+        let loaded =
+            check_magic(file, sealed).and_then(|()| load_summary(file, sealed)).and_then(|_| load_tables(file, sealed));
         match loaded {
             Ok(_) => Ok(true),
             Err(IndexError::Damaged) => Ok(false),
@@ -208,6 +209,13 @@ impl Shelf<'_> {
     fn read_error(&self, number: u64, error: io::Error) -> JournalError {
         JournalError::io("read", &segment::path(self.folder, number))(error)
     }
+}
+
+/// What no hash covers, and no reader needs.
+fn check_magic(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<(), IndexError> {
+    let mut magic = [0; INDEX_MAGIC.len()];
+    file.read_at(&mut magic, sealed.frames_end)?;
+    if magic == INDEX_MAGIC { Ok(()) } else { Err(IndexError::Damaged) }
 }
 
 fn load_footer(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Footer, IndexError> {
