@@ -92,8 +92,12 @@ pub fn verify(
             found.push(known.clone());
         }
     }
-    let epochs: Vec<Epoch> = view.points().filter_map(Result::ok).map(|point| point.epoch).collect();
+    let mut epochs: Vec<Epoch> = view.points().filter_map(Result::ok).map(|point| point.epoch).collect();
     report.points = epochs.len() as u64;
+    // Of points that cannot be listed any more, the manifest knows the first and the last of each segment.
+    epochs.extend(view.unlisted().iter().flat_map(|(_, points)| [points.first, points.last]));
+    epochs.sort_unstable();
+    epochs.dedup();
     report.damages = found.iter().map(|damage| named(view, damage, &epochs)).collect();
     if let Some(at) = at {
         report.damages.retain(|damage| damage.points.contains(&at));

@@ -37,6 +37,16 @@ pub struct SealedSegment {
     pub points: Option<PointRange>,
 }
 
+impl SealedSegment {
+    /// What stands behind the segment in a file that has `len` bytes: of no use to anybody, and not ours.
+    #[must_use]
+    pub fn surplus(&self, len: u64) -> Option<Damage> {
+        let surplus = len.checked_sub(self.len).filter(|surplus| *surplus > 0)?;
+        let what = format!("{surplus} bytes stand behind the segment's end");
+        Some(Damage { segment: self.number, offset: self.len, len: surplus, first_epoch: None, any_block: false, what })
+    }
+}
+
 /// Points of a segment, in short: what finds a point without reading every segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct PointRange {

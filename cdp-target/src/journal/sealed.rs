@@ -101,6 +101,35 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What is read of a segment that is missing.
+struct Nothing;
+
+impl StorageFile for Nothing {
+    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn set_len(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
 /// Where sealed segments are and whose they are.
 pub(crate) struct Shelf<'a> {
     pub(crate) storage: &'a dyn Storage,
@@ -121,20 +150,36 @@ impl Shelf<'_> {
         Ok(file)
     }
 
+    /// The same, and a file of nothing where the segment is missing: its points are gone, the others are to be served.
+    fn file_or_nothing(&self, number: u64) -> Result<(Arc<Box<dyn StorageFile>>, bool), JournalError> {
+        match self.file(number) {
+            Ok(file) => Ok((file, true)),
+            Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok((Arc::new(Box::new(Nothing)), false))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Everything but the extents.
     pub(crate) fn summary(&self, sealed: &SealedSegment) -> Result<Arc<Summary>, JournalError> {
         if let Some(summary) = locked(&self.caches.summaries).find(sealed.number) {
             return Ok(summary);
         }
-        let file = self.file(sealed.number)?;
-        let (summary, tables) = match load_summary(file.as_ref().as_ref(), sealed) {
+        let (file, is_there) = self.file_or_nothing(sealed.number)?;
+        let file = file.as_ref().as_ref();
+        let (summary, tables) = match load_summary(file, sealed) {
             Ok(summary) => (summary, None),
             Err(IndexError::Damaged) => {
-                let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
+                let (summary, tables) = self.rebuild(file, sealed)?.index.into_sealed();
                 (summary, Some(tables))
             }
             Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
         };
+        if !is_there {
+            // It may be put back.
+            return Ok(Arc::new(summary));
+        }
         if let Some(tables) = tables {
             let bytes = tables.bytes();
             locked(&self.caches.tables).keep(sealed.number, &Arc::new(tables), bytes, CACHE_BYTES_MAX);
@@ -149,19 +194,23 @@ impl Shelf<'_> {
         if let Some(tables) = locked(&self.caches.tables).find(sealed.number) {
             return Ok(tables);
         }
-        let file = self.file(sealed.number)?;
-        let tables = match load_tables(file.as_ref().as_ref(), sealed) {
+        let (file, is_there) = self.file_or_nothing(sealed.number)?;
+        let file = file.as_ref().as_ref();
+        let tables = match load_tables(file, sealed) {
             Ok(tables) => tables,
-            Err(IndexError::Damaged) => self.rebuild(sealed)?.index.into_sealed().1,
+            Err(IndexError::Damaged) => self.rebuild(file, sealed)?.index.into_sealed().1,
             Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
         };
         let tables = Arc::new(tables);
+        if !is_there {
+            return Ok(tables);
+        }
         locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
         Ok(tables)
     }
 
-    fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {
-        self.walk(sealed, &mut Blind)
+    fn rebuild(&self, file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Walked, JournalError> {
+        self.walk_file(file, sealed, &mut Blind).map_err(|error| self.read_error(sealed.number, error))
     }
 
     /// Walks a sealed segment frame by frame.

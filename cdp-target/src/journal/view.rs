@@ -5,7 +5,7 @@
 //! segments are loaded when needed (`sealed`), that of the open one is shared with the writer.
 
 use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
-use super::manifest::{Mark, SealedSegment};
+use super::manifest::{Mark, PointRange, SealedSegment};
 use super::reach::{Seen, told_by_index};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
@@ -273,8 +273,14 @@ impl GroupView {
             } else {
                 let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
                 let what = "the segment's index is damaged; it can be made anew from the frames".to_owned();
+                self.not_before(sealed, &mut damages);
                 damages.push(Damage { segment, offset, len, first_epoch: None, any_block: false, what });
             }
+            let len = self
+                .file(segment)?
+                .len()
+                .map_err(JournalError::io("read", &segment::path(&self.facts.folder, segment)))?;
+            damages.extend(sealed.surplus(len));
             return Ok(WalkedSegment { damages, bytes: sealed.len });
         }
         let place = open_place(&self.facts.folder, manifest)?.place;
@@ -286,12 +292,44 @@ impl GroupView {
         Ok(WalkedSegment { damages: walked.damages, bytes: limit })
     }
 
+    /// Damage of a sealed segment that nothing tells of. Its header is gone with its index: then so may be any frame before the
+    /// first that stands. What was before the segment is not concerned, and the manifest says where that ends.
+    fn not_before(&self, sealed: &SealedSegment, damages: &mut Vec<Damage>) {
+        if let Some(header) = damages.iter().find(|damage| damage.offset == 0 && !damage.any_block) {
+            let (what, len) = ("what stood behind the header cannot be told".to_owned(), header.len);
+            let (segment, first_epoch) = (sealed.number, Some(Epoch(0)));
+            damages.push(Damage { segment, offset: 0, len, first_epoch, any_block: true, what });
+        }
+        let older = self.facts.manifest.sealed.iter().take_while(|older| older.number < sealed.number);
+        let before = older.filter_map(|older| older.points).last().map_or(Epoch(0), |points| points.last);
+        let first = sealed.points.map_or(Epoch(before.0.saturating_add(1)), |points| points.first);
+        for damage in damages.iter_mut().filter(|damage| damage.any_block) {
+            damage.first_epoch = damage.first_epoch.map(|epoch| epoch.max(first));
+        }
+    }
+
+    /// Segments whose points cannot all be listed, because they are gone or damaged: with the points they had.
+    #[must_use]
+    pub fn unlisted(&self) -> Vec<(u64, PointRange)> {
+        let is_whole = |sealed: &SealedSegment, points: &PointRange| {
+            self.index(sealed.number).is_ok_and(|index| {
+                let (first, last) = (index.commits().first(), index.commits().last());
+                first.map(|commit| commit.head.epoch) == Some(points.first)
+                    && last.map(|commit| commit.head.epoch) == Some(points.last)
+            })
+        };
+        let sealed = self.facts.manifest.sealed.iter().filter_map(|sealed| Some((sealed, sealed.points?)));
+        let unlisted = sealed.filter(|(sealed, points)| !is_whole(sealed, points));
+        unlisted.map(|(sealed, points)| (sealed.number, points)).collect()
+    }
+
     /// That a segment is not there at all.
     pub(crate) fn missing(&self, segment: u64) -> Damage {
         let sealed = self.facts.manifest.sealed.iter().find(|sealed| sealed.number == segment);
         let points = sealed.and_then(|sealed| sealed.points);
         let len = sealed.map_or(self.limit, |sealed| sealed.len);
-        let what = "the segment is missing".to_owned();
+        let had = points.map(|points| format!("; it had points {} to {}", points.first, points.last));
+        let what = format!("the segment is missing{}", had.unwrap_or_default());
         let first_epoch = Some(points.map_or(Epoch(0), |points| points.first));
         Damage { segment, offset: 0, len, first_epoch, any_block: true, what }
     }
