@@ -3,8 +3,6 @@
 //! The rest of the store is served; what is hit is named; nothing that is wrong is ever exported. What the program says of it
 //! stands in `what_a_command_says`.
 
-#![expect(clippy::disallowed_methods, reason = "a test of the whole program looks at real files")]
-
 mod journal_support;
 mod whole_store;
 
@@ -120,13 +118,16 @@ fn run(made: &Made, arguments: &[&str]) -> (Option<i32>, String, String) {
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
+/// What is done to a segment (`None`: it is removed), and words of what `verify` says then.
+type Change = (&'static str, Option<Vec<u8>>, &'static str);
+
 #[test]
 fn what_a_command_says() {
     let made = Made::new();
     let segments = made.segments();
     let second = &segments[1];
-    let first_point = made.points[0].head.epoch.to_string();
-    type Change = (&'static str, Option<Vec<u8>>, &'static str);
+    let oldest = made.points[0].head.epoch.0;
+    let first_point = oldest.to_string();
     let changes: [Change; 4] = [
         ("gone", None, "the segment is missing"),
         ("empty", Some(vec![]), "cut off"),
@@ -145,7 +146,7 @@ fn what_a_command_says() {
         assert_eq!(status, Some(0), "{what}: points: {error}");
         let listed: serde_json::Value = serde_json::from_str(&listed).expect("json");
         let listed = listed["points"].as_array().expect("points");
-        assert!(listed.iter().any(|point| point["epoch"].to_string() == first_point), "{what}: older ones are listed");
+        assert!(listed.iter().any(|point| point["epoch"] == oldest), "{what}: older ones are listed");
         let output = made.folder.path().join("image");
         let output = output.to_str().expect("text");
         let first = ["export", "branch/main/v0", "--at", &first_point, "--output", output, "--force"];

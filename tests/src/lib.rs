@@ -5,6 +5,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests use the real file system and the real clock")]
 #![allow(clippy::missing_errors_doc, reason = "every helper fails with what went wrong")]
 
+pub mod acked;
 pub mod file_system;
 pub mod files;
 pub mod fuse_file;
