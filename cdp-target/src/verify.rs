@@ -72,16 +72,9 @@ pub fn verify(
     let bytes_total = view.bytes();
     for segment in view.segments_from(0) {
         let mut visitor = Visitor { keys, segment, frames: 0, damages: Vec::new() };
-        match view.walk(segment, &mut visitor) {
-            Ok(walked) => {
-                found.extend(walked.damages);
-                report.bytes += walked.bytes;
-            }
-            Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                found.push(view.missing(segment));
-            }
-            Err(error) => return Err(error),
-        }
+        let walked = view.walk(segment, &mut visitor)?;
+        found.extend(walked.damages);
+        report.bytes += walked.bytes;
         found.append(&mut visitor.damages);
         report.segments += 1;
         report.frames += visitor.frames;

@@ -139,26 +139,25 @@ pub(crate) struct Shelf<'a> {
 }
 
 impl Shelf<'_> {
-    /// A segment's file, open to read.
+    /// A segment's file, open to read; one of nothing where it is missing: its points are gone, the others are to be served.
     pub(crate) fn file(&self, number: u64) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
         if let Some(file) = locked(&self.caches.files).find(number) {
             return Ok(file);
         }
         let path = segment::path(self.folder, number);
-        let file = Arc::new(self.storage.open(&path).map_err(JournalError::io("open", &path))?);
+        let file = match self.storage.open(&path) {
+            // Not kept: it may be put back.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Arc::new(Box::new(Nothing))),
+            opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
+        };
         locked(&self.caches.files).keep(number, &file, 1, FILES_MAX);
         Ok(file)
     }
 
-    /// The same, and a file of nothing where the segment is missing: its points are gone, the others are to be served.
-    fn file_or_nothing(&self, number: u64) -> Result<(Arc<Box<dyn StorageFile>>, bool), JournalError> {
-        match self.file(number) {
-            Ok(file) => Ok((file, true)),
-            Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Ok((Arc::new(Box::new(Nothing)), false))
-            }
-            Err(error) => Err(error),
-        }
+    /// Whether a segment's file is not there.
+    pub(crate) fn is_missing(&self, number: u64) -> bool {
+        let opened = self.storage.open(&segment::path(self.folder, number));
+        opened.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     }
 
     /// Everything but the extents.
@@ -166,20 +165,15 @@ impl Shelf<'_> {
         if let Some(summary) = locked(&self.caches.summaries).find(sealed.number) {
             return Ok(summary);
         }
-        let (file, is_there) = self.file_or_nothing(sealed.number)?;
-        let file = file.as_ref().as_ref();
-        let (summary, tables) = match load_summary(file, sealed) {
+        let file = self.file(sealed.number)?;
+        let (summary, tables) = match load_summary(file.as_ref().as_ref(), sealed) {
             Ok(summary) => (summary, None),
             Err(IndexError::Damaged) => {
-                let (summary, tables) = self.rebuild(file, sealed)?.index.into_sealed();
+                let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
                 (summary, Some(tables))
             }
             Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
         };
-        if !is_there {
-            // It may be put back.
-            return Ok(Arc::new(summary));
-        }
         if let Some(tables) = tables {
             let bytes = tables.bytes();
             locked(&self.caches.tables).keep(sealed.number, &Arc::new(tables), bytes, CACHE_BYTES_MAX);
@@ -194,23 +188,19 @@ impl Shelf<'_> {
         if let Some(tables) = locked(&self.caches.tables).find(sealed.number) {
             return Ok(tables);
         }
-        let (file, is_there) = self.file_or_nothing(sealed.number)?;
-        let file = file.as_ref().as_ref();
-        let tables = match load_tables(file, sealed) {
+        let file = self.file(sealed.number)?;
+        let tables = match load_tables(file.as_ref().as_ref(), sealed) {
             Ok(tables) => tables,
-            Err(IndexError::Damaged) => self.rebuild(file, sealed)?.index.into_sealed().1,
+            Err(IndexError::Damaged) => self.rebuild(sealed)?.index.into_sealed().1,
             Err(IndexError::Io(error)) => return Err(self.read_error(sealed.number, error)),
         };
         let tables = Arc::new(tables);
-        if !is_there {
-            return Ok(tables);
-        }
         locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
         Ok(tables)
     }
 
-    fn rebuild(&self, file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Walked, JournalError> {
-        self.walk_file(file, sealed, &mut Blind).map_err(|error| self.read_error(sealed.number, error))
+    fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {
+        self.walk(sealed, &mut Blind)
     }
 
     /// Walks a sealed segment frame by frame.

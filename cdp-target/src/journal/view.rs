@@ -264,6 +264,9 @@ impl GroupView {
 
     /// Walks a segment frame by frame, as far as this view shows it; also checks its index.
     pub(crate) fn walk(&self, segment: u64, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
+        if self.shelf().is_missing(segment) {
+            return Ok(WalkedSegment { damages: vec![self.missing(segment)], bytes: 0 });
+        }
         let manifest = &self.facts.manifest;
         if let Some(sealed) = manifest.sealed.iter().find(|sealed| sealed.number == segment) {
             let mut seen = Seen { visitor, frames: HashMap::new() };
@@ -324,7 +327,7 @@ impl GroupView {
     }
 
     /// That a segment is not there at all.
-    pub(crate) fn missing(&self, segment: u64) -> Damage {
+    fn missing(&self, segment: u64) -> Damage {
         let sealed = self.facts.manifest.sealed.iter().find(|sealed| sealed.number == segment);
         let points = sealed.and_then(|sealed| sealed.points);
         let len = sealed.map_or(self.limit, |sealed| sealed.len);
