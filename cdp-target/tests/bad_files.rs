@@ -3,6 +3,8 @@
 //! The rest of the store is served; what is hit is named; nothing that is wrong is ever exported. What the program says of it
 //! stands in `what_a_command_says`.
 
+#![expect(clippy::disallowed_methods, reason = "puts what is no file in place")]
+
 mod journal_support;
 mod whole_store;
 
@@ -81,6 +83,24 @@ fn segments_that_are_gone() {
             files.insert(path.with_extension("seg.old"), bytes);
         });
         assert!(is_named(made.judge(path, false)), "segment {} renamed", at + 1);
+    }
+}
+
+#[test]
+fn segments_that_are_no_files() {
+    let made = Made::new();
+    let segments = made.segments();
+    for (at, (path, _)) in segments.iter().enumerate() {
+        let is_open = at + 1 == segments.len();
+        for (tool, arguments) in [("mkdir", &[][..]), ("mkfifo", &[]), ("ln", &["-s", "/dev/zero"])] {
+            made.put_back(|files| drop(files.remove(path)));
+            let made_it = Command::new(tool).args(arguments).arg(path).status().expect("the tool starts");
+            assert!(made_it.success(), "{tool}");
+            let outcome = made.judge(path, false);
+            println!("{tool} for segment {}: {outcome:?}", at + 1);
+            assert!(is_named(outcome) || (is_open && outcome == Outcome::Refused), "{tool}: {outcome:?}");
+            std::fs::remove_dir(path).or_else(|_| std::fs::remove_file(path)).expect("removed");
+        }
     }
 }
 

@@ -21,6 +21,7 @@
 
 use super::manifest::{Damage, Manifest, SealedSegment};
 use super::scan::FrameScan;
+use super::sealed::is_no_file;
 use super::segment::{self, Header, Place};
 use super::walk::{Blind, Walked, walk};
 use super::writer::{OpenSegment, create_segment};
@@ -284,7 +285,7 @@ fn sealed_damages(storage: &dyn Storage, folder: &Path, sealed: &[SealedSegment]
                 continue;
             }
             Ok(len) => format!("the segment has {len} bytes instead of {}", segment.len),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => "the segment is missing".to_owned(),
+            Err(error) if is_no_file(&error) => "the segment is missing".to_owned(),
             Err(error) => return Err(JournalError::io("open", &path)(error)),
         };
         let first_epoch = segment.points.map(|points| points.first);

@@ -101,6 +101,11 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Nothing stands there, or something that is no file.
+pub(super) fn is_no_file(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput)
+}
+
 /// What is read of a segment that is missing.
 struct Nothing;
 
@@ -147,7 +152,7 @@ impl Shelf<'_> {
         let path = segment::path(self.folder, number);
         let file = match self.storage.open(&path) {
             // Not kept: it may be put back.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Arc::new(Box::new(Nothing))),
+            Err(error) if is_no_file(&error) => return Ok(Arc::new(Box::new(Nothing))),
             opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
         };
         locked(&self.caches.files).keep(number, &file, 1, FILES_MAX);
@@ -157,7 +162,7 @@ impl Shelf<'_> {
     /// Whether a segment's file is not there.
     pub(crate) fn is_missing(&self, number: u64) -> bool {
         let opened = self.storage.open(&segment::path(self.folder, number));
-        opened.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        opened.is_err_and(|error| is_no_file(&error))
     }
 
     /// Everything but the extents.
