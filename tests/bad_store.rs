@@ -13,6 +13,8 @@ use std::path::Path;
 use std::process::Command;
 
 const MIB: u64 = 1 << 20;
+/// Large, so that segments end soon.
+const PIECE_BYTES_MAX: usize = 64 << 10;
 
 /// A site whose volume is a file, written to by nobody yet.
 fn site_with(folder: &Path, store: &Path) -> Result<(Site, std::path::PathBuf)> {
@@ -36,7 +38,7 @@ fn a_store_copied_while_it_is_written_opens() -> Result<()> {
     let lines = text.lines().filter(|line| !line.contains("segment_bytes_max"));
     std::fs::write(&config, format!("segment_bytes_max = 1048576\n{}\n", lines.collect::<Vec<_>>().join("\n")))?;
     site.start_target()?;
-    let writer = Writer::start(volume, site.state.clone(), 9);
+    let writer = Writer::start(volume, site.state.clone(), 9, PIECE_BYTES_MAX);
     for round in 0..5_u32 {
         writer.wait_beyond(writer.acked().len() + 3)?;
         let acked = writer.acked();
@@ -81,7 +83,7 @@ fn a_store_on_a_disk_that_turned_read_only_is_served_and_acks_nothing() -> Resul
     let place = folder.path().join("place");
     let mount = Mount::new(device.node(), &place, "errors=remount-ro")?;
     let (mut site, volume) = site_with(folder.path(), &place.join("store"))?;
-    let writer = Writer::start(volume, site.state.clone(), 4);
+    let writer = Writer::start(volume, site.state.clone(), 4, PIECE_BYTES_MAX);
     writer.wait_beyond(3)?;
     let name = device.node().file_name().context("a name")?.to_string_lossy().into_owned();
     std::fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "1")?;

@@ -12,6 +12,8 @@ use cdp_tests::process::wait_for;
 use cdp_tests::site::{PATIENCE, Site};
 use std::time::Instant;
 
+/// Small: some thousand points have to fit the store.
+const PIECE_BYTES_MAX: usize = 8 << 10;
 /// Writes and flushes of the disk after which the power fails, at most: those of a few points.
 const REQUESTS_MAX: u64 = 60;
 /// Of what the source was told, so many of the newest are exported after each cut, and one older one.
@@ -26,7 +28,7 @@ fn lives(kind: FileSystem, cuts: u64, seed: u64) -> Result<()> {
     std::fs::write(&volume, vec![0; VOLUME_BYTES])?;
     site.source(&["protect", &format!("data={}", volume.display())])?;
     site.start_source()?;
-    let writer = Writer::start(volume, site.state.clone(), seed);
+    let writer = Writer::start(volume, site.state.clone(), seed, PIECE_BYTES_MAX);
     let (mut lost, mut checked, start) = (0, 0, Instant::now());
     for cut in 0..cuts {
         writer.wait_beyond(writer.acked().len())?;
@@ -40,7 +42,7 @@ fn lives(kind: FileSystem, cuts: u64, seed: u64) -> Result<()> {
         site.start_target().with_context(|| format!("cut {cut}"))?;
         let older = acked[random.below(acked.len() as u64) as usize];
         for point in acked.iter().rev().take(CHECKED).chain([&older]) {
-            check(&site, *point, scratch.path()).with_context(|| format!("cut {cut}"))?;
+            check(&site, *point, scratch.path()).with_context(|| format!("cut {cut}\n{}", state_of(&mut site)))?;
             checked += 1;
         }
     }
@@ -59,6 +61,20 @@ fn lives(kind: FileSystem, cuts: u64, seed: u64) -> Result<()> {
     site.stop_source()?;
     site.kill_target()?;
     machine.down().map(drop)
+}
+
+/// What both sides say, for whoever has to find out.
+fn state_of(site: &mut Site) -> String {
+    let status = site.target(&["status", "--json"]).unwrap_or_else(|error| format!("{error:#}"));
+    let points = site.target(&["points", "office/main"]).unwrap_or_else(|error| format!("{error:#}"));
+    let newest: Vec<&str> = points.lines().rev().take(5).collect();
+    let source = site.source_status().map_or_else(|error| format!("{error:#}"), |status| status.to_string());
+    format!(
+        "{status}\n{}\n{source}\ntarget:\n{}\nsource:\n{}",
+        newest.join("\n"),
+        site.target_daemon().log(),
+        site.source_daemon().log()
+    )
 }
 
 fn power_cuts(kind: FileSystem, test: &str) -> Result<()> {

@@ -26,12 +26,12 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts to write to the file `volume`, whose agent's state is in `state`.
+    /// Starts to write to the file `volume`, whose agent's state is in `state`: a few pieces before each point.
     #[must_use]
-    pub fn start(volume: PathBuf, state: PathBuf, seed: u64) -> Self {
+    pub fn start(volume: PathBuf, state: PathBuf, seed: u64, piece_bytes_max: usize) -> Self {
         let (acked, stop) = (Arc::<Mutex<Vec<Acked>>>::default(), Arc::<AtomicBool>::default());
         let (told, flag) = (Arc::clone(&acked), Arc::clone(&stop));
-        let thread = std::thread::spawn(move || write_and_ask(&volume, &state, seed, &told, &flag));
+        let thread = std::thread::spawn(move || write_and_ask(&volume, &state, (seed, piece_bytes_max), &told, &flag));
         Self { acked, stop, thread }
     }
 
@@ -56,13 +56,19 @@ impl Writer {
     }
 }
 
-fn write_and_ask(volume: &Path, state: &Path, seed: u64, told: &Mutex<Vec<Acked>>, stop: &AtomicBool) -> Result<()> {
+fn write_and_ask(
+    volume: &Path,
+    state: &Path,
+    (seed, piece_bytes_max): (u64, usize),
+    told: &Mutex<Vec<Acked>>,
+    stop: &AtomicBool,
+) -> Result<()> {
     let file = std::fs::File::options().read(true).write(true).open(volume)?;
     let random = SimRandom::new(seed);
-    let mut piece = vec![0; 64 << 10];
+    let mut piece = vec![0; piece_bytes_max];
     while !stop.load(Ordering::Relaxed) {
         for _ in 0..=random.below(4) {
-            let len = 512 * (1 + random.below(127) as usize);
+            let len = 512 * (1 + random.below(piece_bytes_max as u64 / 512) as usize);
             noise(random.next(), &mut piece[..len]);
             file.write_all_at(&piece[..len], random.below((VOLUME_BYTES - len) as u64))?;
         }

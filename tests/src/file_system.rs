@@ -19,12 +19,11 @@ pub enum FileSystem {
 }
 
 impl FileSystem {
-    /// Bytes of the smallest device that its tool takes, and some room.
+    /// Bytes of a small device: what XFS needs at least, and room for thousands of points and a segment's copy.
     #[must_use]
     pub const fn size_bytes(self) -> u64 {
         match self {
-            Self::Ext4 => 64 * MIB,
-            Self::Xfs => 304 * MIB,
+            Self::Ext4 | Self::Xfs => 384 * MIB,
             Self::Btrfs => 128 * MIB,
         }
     }
