@@ -1,7 +1,7 @@
 //! The target's certificate authority: its keys, the certificates it signs, and the file that says who is enrolled.
 //!
 //! Files, all mode 0600, in the folder `authority` of the store: `ca.key`, `ca.pem`, `server.key`, `server.pem`, `escrow.key`
-//! (the secret half, 32 bytes), and `offices.json`, the registry, written last at `init` and replaced as a whole after that.
+//! (the secret half, 32 bytes), and `offices.json`, the registry, written last at `init` and replaced as a whole after that. Each is kept twice (`kept`).
 //! A certificate is worth nothing by its signature alone: it has to stand, unrevoked, in the registry, so that what is
 //! not known fails closed. What may be enrolled and redeemed when is `enroll.rs`.
 //!
@@ -10,6 +10,7 @@
 //! registry ends one at once.
 
 use crate::enroll::Registry;
+use crate::kept;
 use aws_lc_rs::digest;
 use cdp_protocol::bundle::StoreId;
 use cdp_protocol::escrow::{EscrowError, EscrowKey};
@@ -17,7 +18,7 @@ use cdp_protocol::hex;
 use cdp_protocol::units::{OfficeId, Timestamp};
 use cdp_seams::clock::Clock;
 use cdp_seams::random::{self, Random};
-use cdp_seams::storage::{Storage, read_all, replace};
+use cdp_seams::storage::{Storage, read_all};
 use cdp_seams::tls::Credentials;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
@@ -37,6 +38,8 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const BACKDATED: Duration = Duration::from_secs(30 * 24 * 3600);
 const AUTHORITY_DAYS: u32 = 30 * 365;
 const CERTIFICATE_DAYS: u32 = 10 * 365;
+/// What is made once and stays.
+const FILES: [&str; 5] = ["ca.key", "ca.pem", "server.key", "server.pem", "escrow.key"];
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 const REGISTRY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
@@ -130,7 +133,7 @@ impl Authority {
     /// `localhost`, `127.0.0.1` and `::1`. A crash leaves a folder without `offices.json`, which does not open.
     ///
     /// # Errors
-    /// Where a name is none, a file exists already, or the storage fails.
+    /// Where a name is none, or the storage fails. The folder has to be empty: the caller has looked.
     pub fn create(
         storage: Arc<dyn Storage>,
         clock: Arc<dyn Clock>,
@@ -146,7 +149,7 @@ impl Authority {
         let (server_key, server_pem) = make_server(&issuer, names, now, &*random)?;
         let storage_ref = &*storage;
         storage_ref.create_dir_all(folder).map_err(at("make folder", folder))?;
-        let files: [(&str, &[u8]); 5] = [
+        let files: [(&str, &[u8]); FILES.len()] = [
             ("ca.key", ca_key.as_bytes()),
             ("ca.pem", ca_pem.as_bytes()),
             ("server.key", server_key.as_bytes()),
@@ -154,7 +157,8 @@ impl Authority {
             ("escrow.key", escrow.expose()),
         ];
         for (name, bytes) in files {
-            write_new(storage_ref, &folder.join(name), bytes)?;
+            let path = folder.join(name);
+            kept::write(storage_ref, &path, bytes).map_err(at("write", &path))?;
         }
         let registry = Registry::new(store, escrow_public, names.to_vec());
         write_registry(storage_ref, folder, &registry)?;
@@ -190,6 +194,20 @@ impl Authority {
             clock,
             random,
         })
+    }
+
+    /// Mends each file from its copy or the other way round, where one of them is not as it should be. For the one writer.
+    ///
+    /// # Errors
+    /// As the storage says.
+    pub fn mend(&self) -> Result<(), AuthorityError> {
+        for name in FILES.into_iter().chain(["offices.json"]) {
+            let path = self.folder.join(name);
+            if kept::mend(&*self.storage, &path, REGISTRY_BYTES_MAX).map_err(at("mend", &path))? {
+                tracing::warn!(path = %path.display(), "this file or its copy was missing or damaged, and is written anew");
+            }
+        }
+        Ok(())
     }
 
     /// The secret of the server's endpoint, the same after every start: it follows from the escrow key.
@@ -316,11 +334,17 @@ fn write_registry(storage: &dyn Storage, folder: &Path, registry: &Registry) -> 
     let path = folder.join("offices.json");
     let mut bytes = serde_json::to_vec_pretty(registry).expect("a registry has no unencodable types");
     bytes.push(b'\n');
-    replace(storage, &path, &bytes).map_err(at("write registry", &path))
+    kept::write(storage, &path, &bytes).map_err(at("write registry", &path))
 }
 
 fn read_registry(storage: &dyn Storage, folder: &Path) -> Result<Registry, AuthorityError> {
     let path = folder.join("offices.json");
+    // A newer program need not know of copies: its word is taken, also where the copy has another.
+    if let Ok(bytes) = read_all(storage, &path, REGISTRY_BYTES_MAX)
+        && let Err(Ok(version)) = Registry::parse(&bytes)
+    {
+        return Err(AuthorityError::Newer(version));
+    }
     let bytes = read(storage, &path, REGISTRY_BYTES_MAX)?;
     Registry::parse(&bytes).map_err(|error| match error {
         Ok(version) => AuthorityError::Newer(version),
@@ -342,22 +366,13 @@ fn read_credentials(storage: &dyn Storage, key: &Path, certificate: &Path) -> Re
 }
 
 fn read(storage: &dyn Storage, path: &Path, bytes_max: u64) -> Result<Zeroizing<Vec<u8>>, AuthorityError> {
-    read_all(storage, path, bytes_max).map(Zeroizing::new).map_err(at("read", path))
+    kept::read(storage, path, bytes_max).map_err(at("read", path))
 }
 
 fn read_text(storage: &dyn Storage, path: &Path) -> Result<Zeroizing<String>, AuthorityError> {
     let bytes = read(storage, path, FILE_BYTES_MAX)?;
     let text = String::from_utf8(bytes.to_vec()).map_err(|_| io::ErrorKind::InvalidData.into());
     text.map(Zeroizing::new).map_err(at("read", path))
-}
-
-fn write_new(storage: &dyn Storage, path: &Path, bytes: &[u8]) -> Result<(), AuthorityError> {
-    let write = || {
-        let file = storage.create_new(path)?;
-        file.write_at(bytes, 0)?;
-        file.sync()
-    };
-    write().map_err(at("write new", path))
 }
 
 fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> AuthorityError {

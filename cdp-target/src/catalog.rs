@@ -1,12 +1,14 @@
 //! The store's offices and groups by the names people use.
 //!
 //! Reads beside a running server and changes nothing; the exceptions, `write_label` and `write_resolution`, say that they need the lock.
+//! Where no server runs and its last one left frames without their proof, whoever reads first recovers the group.
 //! Folders carry ids; names come from the register of offices and from each group's own manifest.
 
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
 use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_claim};
 use crate::points::{PointInfo, PointTimes, point_time};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::escrow::{Envelope, EscrowError};
@@ -151,12 +153,38 @@ impl Catalog {
     }
 }
 
+/// Opens a group's history from its files, once what a server that is gone left without its proof is recovered.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn open_group(store: &Store, place: GroupPlace) -> Result<Group, JournalError> {
+    let group = read_group(store, place)?;
+    if group.view.unproven_bytes() > 0 && recover(store, place)? { read_group(store, place) } else { Ok(group) }
+}
+
+/// Makes durable what the last server left without its proof, acked points among it; `false` where a server runs, or where
+/// nobody may write here.
+fn recover(store: &Store, place: GroupPlace) -> Result<bool, JournalError> {
+    let _lock = match store.lock() {
+        Ok(lock) => lock,
+        // Its server does it.
+        Err(StoreError::InUse { .. }) => return Ok(false),
+        Err(error) => {
+            let error = one_line(&error);
+            tracing::warn!(group = %place.group, error, "frames without a proof are not shown: nobody may write to the store");
+            return Ok(false);
+        }
+    };
+    let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
+    GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits).map(|_| true)
+}
+
 /// Opens a group's history from its files. Again where the server began another segment meanwhile: the files it was put
 /// together from may then not belong together.
 ///
 /// # Errors
 /// Where it cannot be read.
-pub fn open_group(store: &Store, place: GroupPlace) -> Result<Group, JournalError> {
+fn read_group(store: &Store, place: GroupPlace) -> Result<Group, JournalError> {
     let (storage, folder) = (store.storage(), store.group_folder(place));
     for _ in 0..OPEN_ATTEMPTS {
         let view = GroupView::open(Arc::clone(storage), &folder);

@@ -9,6 +9,7 @@ pub mod enroll;
 pub mod groups;
 pub mod inspect;
 pub mod journal;
+pub mod kept;
 pub mod listener;
 pub mod metrics;
 pub mod points;

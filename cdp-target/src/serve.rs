@@ -5,7 +5,7 @@
 //! sources send again.
 
 use crate::authority::{Authority, AuthorityError};
-use crate::catalog::{Catalog, CatalogError};
+use crate::catalog::{Catalog, CatalogError, open_group};
 use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
@@ -125,6 +125,8 @@ impl Server {
         let running = Arc::clone(&desk);
         let mut running =
             tokio::spawn(async move { running.listener.run(Arc::clone(&running) as Arc<dyn Serve>).await });
+        let recovering = Arc::clone(&desk);
+        tokio::task::spawn_blocking(move || recovering.recover_unproven());
         eprintln!("listening on {address}");
         tell_systemd(&[NotifyState::Ready]);
         tokio::select! {
@@ -259,6 +261,34 @@ impl Desk {
                 Ok(head.into())
             }
         }
+    }
+
+    /// Opens, one after the other, the groups whose last server left frames without their proof: a point that it acked is not
+    /// to stay hidden until its source comes back, which may be never.
+    fn recover_unproven(&self) {
+        let recovered = self.catalog().map_err(anyhow::Error::from).and_then(|catalog| {
+            for office in catalog.offices() {
+                for place in self.store.groups(office.id)? {
+                    if let Err(error) = self.recover_if_unproven(&office.name, place) {
+                        let error = format!("{error:#}");
+                        tracing::error!(office = office.name, group = %place.group, error, "a group cannot be recovered");
+                    }
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = recovered {
+            tracing::error!(error = format!("{error:#}"), "the groups cannot be listed");
+        }
+    }
+
+    fn recover_if_unproven(&self, office: &str, place: GroupPlace) -> anyhow::Result<()> {
+        let group = open_group(&self.store, place)?;
+        if group.view().unproven_bytes() > 0 {
+            self.on_thread(office, place, |_| Ok(()))?;
+            tracing::info!(office, group = group.name(), "recovered what the last server left without its proof");
+        }
+        Ok(())
     }
 
     /// Has the group's own thread do something with its writer.

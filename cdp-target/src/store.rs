@@ -13,6 +13,7 @@
 
 use crate::config::{CONFIG_BYTES_MAX, CONFIG_FILE, Config, ConfigError};
 use crate::journal::manifest;
+use crate::kept;
 use crate::points::Instant;
 use cdp_protocol::units::{GroupId, OfficeId, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile, read_all, replace};
@@ -142,7 +143,7 @@ pub fn init<E: From<StoreError>>(
     let mut text = serde_json::to_vec_pretty(&marker).expect("text and numbers");
     text.push(b'\n');
     let path = folder.join(MARKER_FILE);
-    Ok(replace(storage.as_ref(), &path, &text).map_err(system("write", &path))?)
+    Ok(kept::write(storage.as_ref(), &path, &text).map_err(system("write", &path))?)
 }
 
 impl Store {
@@ -152,7 +153,13 @@ impl Store {
     /// Where it is none, has a newer format, or a configuration that is refused.
     pub fn open(storage: Arc<dyn Storage>, folder: &Path) -> Result<Self, StoreError> {
         let path = folder.join(MARKER_FILE);
-        let bytes = read_all(storage.as_ref(), &path, MARKER_BYTES_MAX).map_err(|error| match error.kind() {
+        // A newer program need not know of copies: its word is taken, also where the copy has another.
+        if let Ok(bytes) = read_all(storage.as_ref(), &path, MARKER_BYTES_MAX)
+            && let Err(error @ StoreError::Newer { .. }) = read_marker(&bytes, folder, &path)
+        {
+            return Err(error);
+        }
+        let bytes = kept::read(storage.as_ref(), &path, MARKER_BYTES_MAX).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => StoreError::NotAStore(folder.to_owned()),
             _ => system("read", &path)(error),
         })?;
@@ -161,6 +168,18 @@ impl Store {
         let bytes = read_all(storage.as_ref(), &path, CONFIG_BYTES_MAX).map_err(system("read", &path))?;
         let config = Config::parse(&bytes).map_err(|error| StoreError::Config(path, error))?;
         Ok(Self { storage, folder: folder.to_owned(), id, config })
+    }
+
+    /// Mends the marker or its copy, where one of them is not as it should be. For the one writer.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn mend(&self) -> Result<(), StoreError> {
+        let path = self.folder.join(MARKER_FILE);
+        if kept::mend(self.storage.as_ref(), &path, MARKER_BYTES_MAX).map_err(system("mend", &path))? {
+            tracing::warn!(path = %path.display(), "this file or its copy was missing or damaged, and is written anew");
+        }
+        Ok(())
     }
 
     /// The configuration, as it was when the store was opened.
@@ -315,7 +334,7 @@ mod tests {
         let (folder, storage) = made();
         let open = || Store::open(Arc::clone(&storage), folder.path()).map(|_| ()).map_err(|error| error.to_string());
         let put = |name: &str, text: &str| {
-            replace(storage.as_ref(), &folder.path().join(name), text.as_bytes()).expect("written");
+            kept::write(storage.as_ref(), &folder.path().join(name), text.as_bytes()).expect("written");
         };
         put("store.json", "{\"format\":\"cdp-target store\",\"version\":7,\"more\":{}}");
         assert!(open().expect_err("newer").ends_with("has format 7, this program reads up to 1"));

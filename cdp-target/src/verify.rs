@@ -72,16 +72,9 @@ pub fn verify(
     let bytes_total = view.bytes();
     for segment in view.segments_from(0) {
         let mut visitor = Visitor { keys, segment, frames: 0, damages: Vec::new() };
-        match view.walk(segment, &mut visitor) {
-            Ok(walked) => {
-                found.extend(walked.damages);
-                report.bytes += walked.bytes;
-            }
-            Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                found.push(view.missing(segment));
-            }
-            Err(error) => return Err(error),
-        }
+        let walked = view.walk(segment, &mut visitor)?;
+        found.extend(walked.damages);
+        report.bytes += walked.bytes;
         found.append(&mut visitor.damages);
         report.segments += 1;
         report.frames += visitor.frames;
@@ -92,8 +85,12 @@ pub fn verify(
             found.push(known.clone());
         }
     }
-    let epochs: Vec<Epoch> = view.points().filter_map(Result::ok).map(|point| point.epoch).collect();
+    let mut epochs: Vec<Epoch> = view.points().filter_map(Result::ok).map(|point| point.epoch).collect();
     report.points = epochs.len() as u64;
+    // Of points that cannot be listed any more, the manifest knows the first and the last of each segment.
+    epochs.extend(view.unlisted().iter().flat_map(|(_, points)| [points.first, points.last]));
+    epochs.sort_unstable();
+    epochs.dedup();
     report.damages = found.iter().map(|damage| named(view, damage, &epochs)).collect();
     if let Some(at) = at {
         report.damages.retain(|damage| damage.points.contains(&at));

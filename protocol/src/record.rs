@@ -245,6 +245,9 @@ impl Commit {
         let first_epoch = Epoch(input.u64()?);
         let rolled_back = input.flag()?;
         let after_rollback_to = Epoch(input.u64()?);
+        if !rolled_back && after_rollback_to.0 != 0 {
+            return Err(RecordError::Field("rollback"));
+        }
         let class = match input.u8()? {
             0 => Class::Crash,
             1 => Class::Filesystem,
@@ -399,6 +402,9 @@ impl<'a> Input<'a> {
     fn parts(&mut self) -> Result<Option<PartChain>, RecordError> {
         let count = self.u32()?;
         let hash = FrameHash(self.array()?);
+        if count == 0 && hash.0 != [0; 32] {
+            return Err(RecordError::Field("parts"));
+        }
         Ok((count > 0).then_some(PartChain { count, hash }))
     }
 }

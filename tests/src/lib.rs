@@ -5,9 +5,13 @@
 #![allow(clippy::disallowed_methods, reason = "tests use the real file system and the real clock")]
 #![allow(clippy::missing_errors_doc, reason = "every helper fails with what went wrong")]
 
+pub mod acked;
+pub mod file_system;
 pub mod files;
+pub mod fuse_file;
 pub mod image;
 pub mod loop_device;
+pub mod power_disk;
 pub mod process;
 pub mod site;
 pub mod slow_disk;

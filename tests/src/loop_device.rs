@@ -20,8 +20,13 @@ impl LoopDevice {
 
     /// Attaches an existing file, its partitions included.
     pub fn attach(file: &Path) -> Result<Self> {
+        Self::attach_with(file, "--partscan")
+    }
+
+    /// Attaches an existing file with an option of `losetup`'s.
+    pub fn attach_with(file: &Path, option: &str) -> Result<Self> {
         let file_text = file.to_str().context("a path of text")?;
-        let node = tool("losetup", &["--find", "--show", "--partscan", "--direct-io=on", file_text])?;
+        let node = tool("losetup", &["--find", "--show", "--direct-io=on", option, file_text])?;
         Ok(Self { node: PathBuf::from(node.trim()), file: file.to_owned() })
     }
 

@@ -41,9 +41,14 @@ pub struct Point {
 impl Site {
     /// Initialises a store below `folder`, starts it, enrolls an office named `office` and lets it join.
     pub fn new(folder: &Path) -> Result<Self> {
+        Self::new_with_store(folder, &folder.join("target"))
+    }
+
+    /// The same with the store in a folder of its own.
+    pub fn new_with_store(folder: &Path, store: &Path) -> Result<Self> {
         let port = UdpSocket::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut site = Self {
-            data: folder.join("target"),
+            data: store.to_owned(),
             state: folder.join("source"),
             address: format!("127.0.0.1:{port}"),
             target: None,

@@ -17,6 +17,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// How long a command waits for a server that is starting, or for another command, to let it in.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a server waits for a command that has the lock.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often it looks. Nothing announces that another process lets go of a lock.
 const START_LOOK: Duration = Duration::from_millis(20);
 
@@ -68,10 +70,30 @@ pub(super) fn serve_or_lock(store: &Store, request: &Request) -> Result<Done, Fa
         }
         match store.lock() {
             Ok(lock) => return Ok(Done::Locked(lock)),
-            Err(StoreError::InUse { .. }) if clock.monotonic() < START_TIMEOUT => std::thread::sleep(START_LOOK),
+            Err(StoreError::InUse { .. }) if look_again(&clock, START_TIMEOUT) => {}
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Takes the store's lock for a server. A command may have it for a moment, to recover a group.
+pub(super) fn lock_to_serve(store: &Store) -> Result<StoreLock, Failure> {
+    let clock = SystemClock::new();
+    loop {
+        match store.lock() {
+            Err(StoreError::InUse { .. }) if look_again(&clock, COMMAND_TIMEOUT) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Waits a little; `false` where the time is over.
+fn look_again(clock: &SystemClock, timeout: Duration) -> bool {
+    let in_time = clock.monotonic() < timeout;
+    if in_time {
+        std::thread::sleep(START_LOOK);
+    }
+    in_time
 }
 
 /// Turns true when the operator ends the command. Not where the output is stdout: there is nothing to clean up there, and

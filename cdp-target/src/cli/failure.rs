@@ -104,8 +104,17 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         let error = error.into();
         let (fault, hint) = classify(&error);
+        let hint = hint.or_else(|| is_read_only(&error).then_some(READ_ONLY_HINT));
         Self { fault, error, hint: hint.map(str::to_owned) }
     }
+}
+
+/// What a file system that may no longer be written to asks of an operator.
+const READ_ONLY_HINT: &str = "its file system is read-only: see why (`dmesg`), repair it and mount it for writing; points can be listed and exported meanwhile";
+
+fn is_read_only(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.any(|cause| cause.kind() == io::ErrorKind::ReadOnlyFilesystem)
 }
 
 /// Whose fault, and the next step where there is one.

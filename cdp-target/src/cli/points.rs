@@ -74,6 +74,11 @@ fn list(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
     let points = group.points()?;
+    for (segment, range) in group.view().unlisted() {
+        let (first, last) = (range.first, range.last);
+        eprintln!("warning: points {first} to {last} cannot all be listed: segment {segment} is missing or damaged");
+        eprintln!("hint: cdp-target verify {} names what is hit", arguments.group);
+    }
     let gaps = gaps(&points);
     let listed = points.iter().zip(gaps).filter(|(point, _)| {
         since.is_none_or(|since| point.time >= since) && until.is_none_or(|until| point.time <= until)

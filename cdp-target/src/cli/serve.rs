@@ -15,8 +15,10 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
-    let lock = store.lock()?;
+    let lock = context::lock_to_serve(&store)?;
     let authority = context::authority(&store)?;
+    store.mend()?;
+    authority.mend()?;
     let what = format!("serve {}", arguments.data.folder.display());
     Server::new(store, lock, authority).run().map_err(|error| Failure::from(error).context(what))?;
     Ok(ExitCode::SUCCESS)

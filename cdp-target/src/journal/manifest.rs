@@ -37,6 +37,16 @@ pub struct SealedSegment {
     pub points: Option<PointRange>,
 }
 
+impl SealedSegment {
+    /// What stands behind the segment in a file that has `len` bytes: of no use to anybody, and not ours.
+    #[must_use]
+    pub fn surplus(&self, len: u64) -> Option<Damage> {
+        let surplus = len.checked_sub(self.len).filter(|surplus| *surplus > 0)?;
+        let what = format!("{surplus} bytes stand behind the segment's end");
+        Some(Damage { segment: self.number, offset: self.len, len: surplus, first_epoch: None, any_block: false, what })
+    }
+}
+
 /// Points of a segment, in short: what finds a point without reading every segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct PointRange {
@@ -244,6 +254,9 @@ impl Manifest {
         if blake3::hash(summed).as_bytes() != sum {
             return Err(ManifestError::Checksum);
         }
+        if bytes[10..16] != [0; 6] {
+            return Err(FieldError("reserved bytes").into());
+        }
         let mut input = Input::new(&summed[16..]);
         let manifest = Self::take(&mut input, version)?;
         input.finish()?;
@@ -263,6 +276,9 @@ impl Manifest {
         let mut marks = BTreeMap::new();
         for _ in 0..input.u32()? {
             let epoch = Epoch(input.u64()?);
+            if marks.last_key_value().is_some_and(|(last, _)| *last >= epoch) {
+                return Err(FieldError("order of the marks"));
+            }
             marks.insert(epoch, Mark { label: take_option(input)?, pinned: input.flag()? });
         }
         let damages = (0..input.u32()?).map(|_| take_damage(input)).collect::<Result<_, _>>()?;
@@ -367,6 +383,8 @@ fn take_line(input: &mut Input<'_>) -> Result<Line, FieldError> {
     let (has_after, after) = (input.flag()?, Epoch(input.u64()?));
     let has_from = input.flag()?;
     let from = Place { generation: Generation(input.u64()?), epoch: Epoch(input.u64()?) };
+    absent(has_after, after.0 == 0)?;
+    absent(has_from, (from.generation.0, from.epoch.0) == (0, 0))?;
     Ok(Line { generation, after: has_after.then_some(after), from: has_from.then_some(from) })
 }
 
@@ -378,7 +396,13 @@ fn put_option(out: &mut Vec<u8>, text: Option<&str>) {
 fn take_option(input: &mut Input<'_>) -> Result<Option<String>, FieldError> {
     let there = input.flag()?;
     let text = input.text()?;
+    absent(there, text.is_empty())?;
     Ok(there.then_some(text))
+}
+
+/// What is not there has nothing in its place: a manifest has one form only.
+const fn absent(there: bool, is_nothing: bool) -> Result<(), FieldError> {
+    if there || is_nothing { Ok(()) } else { Err(FieldError("value of what is absent")) }
 }
 
 fn put_sealed(out: &mut Vec<u8>, segment: &SealedSegment) {
@@ -419,7 +443,8 @@ fn put_damage(out: &mut Vec<u8>, damage: &Damage) {
 
 fn take_damage(input: &mut Input<'_>) -> Result<Damage, FieldError> {
     let (segment, offset, len) = (input.u64()?, input.u64()?, input.u64()?);
-    let there = input.flag()?;
-    let first_epoch = Some(Epoch(input.u64()?)).filter(|_| there);
+    let (there, epoch) = (input.flag()?, Epoch(input.u64()?));
+    absent(there, epoch.0 == 0)?;
+    let first_epoch = there.then_some(epoch);
     Ok(Damage { segment, offset, len, first_epoch, any_block: input.flag()?, what: input.text()? })
 }

@@ -70,7 +70,8 @@ pub(crate) fn told_by_index(
         let end = damage.offset + damage.len;
         damage.any_block && !lost.iter().any(|lost| lost.offset < end && damage.offset < lost.offset + lost.len)
     };
-    if !damages.iter().any(is_told) {
+    // Behind a damaged header the first frames may be gone too, and nothing else would say so.
+    if !damages.iter().any(|damage| damage.offset == 0 || is_told(damage)) {
         return Ok(damages);
     }
     let mut missing: BTreeMap<u64, (u32, Epoch)> = BTreeMap::new();

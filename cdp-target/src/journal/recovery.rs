@@ -12,7 +12,8 @@
 //! | a segment that no manifest names | journal folder | a crash during a roll: replaced at the next roll |
 //! | a damaged header | open segment | the manifest has a copy; noted |
 //! | a manifest | group's folder | written anew, also where one of its two copies is damaged: its rename may not have been durable |
-//! | missing, or of another length | sealed segment | noted; the points it does not concern are served |
+//! | missing, or shorter | sealed segment | noted; the points it does not concern are served |
+//! | longer | sealed segment | noted; nothing reads what is behind its end |
 //! | missing | open segment | noted; a new one is started |
 //!
 //! Every step leaves something that the same table answers the same way, so recovery may itself be cut off anywhere.
@@ -20,6 +21,7 @@
 
 use super::manifest::{Damage, Manifest, SealedSegment};
 use super::scan::FrameScan;
+use super::sealed::is_no_file;
 use super::segment::{self, Header, Place};
 use super::walk::{Blind, Walked, walk};
 use super::writer::{OpenSegment, create_segment};
@@ -32,6 +34,8 @@ use std::sync::{Arc, RwLock};
 
 /// Torn tails that are kept.
 const ASIDE_MAX: usize = 16;
+/// Bytes of a torn tail that are kept: as many as are appended before a sync is made.
+const ASIDE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes read and written at once.
 const CHUNK_BYTES: u64 = 1 << 20;
 
@@ -205,7 +209,8 @@ fn keep_aside(
         storage.remove(&old).map_err(JournalError::io("remove", &old))?;
     }
     let kept = aside.join(format!("{number:016x}-{end:016x}.torn"));
-    let mut bytes = vec![0; (len - end) as usize];
+    // A tail is what one sync did not cover; a file that somebody made longer is not to fill the memory, nor the disk.
+    let mut bytes = vec![0; (len - end).min(ASIDE_BYTES_MAX) as usize];
     let read = file.read_at(&mut bytes, end).map_err(JournalError::io("read the torn tail of", &kept))?;
     replace(storage, &kept, &bytes[..read]).map_err(JournalError::io("write", &kept))?;
     Ok(kept)
@@ -275,9 +280,12 @@ fn sealed_damages(storage: &dyn Storage, folder: &Path, sealed: &[SealedSegment]
     for segment in sealed.iter().filter(|segment| segment.len > 0) {
         let path = segment::path(folder, segment.number);
         let what = match storage.open(&path).and_then(|file| file.len()) {
-            Ok(len) if len == segment.len => continue,
+            Ok(len) if len >= segment.len => {
+                damages.extend(segment.surplus(len));
+                continue;
+            }
             Ok(len) => format!("the segment has {len} bytes instead of {}", segment.len),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => "the segment is missing".to_owned(),
+            Err(error) if is_no_file(&error) => "the segment is missing".to_owned(),
             Err(error) => return Err(JournalError::io("open", &path)(error)),
         };
         let first_epoch = segment.points.map(|points| points.first);

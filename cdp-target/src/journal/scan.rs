@@ -61,6 +61,10 @@ impl<'a> FrameScan<'a> {
         let mut at = from;
         while at < self.end {
             let bytes = self.fill(at, WINDOW_BYTES / 2)?;
+            if bytes.is_empty() {
+                // The file was cut meanwhile: its writer recovers beside us.
+                return Ok(None);
+            }
             let Some(found) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else {
                 at += (bytes.len() - (MAGIC.len() - 1).min(bytes.len() - 1)) as u64;
                 continue;
@@ -108,5 +112,25 @@ impl<'a> FrameScan<'a> {
         }
         let from = (offset - self.window_at) as usize;
         Ok(&self.window[from.min(self.window.len())..])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_seams::storage::Storage;
+    use cdp_seams::storage::sim::SimStorage;
+    use std::path::Path;
+
+    #[test]
+    fn a_file_that_is_cut_while_it_is_read_ends_there() {
+        let disk = SimStorage::new(1);
+        let file = disk.create_new(Path::new("/segment")).expect("made");
+        file.write_at(&[0xa5; 100], 0).expect("written");
+        for known_len in [100, 101, 5000] {
+            let mut scan = FrameScan::new(file.as_ref(), GroupId([7; 16]), known_len);
+            assert_eq!(scan.find(0).expect("read"), None, "{known_len}");
+            assert_eq!(scan.find(99).expect("read"), None, "{known_len}");
+        }
     }
 }

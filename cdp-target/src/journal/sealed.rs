@@ -7,7 +7,7 @@ use super::index::{Summary, Tables};
 use super::listing::Tally;
 use super::manifest::SealedSegment;
 use super::scan::FrameScan;
-use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, Section};
+use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC, Section};
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
 use cdp_protocol::units::{Epoch, GroupId};
@@ -104,6 +104,40 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Nothing stands there, or something that is no file.
+pub(super) fn is_no_file(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput)
+}
+
+/// What is read of a segment that is missing.
+struct Nothing;
+
+impl StorageFile for Nothing {
+    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn set_len(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
 /// Where sealed segments are and whose they are.
 pub(crate) struct Shelf<'a> {
     pub(crate) storage: &'a dyn Storage,
@@ -113,15 +147,25 @@ pub(crate) struct Shelf<'a> {
 }
 
 impl Shelf<'_> {
-    /// A segment's file, open to read.
+    /// A segment's file, open to read; one of nothing where it is missing: its points are gone, the others are to be served.
     pub(crate) fn file(&self, number: u64) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
         if let Some(file) = locked(&self.caches.files).find(number) {
             return Ok(file);
         }
         let path = segment::path(self.folder, number);
-        let file = Arc::new(self.storage.open(&path).map_err(JournalError::io("open", &path))?);
+        let file = match self.storage.open(&path) {
+            // Not kept: it may be put back.
+            Err(error) if is_no_file(&error) => return Ok(Arc::new(Box::new(Nothing))),
+            opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
+        };
         locked(&self.caches.files).keep(number, &file, 1, FILES_MAX);
         Ok(file)
+    }
+
+    /// Whether a segment's file is not there.
+    pub(crate) fn is_missing(&self, number: u64) -> bool {
+        let opened = self.storage.open(&segment::path(self.folder, number));
+        opened.is_err_and(|error| is_no_file(&error))
     }
 
     /// Everything but the extents.
@@ -225,7 +269,8 @@ impl Shelf<'_> {
     pub(crate) fn index_is_whole(&self, sealed: &SealedSegment) -> Result<bool, JournalError> {
         let file = self.file(sealed.number)?;
         let file = file.as_ref().as_ref();
-        let loaded = load_summary(file, sealed).and_then(|_| load_tables(file, sealed));
+        let loaded =
+            check_magic(file, sealed).and_then(|()| load_summary(file, sealed)).and_then(|_| load_tables(file, sealed));
         match loaded {
             Ok(_) => Ok(true),
             Err(IndexError::Damaged) => Ok(false),
@@ -236,6 +281,13 @@ impl Shelf<'_> {
     fn read_error(&self, number: u64, error: io::Error) -> JournalError {
         JournalError::io("read", &segment::path(self.folder, number))(error)
     }
+}
+
+/// What no hash covers, and no reader needs.
+fn check_magic(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<(), IndexError> {
+    let mut magic = [0; INDEX_MAGIC.len()];
+    file.read_at(&mut magic, sealed.frames_end)?;
+    if magic == INDEX_MAGIC { Ok(()) } else { Err(IndexError::Damaged) }
 }
 
 fn load_footer(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Footer, IndexError> {

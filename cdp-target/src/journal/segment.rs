@@ -136,6 +136,9 @@ impl Header {
         if crc32fast::hash(summed).to_le_bytes() != sum {
             return Err(SegmentError::Crc("segment header"));
         }
+        if fixed[10..12] != [0; 2] {
+            return Err(FieldError("reserved bytes").into());
+        }
         let mut input = Input::new(&summed[16..]);
         let (group, number) = (GroupId(input.array()?), input.u64()?);
         let place = take_place(&mut input)?;

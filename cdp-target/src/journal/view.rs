@@ -5,7 +5,7 @@
 //! segments are loaded when needed (`sealed`), that of the open one is shared with the writer.
 
 use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
-use super::manifest::{Mark, SealedSegment};
+use super::manifest::{Mark, PointRange, SealedSegment};
 use super::reach::{Seen, told_by_index};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
@@ -28,6 +28,8 @@ pub struct GroupView {
     open: Arc<RwLock<OpenIndex>>,
     /// What stands at or behind this offset of the open segment is not shown.
     limit: u64,
+    /// Bytes of a source's whole frames behind it.
+    unproven_bytes: u64,
     caches: Arc<Caches>,
 }
 
@@ -121,12 +123,12 @@ impl GroupView {
         caches: Arc<Caches>,
     ) -> Self {
         let facts = Facts { storage, folder: folder.to_owned(), manifest: manifest.clone() };
-        Self { facts: Arc::new(facts), open, limit, caches }
+        Self { facts: Arc::new(facts), open, limit, unproven_bytes: 0, caches }
     }
 
     pub(super) fn advanced(&self, limit: u64) -> Self {
         let (facts, open, caches) = (Arc::clone(&self.facts), Arc::clone(&self.open), Arc::clone(&self.caches));
-        Self { facts, open, limit, caches }
+        Self { facts, open, limit, unproven_bytes: 0, caches }
     }
 
     /// Opens a view from the files alone, also beside a running server. Writes nothing.
@@ -137,18 +139,27 @@ impl GroupView {
         let (mut manifest, _) = Manifest::read(storage.as_ref(), folder)?;
         let place = open_place(folder, &manifest)?.place;
         let path = segment::path(folder, manifest.open);
-        let (index, limit) = match storage.open(&path) {
+        let (index, limit, frames_end) = match storage.open(&path) {
             Ok(file) => {
                 let (walked, _) =
                     walk_open(file.as_ref(), &manifest, place).map_err(JournalError::io("read", &path))?;
                 manifest.damages.extend(walked.damages);
-                (walked.index, walked.proven)
+                (walked.index, walked.proven, walked.source_end)
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (OpenIndex::default(), 0),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (OpenIndex::default(), 0, 0),
             Err(error) => return Err(JournalError::io("open", &path)(error)),
         };
         let open = Arc::new(RwLock::new(index));
-        Ok(Self::of(storage, folder, &manifest, open, limit, Arc::default()))
+        let view = Self::of(storage, folder, &manifest, open, limit, Arc::default());
+        Ok(Self { unproven_bytes: frames_end.saturating_sub(limit), ..view })
+    }
+
+    /// Bytes of whole frames that are not shown, because nothing on disk proves that they are durable. Beside a server they are
+    /// on their way. Without one they are what recovery makes durable, points that were acked among them: the proof of the
+    /// newest is written behind the ack's sync, and waits for the next.
+    #[must_use]
+    pub const fn unproven_bytes(&self) -> u64 {
+        self.unproven_bytes
     }
 
     /// Who the group is.
@@ -253,6 +264,9 @@ impl GroupView {
 
     /// Walks a segment frame by frame, as far as this view shows it; also checks its index.
     pub(crate) fn walk(&self, segment: u64, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
+        if self.shelf().is_missing(segment) {
+            return Ok(WalkedSegment { damages: vec![self.missing(segment)], bytes: 0 });
+        }
         let manifest = &self.facts.manifest;
         if let Some(sealed) = manifest.sealed.iter().find(|sealed| sealed.number == segment) {
             let mut seen = Seen { visitor, frames: HashMap::new() };
@@ -262,8 +276,14 @@ impl GroupView {
             } else {
                 let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
                 let what = "the segment's index is damaged; it can be made anew from the frames".to_owned();
+                self.not_before(sealed, &mut damages);
                 damages.push(Damage { segment, offset, len, first_epoch: None, any_block: false, what });
             }
+            let len = self
+                .file(segment)?
+                .len()
+                .map_err(JournalError::io("read", &segment::path(&self.facts.folder, segment)))?;
+            damages.extend(sealed.surplus(len));
             return Ok(WalkedSegment { damages, bytes: sealed.len });
         }
         let place = open_place(&self.facts.folder, manifest)?.place;
@@ -275,12 +295,44 @@ impl GroupView {
         Ok(WalkedSegment { damages: walked.damages, bytes: limit })
     }
 
+    /// Damage of a sealed segment that nothing tells of. Its header is gone with its index: then so may be any frame before the
+    /// first that stands. What was before the segment is not concerned, and the manifest says where that ends.
+    fn not_before(&self, sealed: &SealedSegment, damages: &mut Vec<Damage>) {
+        if let Some(header) = damages.iter().find(|damage| damage.offset == 0 && !damage.any_block) {
+            let (what, len) = ("what stood behind the header cannot be told".to_owned(), header.len);
+            let (segment, first_epoch) = (sealed.number, Some(Epoch(0)));
+            damages.push(Damage { segment, offset: 0, len, first_epoch, any_block: true, what });
+        }
+        let older = self.facts.manifest.sealed.iter().take_while(|older| older.number < sealed.number);
+        let before = older.filter_map(|older| older.points).last().map_or(Epoch(0), |points| points.last);
+        let first = sealed.points.map_or(Epoch(before.0.saturating_add(1)), |points| points.first);
+        for damage in damages.iter_mut().filter(|damage| damage.any_block) {
+            damage.first_epoch = damage.first_epoch.map(|epoch| epoch.max(first));
+        }
+    }
+
+    /// Segments whose points cannot all be listed, because they are gone or damaged: with the points they had.
+    #[must_use]
+    pub fn unlisted(&self) -> Vec<(u64, PointRange)> {
+        let is_whole = |sealed: &SealedSegment, points: &PointRange| {
+            self.index(sealed.number).is_ok_and(|index| {
+                let (first, last) = (index.commits().first(), index.commits().last());
+                first.map(|commit| commit.head.epoch) == Some(points.first)
+                    && last.map(|commit| commit.head.epoch) == Some(points.last)
+            })
+        };
+        let sealed = self.facts.manifest.sealed.iter().filter_map(|sealed| Some((sealed, sealed.points?)));
+        let unlisted = sealed.filter(|(sealed, points)| !is_whole(sealed, points));
+        unlisted.map(|(sealed, points)| (sealed.number, points)).collect()
+    }
+
     /// That a segment is not there at all.
-    pub(crate) fn missing(&self, segment: u64) -> Damage {
+    fn missing(&self, segment: u64) -> Damage {
         let sealed = self.facts.manifest.sealed.iter().find(|sealed| sealed.number == segment);
         let points = sealed.and_then(|sealed| sealed.points);
         let len = sealed.map_or(self.limit, |sealed| sealed.len);
-        let what = "the segment is missing".to_owned();
+        let had = points.map(|points| format!("; it had points {} to {}", points.first, points.last));
+        let what = format!("the segment is missing{}", had.unwrap_or_default());
         let first_epoch = Some(points.map_or(Epoch(0), |points| points.first));
         Damage { segment, offset: 0, len, first_epoch, any_block: true, what }
     }

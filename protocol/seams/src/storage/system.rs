@@ -5,7 +5,7 @@
 use super::{Storage, StorageFile};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The machine's file systems.
@@ -13,6 +13,19 @@ use std::path::{Path, PathBuf};
 pub struct SystemStorage;
 
 struct SystemFile(File);
+
+/// Opens what is a file: to open a pipe would wait for somebody at its other end.
+fn opened(options: &mut OpenOptions, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+    let file = options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    if kind.is_fifo() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a pipe stands where a file is expected"));
+    }
+    Ok(boxed(file))
+}
 
 fn boxed(file: File) -> Box<dyn StorageFile> {
     Box::new(SystemFile(file))
@@ -24,11 +37,11 @@ impl Storage for SystemStorage {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        File::open(path).map(boxed)
+        opened(OpenOptions::new().read(true), path)
     }
 
     fn open_write(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
-        OpenOptions::new().read(true).write(true).open(path).map(boxed)
+        opened(OpenOptions::new().read(true).write(true), path)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -125,6 +138,19 @@ mod tests {
         }
         assert_eq!(SystemStorage.list(folder.path()).expect("listed"), [PathBuf::from("manifest")]);
         assert!(read_all(&SystemStorage, &path, 5).is_err());
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_without_waiting() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RWXU).expect("made");
+        for (path, kind) in
+            [(pipe.as_path(), io::ErrorKind::InvalidInput), (folder.path(), io::ErrorKind::IsADirectory)]
+        {
+            assert_eq!(SystemStorage.open(path).err().map(|error| error.kind()), Some(kind));
+            assert_eq!(SystemStorage.open_write(path).err().map(|error| error.kind()), Some(kind));
+        }
     }
 
     #[test]

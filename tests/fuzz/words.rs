@@ -1,0 +1,285 @@
+//! What the two sides say to each other, and what a source keeps of it.
+
+use crate::{Check, Format};
+use cdp_protocol::bundle::{Bundle, StoreId, Token};
+use cdp_protocol::escrow::Envelope;
+use cdp_protocol::join::{JoinAnswer, JoinRefusal, JoinRequest, KnownGroup};
+use cdp_protocol::limits::MESSAGE_BYTES_MAX;
+use cdp_protocol::message::{
+    self, GroupOpened, Instance, OpenGroup, PointSummary, RefusalReason, Resume, SourceMessage, TargetMessage, Verdict,
+};
+use cdp_protocol::record::{PartChain, Volume};
+use cdp_protocol::session::memo::Memo;
+use cdp_protocol::units::{
+    AttemptId, Class, Epoch, FrameHash, Generation, GroupId, Head, KeyId, OfficeId, Sequence, Timestamp, VolumeSlot,
+};
+use cdp_seams::storage::{Storage, replace, sim::SimStorage};
+use cdp_source::state::{GroupState, StateFolder};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::path::Path;
+use std::sync::Arc;
+
+const GROUP: GroupId = GroupId([7; 16]);
+
+fn head(epoch: u64) -> Head {
+    Head { epoch: Epoch(epoch), hash: FrameHash([epoch as u8; 32]) }
+}
+
+fn parts() -> (Epoch, PartChain) {
+    (Epoch(9), PartChain { count: 2, hash: FrameHash([9; 32]) })
+}
+
+fn envelope() -> Envelope {
+    Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] }
+}
+
+fn again<M: Serialize + DeserializeOwned>(bytes: &[u8]) -> Option<Vec<u8>> {
+    message::decode::<M>(bytes).ok().map(|message| message::encode(&message))
+}
+
+/// Room for 1 MiB of elements is made on a list's word (serde's own bound), whatever comes then; lists stand two deep.
+const WORDS_MEMORY_MAX: usize = (2 << 20) + 8 * MESSAGE_BYTES_MAX;
+
+/// What a source says.
+pub(crate) struct SourceWords;
+
+impl Format for SourceWords {
+    const CHECK: Check = Check::Nothing;
+    const ONE_FORM: bool = true;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let open = OpenGroup {
+            group: GROUP,
+            name: "main".into(),
+            generation: Some(Generation(2)),
+            acked: vec![head(8), head(7)],
+            sent: vec![head(9)],
+            parts: Some(parts()),
+            parts_sent: vec![parts()],
+            anew: true,
+            instance: Instance { process: [4; 16], host: "office".into() },
+            envelope: envelope(),
+            volumes: vec![Volume { slot: VolumeSlot(0), size_bytes: 1 << 30, name: "data".into() }],
+        };
+        [
+            SourceMessage::Hello { version: 1, software: "cdp-source 0.1.0".into(), time: Timestamp(5) },
+            SourceMessage::OpenGroup(open),
+            SourceMessage::Unchanged { group: GROUP, epoch: Epoch(8), as_of: Timestamp(6) },
+            SourceMessage::ListPoints { request: 1, group: GROUP, after: Some(Epoch(3)) },
+            SourceMessage::Ping,
+        ]
+        .map(|message| message::encode(&message))
+        .to_vec()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        let is_hello = bytes.get(..4) == Some(&[0; 4]);
+        assert!(is_hello || message::hello_version(bytes).is_none(), "no other message is taken for a hello");
+        again::<SourceMessage>(bytes)
+    }
+
+    fn memory_max(_len: usize) -> usize {
+        WORDS_MEMORY_MAX
+    }
+}
+
+/// What a target says.
+pub(crate) struct TargetWords;
+
+impl Format for TargetWords {
+    const CHECK: Check = Check::Nothing;
+    const ONE_FORM: bool = true;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let opened = |verdict| GroupOpened {
+            group: GROUP,
+            generation: Generation(3),
+            verdict,
+            head: Some((head(8), AttemptId([5; 16]))),
+            parts: Some(parts()),
+            resume: Some(Resume { epoch: Epoch(9), attempt: AttemptId([6; 16]), next: Sequence(4) }),
+        };
+        let point = PointSummary {
+            epoch: Epoch(8),
+            cut_time: Timestamp(7),
+            class: Class::Crash,
+            label: Some("nightly".into()),
+            bytes: 4096,
+            cut_us: 250,
+            cut_rounds: 2,
+        };
+        let superseded = RefusalReason::Superseded { by: "other".into(), at: Timestamp(9) };
+        [
+            TargetMessage::Welcome { version: 1, software: "cdp-target 0.1.0".into(), time: Timestamp(5) },
+            TargetMessage::Refused { reason: "no".into(), versions: vec![1, 2] },
+            TargetMessage::GroupOpened(opened(Verdict::Continue)),
+            TargetMessage::GroupOpened(opened(Verdict::Rollback { to: Some(Epoch(3)) })),
+            TargetMessage::GroupRefused { group: GROUP, reason: superseded },
+            TargetMessage::GroupRefused { group: GROUP, reason: RefusalReason::Failed("disk".into()) },
+            TargetMessage::Acked { group: GROUP, head: head(9) },
+            TargetMessage::PartAcked { group: GROUP, attempt: AttemptId([6; 16]), parts: parts().1 },
+            TargetMessage::Busy { group: GROUP, reason: "full".into(), retry_after_ms: 5000 },
+            TargetMessage::Points { request: 1, points: vec![point.clone(), point], more: true },
+            TargetMessage::Pong,
+        ]
+        .map(|message| message::encode(&message))
+        .to_vec()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        again::<TargetMessage>(bytes)
+    }
+
+    fn memory_max(_len: usize) -> usize {
+        WORDS_MEMORY_MAX
+    }
+}
+
+/// The join exchange: what a stranger says, and the answer to it. The first byte tells which.
+pub(crate) struct JoinWords;
+
+impl Format for JoinWords {
+    const CHECK: Check = Check::Nothing;
+    const ONE_FORM: bool = true;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let request = JoinRequest { store: StoreId([1; 16]), token: Token::new([2; 32]), request: vec![0x30; 200] };
+        let welcome = JoinAnswer::Welcome {
+            office: OfficeId([3; 16]),
+            name: "north".into(),
+            certificate: "-----BEGIN CERTIFICATE-----\n".into(),
+            time: Timestamp(4),
+            groups: vec![KnownGroup { name: "main".into(), group: GROUP }],
+        };
+        let refused = JoinAnswer::Refused { reason: JoinRefusal::Unknown, time: Timestamp(5) };
+        let of = |which: u8, bytes: Vec<u8>| [&[which], bytes.as_slice()].concat();
+        vec![of(0, message::encode(&request)), of(1, message::encode(&welcome)), of(1, message::encode(&refused))]
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        let (which, bytes) = bytes.split_first()?;
+        let again = if *which == 0 { again::<JoinRequest>(bytes)? } else { again::<JoinAnswer>(bytes)? };
+        Some([&[*which], again.as_slice()].concat())
+    }
+
+    fn memory_max(_len: usize) -> usize {
+        WORDS_MEMORY_MAX
+    }
+}
+
+/// The one-time bundle.
+pub(crate) struct BundleText;
+
+impl Format for BundleText {
+    const CHECK: Check = Check::Hash;
+    const ONE_FORM: bool = false;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let bundle = Bundle {
+            store: StoreId([1; 16]),
+            targets: vec!["backup.example.org:7443".into()],
+            server_names: vec!["backup.example.org".into()],
+            authority: "-----BEGIN CERTIFICATE-----\n".into(),
+            escrow_public: vec![9; 32],
+            office: OfficeId([2; 16]),
+            office_name: "north".into(),
+            token: Token::new([3; 32]),
+            expires: Timestamp(1_800_000_000_000),
+        };
+        vec![bundle.to_text().into_bytes()]
+    }
+
+    fn mend(bytes: &mut [u8]) {
+        let Some(last) = bytes.windows(10).rposition(|window| window == b"\nchecksum ") else { return };
+        let text = bytes[..=last].to_vec();
+        // The sum is over lines that end with a line feed alone, however they ended on the way.
+        let text: Vec<u8> = String::from_utf8_lossy(&text).replace("\r\n", "\n").into_bytes();
+        let digits = blake3::hash(&text).to_hex();
+        if let Some(place) = bytes.get_mut(last + 10..last + 74) {
+            place.copy_from_slice(digits.as_bytes());
+        }
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        let text = Bundle::parse(bytes).ok()?.to_text();
+        let again = Bundle::parse(text.as_bytes()).expect("what was written is read").to_text();
+        assert_eq!(text, again);
+        Some(text.into_bytes())
+    }
+}
+
+/// What a source remembers of a session.
+pub(crate) struct MemoFormat;
+
+impl Format for MemoFormat {
+    const CHECK: Check = Check::Crc;
+    const ONE_FORM: bool = true;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let memo = Memo {
+            generation: Some(Generation(3)),
+            acked: vec![head(8), head(7)],
+            sent: vec![head(9)],
+            parts: Some(parts()),
+        };
+        vec![memo.encode(), Memo::default().encode()]
+    }
+
+    fn mend(bytes: &mut [u8]) {
+        let Some(sum_at) = bytes.len().checked_sub(4) else { return };
+        let sum = crc32fast::hash(&bytes[..sum_at]).to_le_bytes();
+        bytes[sum_at..].copy_from_slice(&sum);
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        let memo = Memo::decode(bytes).ok()?;
+        // Nothing is a memo that knows nothing; an older version is read, and written by this one.
+        let is_other_form = bytes.is_empty() || bytes[4] == 1;
+        Some(if is_other_form { bytes.to_vec() } else { memo.encode() })
+    }
+}
+
+/// What a source's state folder says of a group.
+pub(crate) struct GroupStateText;
+
+impl GroupStateText {
+    fn folder() -> (Arc<SimStorage>, StateFolder) {
+        let disk = Arc::new(SimStorage::new(1));
+        let folder = Path::new("/state/groups/main");
+        disk.create_dir_all(folder).expect("made");
+        (Arc::clone(&disk), StateFolder::new(disk, Path::new("/state")))
+    }
+}
+
+impl Format for GroupStateText {
+    const CHECK: Check = Check::Nothing;
+    const ONE_FORM: bool = false;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let mut state = GroupState {
+            group: GROUP,
+            key: KeyId([1; 8]),
+            next_slot: 2,
+            escrow_key_hash: "00".repeat(32),
+            envelope: envelope(),
+            size_bytes: std::collections::BTreeMap::new(),
+        };
+        state.set_protected_size_bytes(VolumeSlot(0), 1 << 30);
+        vec![toml::to_string(&state).expect("TOML").into_bytes()]
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        let (disk, state) = Self::folder();
+        replace(&*disk, Path::new("/state/groups/main/group.toml"), bytes).expect("written");
+        let read = state.group("main").ok()??;
+        state.set_group("main", &read).expect("written");
+        assert_eq!(state.group("main").expect("read").as_ref(), Some(&read), "what was written is read");
+        Some(toml::to_string(&read).expect("TOML").into_bytes())
+    }
+
+    /// The parser keeps spans and keys of its own.
+    fn memory_max(len: usize) -> usize {
+        (256 << 10) + 256 * len
+    }
+}
