@@ -1,4 +1,4 @@
-//! Writes that are given back before they become requests, as io_uring has them when a queue is full: not waited for.
+//! Writes that are given back before they become requests, as `io_uring` has them when a queue is full: not waited for.
 
 #![allow(clippy::disallowed_methods, reason = "tests use real files")]
 

@@ -29,7 +29,7 @@ const SPEC_BYTES: usize = 40;
 const SPEC_NEXT: usize = 20;
 const SPEC_NAME: usize = 24;
 /// `_IOWR(0xfd, 12, struct dm_ioctl)`.
-const DM_TABLE_STATUS: libc::c_ulong = 3 << 30 | (HEADER_BYTES as libc::c_ulong) << 16 | 0xfd << 8 | 12;
+const DM_TABLE_STATUS: libc::c_ulong = 0xc000_fd0c | (HEADER_BYTES as libc::c_ulong) << 16;
 /// Tables are asked for with more and more room, up to this.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
 
