@@ -1,6 +1,6 @@
 //! The store's offices and groups by the names people use.
 //!
-//! Reads beside a running server and changes nothing; the exceptions, `write_label` and `write_resolution`, say that they need the lock.
+//! Reads beside a running server and changes nothing; the exceptions, `write_label`, `write_pin` and `write_resolution`, say that they need the lock.
 //! Where no server runs and its last one left frames without their proof, whoever reads first recovers the group.
 //! Folders carry ids; names come from the register of offices and from each group's own manifest.
 
@@ -294,9 +294,15 @@ fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
 /// # Errors
 /// Where the group cannot be opened or written.
 pub fn write_label(store: &Store, place: GroupPlace, epoch: Epoch, label: &str) -> Result<(), JournalError> {
-    let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
-    let (mut journal, _) = GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?;
-    journal.label(epoch, Some(label))
+    open_to_write(store, place)?.label(epoch, Some(label))
+}
+
+/// Keeps a point from pruning, or no longer. The caller holds the store's lock.
+///
+/// # Errors
+/// Where the group cannot be opened or written.
+pub fn write_pin(store: &Store, place: GroupPlace, epoch: Epoch, pinned: bool) -> Result<(), JournalError> {
+    open_to_write(store, place)?.pin(epoch, pinned)
 }
 
 /// Ends a fork; gives the end of the history that goes on, as people read it. The caller holds the store's lock.
@@ -304,9 +310,12 @@ pub fn write_label(store: &Store, place: GroupPlace, epoch: Epoch, label: &str) 
 /// # Errors
 /// Where the group cannot be opened or written, is not forked, or no history ends at `continue_from`.
 pub fn write_resolution(store: &Store, place: GroupPlace, continue_from: &str) -> Result<String, JournalError> {
-    let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
-    let (mut journal, _) = GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?;
-    let head = short_claim(journal.resolve(continue_from)?);
+    let head = short_claim(open_to_write(store, place)?.resolve(continue_from)?);
     tracing::warn!(group = %place.group, head, "fork resolved by an operator");
     Ok(head)
+}
+
+fn open_to_write(store: &Store, place: GroupPlace) -> Result<GroupJournal, JournalError> {
+    let limits = JournalLimits { segment_bytes_max: store.config().segment_bytes_max };
+    Ok(GroupJournal::open(Arc::clone(store.storage()), &store.group_folder(place), limits)?.0)
 }

@@ -37,6 +37,17 @@ pub enum Request {
         /// The label.
         label: String,
     },
+    /// Keeps a point from pruning, or no longer.
+    Pin {
+        /// The office's name.
+        office: String,
+        /// The group's name.
+        group: String,
+        /// The point's number.
+        epoch: u64,
+        /// Whether it is kept.
+        pinned: bool,
+    },
     /// Ends a fork.
     Resolve {
         /// The office's name.

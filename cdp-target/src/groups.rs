@@ -263,6 +263,12 @@ impl GroupWriter for JournalWriter {
         self.publish();
         Ok(())
     }
+
+    fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {
+        self.journal.pin(epoch, pinned).map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
 }
 
 /// What the receiver has to tell apart.

@@ -254,6 +254,11 @@ impl Desk {
                 self.on_thread(&office, place, move |writer| writer.label(Epoch(epoch), Some(&label)))?;
                 Ok(serde_json::Value::Null)
             }
+            Request::Pin { office, group, epoch, pinned } => {
+                let place = self.catalog()?.group(&office, &group)?.place();
+                self.on_thread(&office, place, move |writer| writer.pin(Epoch(epoch), pinned))?;
+                Ok(serde_json::Value::Null)
+            }
             Request::Resolve { office, group, continue_from } => {
                 let place = self.catalog()?.group(&office, &group)?.place();
                 let head = short_claim(self.on_thread(&office, place, move |writer| writer.resolve(&continue_from))?);

@@ -314,6 +314,11 @@ fn points_are_listed_named_and_exported() {
     store.refused(&["label", "paris/main", "3", "before-upgrade"], &["point 2's"]);
     let labelled = store.json(&["points", "paris/main", "--json"]);
     assert_eq!(labelled["points"][1]["label"], "before-upgrade");
+    assert_eq!(labelled["points"][1]["pinned"], false);
+    for (verb, pinned) in [("pin", true), ("pin", true), ("unpin", false), ("unpin", false), ("pin", true)] {
+        store.done(&[verb, "paris/main", "before-upgrade"]);
+        assert_eq!(store.json(&["points", "paris/main", "--json"])["points"][1]["pinned"], pinned, "{verb}");
+    }
     let output = store.path("labelled.raw");
     store.done(&["export", "paris/main/root", "--at", "before-upgrade", "--output", output.to_str().expect("text")]);
     assert!(std::fs::read(&output).expect("exported") == images[1], "the labelled point differs");
@@ -348,6 +353,8 @@ fn what_is_asked_for_wrongly_is_refused_and_changes_nothing() {
         (&["label", "paris/main", "2", "latest"], &["the newest point"]),
         (&["label", "paris/main", "2", "2026-11-10"], &["a time"]),
         (&["label", "paris/main", "9", "x"], &["no point 9"]),
+        (&["pin", "paris/main", "9"], &["pin point 9 of paris/main", "no point 9"]),
+        (&["unpin", "paris/main", "nightly"], &["no point `nightly`"]),
         (&["points", "paris/main", "--since", "yesterday"], &["yesterday"]),
     ] {
         store.refused(arguments, words);
@@ -439,6 +446,8 @@ fn one_server_serves_a_store_and_commands_work_beside_it() {
     );
     assert!(group["live_rpo_ms"].as_i64().expect("known") > 0);
 
+    store.done(&["pin", "paris/main", "3"]);
+    assert_eq!(store.json(&["points", "paris/main", "--json"])["points"][2]["pinned"], true);
     store.done(&["label", "paris/main", "3", "beside"]);
     assert_eq!(store.json(&["points", "paris/main", "--json"])["points"][2]["label"], "beside");
     let bundle = store.path("lyon.bundle");

@@ -222,6 +222,10 @@ impl GroupWriter for MemoryWriter {
         Ok(Vec::new())
     }
 
+    fn pin(&mut self, _epoch: Epoch, _pinned: bool) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     fn label(&mut self, _epoch: Epoch, _label: Option<&str>) -> Result<(), StoreError> {
         Ok(())
     }

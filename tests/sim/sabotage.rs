@@ -207,6 +207,10 @@ impl GroupWriter for HastyWriter {
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
         self.0.points(after, max)
     }
+    fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {
+        self.0.pin(epoch, pinned)
+    }
+
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {
         self.0.label(epoch, label)
     }

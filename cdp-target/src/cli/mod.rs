@@ -11,6 +11,7 @@ mod init;
 mod inspect;
 mod label;
 mod output;
+mod pin;
 mod points;
 mod resolve;
 mod serve;
@@ -45,6 +46,10 @@ enum Command {
     Points(points::Arguments),
     /// Names a recovery point.
     Label(label::Arguments),
+    /// Keeps a recovery point from pruning.
+    Pin(pin::Arguments),
+    /// Lets a recovery point be pruned again.
+    Unpin(pin::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
     /// Ends a fork: says which history goes on. The other one stays readable.
@@ -87,6 +92,8 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Status(arguments) => status::run(&arguments),
         Command::Points(arguments) => points::run(&arguments),
         Command::Label(arguments) => label::run(&arguments),
+        Command::Pin(arguments) => pin::run(&arguments, true),
+        Command::Unpin(arguments) => pin::run(&arguments, false),
         Command::Export(arguments) => export::run(&arguments),
         Command::Resolve(arguments) => resolve::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),

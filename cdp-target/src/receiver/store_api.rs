@@ -94,6 +94,12 @@ pub trait GroupWriter: Send {
     /// # Errors
     /// Where there is no such point or it cannot be stored.
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError>;
+
+    /// Keeps a point from pruning, or no longer.
+    ///
+    /// # Errors
+    /// Where there is no such point or it cannot be stored.
+    fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError>;
 }
 
 /// Why a store did not do what it was asked to.
