@@ -250,6 +250,7 @@ impl Group {
 pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
     let mut before = None;
     let unreadable = view.unreadable();
+    let verified = verified(view);
     let points = view.points().map(|point| {
         let point = point?;
         let mut blocks = 0;
@@ -258,9 +259,23 @@ pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
         }
         let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
         before = Some(time);
-        Ok(info(point, time, blocks))
+        let place = verified.partition_point(|(last, _)| *last < point.epoch);
+        let at = verified.get(place).and_then(|(_, at)| *at).filter(|_| point.damaged.is_none());
+        Ok(PointInfo { verified: at, ..info(point, time, blocks) })
     });
     points.collect()
+}
+
+/// Up to which point all sealed segments were last read again when: by the oldest of their readings, for the last point of
+/// each segment that has any.
+fn verified(view: &GroupView) -> Vec<(Epoch, Option<Timestamp>)> {
+    let record = view.scrub_record();
+    let mut oldest = Some(Timestamp(i64::MAX));
+    let sealed = view.manifest().sealed.iter().filter_map(|sealed| {
+        oldest = oldest.zip(record.clean_at(sealed.number)).map(|(oldest, read)| oldest.min(read));
+        Some((sealed.points?.last, oldest))
+    });
+    sealed.collect()
 }
 
 /// `unreadable`: blocks of it that the source's device could not read, in its own cut or in one before.
@@ -284,6 +299,7 @@ fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
         bytes: point.bytes,
         cut_us: point.meters.cut_us,
         cut_rounds: point.meters.cut_rounds,
+        verified: None,
         damaged: point.damaged,
         warning: (!warnings.is_empty()).then(|| warnings.join("; ")),
     }

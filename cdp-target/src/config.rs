@@ -18,6 +18,9 @@ pub const LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSP
 const SEGMENT_BYTES_DEFAULT: u64 = 64 << 20;
 const SEGMENT_BYTES_RANGE: RangeInclusive<u64> = (1 << 20)..=(4 << 30);
 const NAMES_MAX: usize = 32;
+/// Four weeks.
+const SCRUB_INTERVAL_DEFAULT_S: u64 = 28 * 24 * 3600;
+const SCRUB_INTERVAL_MAX_S: u64 = 10 * 366 * 24 * 3600;
 
 /// The store's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,13 +34,16 @@ pub struct Config {
     /// Size at which a journal segment is sealed, in bytes.
     #[serde(default = "segment_bytes_default")]
     pub segment_bytes_max: u64,
+    /// How often everything is read again and checked, in seconds; 0: never.
+    #[serde(default = "scrub_interval_default")]
+    pub scrub_interval_s: u64,
     /// Address and TCP port of the metrics exporter; none runs unless set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
 }
 
 /// All keys, for the error about one that is not among them.
-const KEYS: [&str; 4] = ["listen", "names", "segment_bytes_max", "metrics_listen"];
+const KEYS: [&str; 5] = ["listen", "names", "segment_bytes_max", "scrub_interval_s", "metrics_listen"];
 
 /// Why a configuration is refused. Lines count from 1.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -85,11 +91,21 @@ const fn segment_bytes_default() -> u64 {
     SEGMENT_BYTES_DEFAULT
 }
 
+const fn scrub_interval_default() -> u64 {
+    SCRUB_INTERVAL_DEFAULT_S
+}
+
 impl Config {
     /// The defaults, for a server that is reached by `names`.
     #[must_use]
     pub const fn new(listen: SocketAddr, names: Vec<String>) -> Self {
-        Self { listen, names, segment_bytes_max: SEGMENT_BYTES_DEFAULT, metrics_listen: None }
+        Self {
+            listen,
+            names,
+            segment_bytes_max: SEGMENT_BYTES_DEFAULT,
+            scrub_interval_s: SCRUB_INTERVAL_DEFAULT_S,
+            metrics_listen: None,
+        }
     }
 
     /// Parses the file's bytes.
@@ -129,6 +145,10 @@ impl Config {
             let allowed = format!("{} to {} bytes", SEGMENT_BYTES_RANGE.start(), SEGMENT_BYTES_RANGE.end());
             return wrong("segment_bytes_max", self.segment_bytes_max.to_string(), &allowed);
         }
+        if self.scrub_interval_s > SCRUB_INTERVAL_MAX_S {
+            let allowed = format!("0 to {SCRUB_INTERVAL_MAX_S} seconds");
+            return wrong("scrub_interval_s", self.scrub_interval_s.to_string(), &allowed);
+        }
         if self.names.len() > NAMES_MAX {
             return wrong("names", format!("{} names", self.names.len()), "at most 32 names");
         }
@@ -164,11 +184,14 @@ impl Config {
              names = [{}]\n\n\
              # Size at which a journal segment is sealed, in bytes.\n\
              segment_bytes_max = {}\n\n\
+             # How often everything is read again and checked, in seconds; 0: never.\n\
+             scrub_interval_s = {}\n\n\
              # Address and TCP port of the Prometheus exporter; none runs unless this is set.\n\
              {}\n",
             self.listen,
             names.join(", "),
             self.segment_bytes_max,
+            self.scrub_interval_s,
             self.metrics_listen.map_or_else(
                 || "# metrics_listen = \"127.0.0.1:9743\"".to_owned(),
                 |listen| format!("metrics_listen = \"{listen}\"")
@@ -230,6 +253,7 @@ mod tests {
             ("listen = ", "line 1: "),
             ("segment_bytes_max = -1", "line 1: "),
             ("\n\nsegment_bytes_max = 0", "line 3: segment_bytes_max = 0: 1048576 to 4294967296 bytes"),
+            ("scrub_interval_s = 400000000", "line 1: scrub_interval_s = 400000000: 0 to 316224000 seconds"),
             ("names = [\"a:1\"]", "line 1: names = \"a:1\": a host name or an IP address, without a port"),
             ("metrics_listen = \"127.0.0.1:0\"", "line 1: metrics_listen = port 0: a fixed port"),
         ] {

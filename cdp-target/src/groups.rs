@@ -3,7 +3,9 @@
 //! Owns which folder a group is in, and that a name is one group's within its office. The receiver keeps one thread a
 //! group, which alone calls the writer made here; the views of what is durable are shared with whoever reports.
 
-use crate::journal::{Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point};
+use crate::journal::{
+    Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point,
+};
 use crate::receiver::{GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
@@ -266,6 +268,12 @@ impl GroupWriter for JournalWriter {
 
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {
         self.journal.pin(epoch, pinned).map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
+
+    fn note_damages(&mut self, damages: &[Damage]) -> Result<(), StoreError> {
+        self.journal.note_damages(damages).map_err(failed)?;
         self.publish();
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! Base units; `_total` on counters. The live RPO is computed here at the target, from what it has committed.
 
 use crate::status::{GroupState, StatusReport};
-use metrics::gauge;
+use metrics::{counter, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 use std::net::SocketAddr;
 
@@ -25,13 +25,26 @@ pub const ALARM: &str = "cdp_target_alarm";
 pub const FREE_BYTES: &str = "cdp_target_free_bytes";
 /// Connections of offices.
 pub const CONNECTIONS: &str = "cdp_target_connections";
+/// Bytes that the scrub has read again since the server's start.
+pub const SCRUBBED_BYTES: &str = "cdp_target_scrubbed_bytes_total";
+/// Damages that it met, known ones each time.
+pub const SCRUB_DAMAGES: &str = "cdp_target_scrub_damages_total";
+
+/// Counts a segment that was read again.
+pub fn scrubbed(bytes: u64, damages: usize) {
+    counter!(SCRUBBED_BYTES).increment(bytes);
+    counter!(SCRUB_DAMAGES).increment(damages as u64);
+}
 
 /// Starts the exporter on the current runtime.
 ///
 /// # Errors
 /// Where the address is taken.
 pub fn start(listen: SocketAddr) -> Result<(), BuildError> {
-    PrometheusBuilder::new().with_http_listener(listen).install()
+    PrometheusBuilder::new().with_http_listener(listen).install()?;
+    // So that they are there before anything is counted.
+    scrubbed(0, 0);
+    Ok(())
 }
 
 /// Sets all gauges from a report.

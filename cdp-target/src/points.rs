@@ -32,6 +32,9 @@ pub struct PointInfo {
     pub cut_us: u64,
     /// Rounds of its cut.
     pub cut_rounds: u32,
+    /// Since when nothing that it needs was found damaged: when the least recently read segment of it was read again. `None`
+    /// while a part of it stands in the open segment or was not read again yet.
+    pub verified: Option<Timestamp>,
     /// What is damaged that it needs.
     pub damaged: Option<String>,
     /// What a reader has to know about it: damage, unreadable blocks, a rollback.
@@ -323,6 +326,7 @@ mod tests {
             bytes: 0,
             cut_us: 0,
             cut_rounds: 1,
+            verified: None,
             damaged: None,
             warning: None,
         }

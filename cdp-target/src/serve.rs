@@ -10,11 +10,12 @@ use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
 use crate::groups::StoreGroups;
-use crate::journal::{JournalError, short_claim};
+use crate::journal::{Damage, JournalError, short_claim};
 use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
 use crate::metrics;
 use crate::receiver::{GroupWriter, Receiver, StoreError};
 use crate::restore::image::one_line;
+use crate::scrub::Scrub;
 use crate::status::{KnownGroups, Live, LiveGroup, StatusReport, Watermarks, report};
 use crate::store::{GroupPlace, Store, StoreLock};
 use anyhow::Context as _;
@@ -127,6 +128,7 @@ impl Server {
             tokio::spawn(async move { running.listener.run(Arc::clone(&running) as Arc<dyn Serve>).await });
         let recovering = Arc::clone(&desk);
         tokio::task::spawn_blocking(move || recovering.recover_unproven());
+        let end_scrub = Arc::clone(&desk).start_scrub();
         eprintln!("listening on {address}");
         tell_systemd(&[NotifyState::Ready]);
         tokio::select! {
@@ -136,7 +138,7 @@ impl Server {
             name = signals.next() => tracing::info!(signal = name, "ending"),
         }
         tell_systemd(&[NotifyState::Stopping]);
-        drop(control);
+        drop((control, end_scrub));
         desk.end(running).await;
         Ok(())
     }
@@ -294,6 +296,37 @@ impl Desk {
             tracing::info!(office, group = group.name(), "recovered what the last server left without its proof");
         }
         Ok(())
+    }
+
+    /// Reads the store again, segment by segment, until what is given back is dropped; nothing where that is switched off.
+    fn start_scrub(self: Arc<Self>) -> Option<mpsc::Sender<()>> {
+        let interval = Duration::from_secs(self.store.config().scrub_interval_s);
+        if interval.is_zero() {
+            return None;
+        }
+        let (end, ended) = mpsc::channel();
+        tokio::task::spawn_blocking(move || {
+            let scrub = Scrub {
+                store: &self.store,
+                catalog: &|| self.catalog(),
+                view: &|place| self.groups.view(place),
+                found: &|office, place, damages| self.note_damages(office, place, damages),
+                clock: &*self.clock,
+                interval,
+            };
+            scrub.run(&ended);
+        });
+        Some(end)
+    }
+
+    fn note_damages(&self, office: &str, place: GroupPlace, damages: Vec<Damage>) {
+        for damage in &damages {
+            let (segment, offset, what) = (damage.segment, damage.offset, &damage.what);
+            tracing::error!(office, group = %place.group, segment, offset, what, "damaged: `cdp-target verify` names the points");
+        }
+        if let Err(error) = self.on_thread(office, place, move |writer| writer.note_damages(&damages)) {
+            tracing::error!(office, group = %place.group, error = format!("{error:#}"), "a damage cannot be kept");
+        }
     }
 
     /// Has the group's own thread do something with its writer.

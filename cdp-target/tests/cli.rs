@@ -98,13 +98,16 @@ impl Store {
 
     /// Makes the group `paris/main` with three points, a minute apart; gives their images.
     fn fill(&self) -> Vec<Vec<u8>> {
+        self.fill_within(JournalLimits::default())
+    }
+
+    fn fill_within(&self, limits: JournalLimits) -> Vec<Vec<u8>> {
         let bundle = self.enroll("paris");
         let key = DataKey::new([3; 32]);
         let envelope = escrow::seal(&GROUP, KeyId([1; 8]), &key, &bundle.escrow_public).expect("sealed");
         let identity = GroupIdentity { group: GROUP, office: "paris".into(), name: "main".into(), envelope };
         let folder = self.data().join(format!("offices/{}/groups/{GROUP}", bundle.office));
-        let mut journal =
-            GroupJournal::create(Arc::new(SystemStorage), &folder, identity, JournalLimits::default()).expect("made");
+        let mut journal = GroupJournal::create(Arc::new(SystemStorage), &folder, identity, limits).expect("made");
         journal.begin(GenerationLine { generation: Generation(1), after: None, from: None }).expect("begun");
         let mut image = vec![0; SIZE_BYTES as usize];
         let mut images = Vec::new();
@@ -254,7 +257,7 @@ fn a_store_is_not_made_over_anything_and_not_opened_when_it_is_newer() {
     let config = store.data().join("target.toml");
     let text = std::fs::read_to_string(&config).expect("configured");
     std::fs::write(&config, format!("{text}segment_byte_max = 5\n")).expect("written");
-    store.refused(&["status"], &["target.toml: line 14: unknown key `segment_byte_max`", "`segment_bytes_max`"]);
+    store.refused(&["status"], &["target.toml: line 17: unknown key `segment_byte_max`", "`segment_bytes_max`"]);
     std::fs::write(&config, text).expect("written");
 
     let marker = store.data().join("store.json");
@@ -409,6 +412,42 @@ fn a_flipped_bit_is_found_named_and_not_exported() {
     assert!(std::fs::read(&file).expect("exported") == expected, "all but what is damaged");
     let store_json = store.data().join("store.json");
     store.refused(&["inspect", store_json.to_str().expect("text")], &["neither a segment nor a manifest"]);
+}
+
+#[test]
+fn a_server_reads_its_store_again_and_names_what_rotted() {
+    let store = Store::new();
+    store.fill_within(JournalLimits { segment_bytes_max: 1 });
+    let config = store.data().join("target.toml");
+    let text = std::fs::read_to_string(&config).expect("configured");
+    let often = text.replace("scrub_interval_s = 2419200", "scrub_interval_s = 1");
+    assert_ne!(often, text);
+    std::fs::write(&config, often).expect("written");
+    let _server = Server::start(&store);
+    let points = || store.json(&["points", "paris/main", "--json"])["points"].take();
+    let eventually = |what: &str, is_so: &dyn Fn(&Value) -> bool| {
+        let start = std::time::Instant::now();
+        while !is_so(&points()) {
+            assert!(start.elapsed().as_secs() < 30, "{what} is waited for in vain: {}", points());
+            std::thread::park_timeout(std::time::Duration::from_millis(50));
+        }
+    };
+    let is_verified = |points: &Value, at: usize| points[at]["verified"].is_string();
+    eventually("reading all again", &|points| (0..3).all(|at| is_verified(points, at)));
+
+    let office = store.json(&["status", "--json"])["offices"][0]["id"].as_str().expect("an id").to_owned();
+    let segment = store.data().join(format!("offices/{office}/groups/{GROUP}/journal/{:016x}.seg", 2));
+    let described = store.json(&["inspect", segment.to_str().expect("text"), "--json"]);
+    let frames = described["frames"].as_array().expect("frames");
+    let frame = frames.iter().find(|frame| frame["blocks"] == 21).expect("the content of point 2");
+    let inside = frame["offset"].as_u64().expect("a number") as usize + 120;
+    let mut bytes = std::fs::read(&segment).expect("read");
+    bytes[inside] ^= 1;
+    std::fs::write(&segment, bytes).expect("written");
+    eventually("the damage", &|points| points[1]["warning"].as_str().is_some_and(|text| text.contains("damaged")));
+    let points = points();
+    assert!(is_verified(&points, 0), "nothing of it is damaged: {points}");
+    assert!(!is_verified(&points, 1) && !is_verified(&points, 2), "they stand on what is damaged: {points}");
 }
 
 #[test]

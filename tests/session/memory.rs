@@ -9,7 +9,7 @@ use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
-use cdp_target::journal::Fork;
+use cdp_target::journal::{Damage, Fork};
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
 
 /// What a disk holds of a group, in order.
@@ -220,6 +220,10 @@ impl GroupWriter for MemoryWriter {
 
     fn points(&self, _after: Option<Epoch>, _max: usize) -> Result<Vec<PointSummary>, StoreError> {
         Ok(Vec::new())
+    }
+
+    fn note_damages(&mut self, _damages: &[Damage]) -> Result<(), StoreError> {
+        Ok(())
     }
 
     fn pin(&mut self, _epoch: Epoch, _pinned: bool) -> Result<(), StoreError> {

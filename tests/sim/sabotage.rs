@@ -16,7 +16,7 @@ use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, StorageFile};
 use cdp_source::sim;
-use cdp_target::journal::Fork;
+use cdp_target::journal::{Damage, Fork};
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
 
 /// What is done wrong.
@@ -207,6 +207,10 @@ impl GroupWriter for HastyWriter {
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
         self.0.points(after, max)
     }
+    fn note_damages(&mut self, damages: &[Damage]) -> Result<(), StoreError> {
+        self.0.note_damages(damages)
+    }
+
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {
         self.0.pin(epoch, pinned)
     }

@@ -13,6 +13,7 @@ use super::walk::{Visit, walk};
 use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
 use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
+use crate::scrub::ScrubRecord;
 use cdp_protocol::record::{Meters, Volume};
 use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile};
@@ -178,6 +179,12 @@ impl GroupView {
     #[must_use]
     pub fn damages(&self) -> &[Damage] {
         &self.facts.manifest.damages
+    }
+
+    /// When which sealed segment was read again.
+    #[must_use]
+    pub fn scrub_record(&self) -> ScrubRecord {
+        ScrubRecord::read(self.facts.storage.as_ref(), &self.facts.folder)
     }
 
     /// Bytes of all segments up to the last sync.

@@ -5,7 +5,7 @@
 //! lock: the store has one.
 
 use super::index::OpenIndex;
-use super::manifest::{Fork, Manifest, Mark, SealedSegment};
+use super::manifest::{Damage, Fork, Manifest, Mark, SealedSegment};
 use super::segment::{self, Footer, Header, Place};
 use super::view::{Caches, GroupView};
 use super::{GroupIdentity, JournalError, JournalLimits};
@@ -26,6 +26,8 @@ const PENDING_BYTES_MAX: usize = 1 << 20;
 const GATHERED_BYTES_MAX: usize = 64 << 10;
 /// Forks that wait for an operator at a time; of more the first are enough to decide by.
 const FORKS_MAX: usize = 16;
+/// Damages that the manifest names.
+const DAMAGES_MAX: usize = 4096;
 /// Histories that were left, and whose sources are refused without freezing the group again.
 const LEFT_MAX: usize = 256;
 /// Extents in the open segment's index before it is sealed: 32 bytes each, twice that in memory.
@@ -277,6 +279,17 @@ impl GroupJournal {
     /// Where there is no such point, or the manifest cannot be replaced.
     pub fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), JournalError> {
         self.mark(epoch, |mark| mark.pinned = pinned)
+    }
+
+    /// Keeps what was found to be damaged and was not known, as far as there is room: of more the first are enough.
+    ///
+    /// # Errors
+    /// Where the manifest cannot be replaced.
+    pub fn note_damages(&mut self, found: &[Damage]) -> Result<(), JournalError> {
+        let room = DAMAGES_MAX.saturating_sub(self.manifest.damages.len());
+        let new = found.iter().filter(|damage| !self.manifest.damages.contains(damage)).take(room);
+        let new: Vec<Damage> = new.cloned().collect();
+        if new.is_empty() { Ok(()) } else { self.change(|manifest| manifest.damages.extend(new)) }
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {

@@ -3,7 +3,7 @@
 //! All of it blocks and is called on a group's own thread. The journal stands behind it in the program, a history in
 //! memory in tests.
 
-use crate::journal::Fork;
+use crate::journal::{Damage, Fork};
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
@@ -100,6 +100,12 @@ pub trait GroupWriter: Send {
     /// # Errors
     /// Where there is no such point or it cannot be stored.
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError>;
+
+    /// Keeps what was found to be damaged, so that the points that need it are named.
+    ///
+    /// # Errors
+    /// Where it cannot be stored.
+    fn note_damages(&mut self, damages: &[Damage]) -> Result<(), StoreError>;
 }
 
 /// Why a store did not do what it was asked to.

@@ -1,0 +1,218 @@
+//! Scrub: the store re-reads itself, segment by segment, so that rot is found while its source may still have the content.
+//!
+//! Owns the order (what was read longest ago comes first), the pace (everything once an interval, never faster than
+//! `BYTES_A_SECOND` within a segment), and the record of what was read when. What is found is handed to the group's writer,
+//! which keeps it in the manifest, so that every list of points names those that need it. Changes nothing else, and repairs nothing.
+
+mod record;
+
+pub use record::ScrubRecord;
+
+use crate::authority::AuthorityError;
+use crate::catalog::{Catalog, open_group};
+use crate::journal::walk::Visit;
+use crate::journal::{Damage, GroupView, JournalError, Manifest};
+use crate::restore::image::one_line;
+use crate::store::{GroupPlace, Store, StoreError};
+use cdp_protocol::frame::Frame;
+use cdp_protocol::units::Timestamp;
+use cdp_seams::clock::Clock;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+/// How fast a segment is read at most.
+const BYTES_A_SECOND: u64 = 16 << 20;
+/// Between two segments at most, however small the store.
+const PAUSE_MAX: Duration = Duration::from_secs(3600);
+/// How soon it is looked again where nothing is due.
+const LOOK_EVERY: Duration = Duration::from_secs(600);
+/// A wait within a segment that is shorter is not worth its call.
+const WAIT_MIN: Duration = Duration::from_millis(10);
+
+/// What the scrub works on and with.
+pub struct Scrub<'a> {
+    /// The store.
+    pub store: &'a Store,
+    /// Names the offices and their groups.
+    pub catalog: &'a dyn Fn() -> Result<Catalog, AuthorityError>,
+    /// A group that is open already.
+    pub view: &'a dyn Fn(GroupPlace) -> Option<Arc<GroupView>>,
+    /// Takes what is wrong with a group of an office and was not known.
+    pub found: &'a dyn Fn(&str, GroupPlace, Vec<Damage>),
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// Everything is read once in this time.
+    pub interval: Duration,
+}
+
+/// What is to be read next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Turn {
+    office: String,
+    place: GroupPlace,
+    segment: u64,
+    /// How long to wait before it.
+    pause: Duration,
+}
+
+/// A sealed segment.
+struct Candidate {
+    office: String,
+    place: GroupPlace,
+    segment: u64,
+    len: u64,
+    read: Option<Timestamp>,
+}
+
+/// Why it cannot go on for now.
+#[derive(Debug, thiserror::Error)]
+enum ScrubError {
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Scrub<'_> {
+    /// Reads until the other end of `ended` is dropped.
+    pub fn run(&self, ended: &Receiver<()>) {
+        // Segments that could not be read: tried again when they are due again.
+        let mut failed = HashMap::new();
+        loop {
+            let turn = self.next(&failed).unwrap_or_else(|error| {
+                tracing::warn!(error = one_line(&error), "nothing is scrubbed for now");
+                None
+            });
+            let pause = turn.as_ref().map_or(LOOK_EVERY.min(self.interval), |turn| turn.pause);
+            if ended.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
+            let Some(turn) = turn else { continue };
+            if let Err(error) = self.read(&turn, ended) {
+                let (group, segment) = (turn.place.group, turn.segment);
+                tracing::error!(office = turn.office, %group, segment, error = one_line(&error), "cannot be scrubbed");
+                failed.insert((turn.place, turn.segment), Timestamp(self.clock.wall_ms()));
+            }
+        }
+    }
+
+    /// The segment that was read longest ago, if it is due.
+    fn next(&self, failed: &HashMap<(GroupPlace, u64), Timestamp>) -> Result<Option<Turn>, ScrubError> {
+        let mut candidates = Vec::new();
+        for office in (self.catalog)()?.offices() {
+            for place in self.store.groups(office.id)? {
+                candidates.extend(self.candidates(&office.name, place));
+            }
+        }
+        for candidate in &mut candidates {
+            candidate.read = candidate.read.max(failed.get(&(candidate.place, candidate.segment)).copied());
+        }
+        Ok(choose(candidates, Timestamp(self.clock.wall_ms()), self.interval))
+    }
+
+    /// The sealed segments of a group; none of one that cannot be read, which others complain of.
+    fn candidates(&self, office: &str, place: GroupPlace) -> Vec<Candidate> {
+        let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(place));
+        let Ok((manifest, _)) = Manifest::read(storage, &folder) else { return Vec::new() };
+        let record = ScrubRecord::read(storage, &folder);
+        let candidate = |sealed: &crate::journal::manifest::SealedSegment| Candidate {
+            office: office.to_owned(),
+            place,
+            segment: sealed.number,
+            len: sealed.len,
+            read: record.read_at(sealed.number),
+        };
+        manifest.sealed.iter().map(candidate).collect()
+    }
+
+    fn read(&self, turn: &Turn, ended: &Receiver<()>) -> Result<(), JournalError> {
+        let view = match (self.view)(turn.place) {
+            Some(view) => view,
+            None => Arc::clone(open_group(self.store, turn.place)?.view()),
+        };
+        let mut paced = Paced { clock: self.clock, ended, started: self.clock.monotonic(), bytes: 0 };
+        let walked = view.walk(turn.segment, &mut paced)?;
+        crate::metrics::scrubbed(walked.bytes, walked.damages.len());
+        let known = view.damages();
+        let new: Vec<Damage> = walked.damages.iter().filter(|damage| !known.contains(damage)).cloned().collect();
+        if !new.is_empty() {
+            (self.found)(&turn.office, turn.place, new);
+        }
+        let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(turn.place));
+        let mut record = ScrubRecord::read(storage, &folder);
+        record.keep(view.manifest().sealed.iter().map(|sealed| sealed.number));
+        // A segment that is damaged proves nothing.
+        if walked.damages.is_empty() {
+            record.set(turn.segment, Timestamp(self.clock.wall_ms()));
+        } else {
+            record.set_damaged(turn.segment, Timestamp(self.clock.wall_ms()));
+        }
+        // A crash leaves the old record or the new one; at worst a segment is read once more.
+        record.write(storage, &folder).map_err(JournalError::io("write", &record::path(&folder)))
+    }
+}
+
+/// The one that was read longest ago, if that is an interval ago.
+fn choose(candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> Option<Turn> {
+    let total: u64 = candidates.iter().map(|candidate| candidate.len).sum();
+    let interval_ms = i64::try_from(interval.as_millis()).unwrap_or(i64::MAX);
+    let is_due = |read: Timestamp| now.0.saturating_sub(read.0) >= interval_ms || read > now;
+    let oldest = candidates.into_iter().min_by_key(|candidate| (candidate.read, candidate.segment))?;
+    if !oldest.read.is_none_or(is_due) {
+        return None;
+    }
+    let share = oldest.len as f64 / total.max(1) as f64;
+    let Candidate { office, place, segment, .. } = oldest;
+    Some(Turn { office, place, segment, pause: interval.mul_f64(share).min(PAUSE_MAX) })
+}
+
+/// Keeps the reading of a segment to its pace.
+struct Paced<'a> {
+    clock: &'a dyn Clock,
+    ended: &'a Receiver<()>,
+    started: Duration,
+    bytes: u64,
+}
+
+impl Visit for Paced<'_> {
+    fn frame(&mut self, frame: &Frame<'_>, _offset: u64) {
+        self.bytes += frame.bytes.len() as u64;
+        let due = self.started + Duration::from_secs_f64(self.bytes as f64 / BYTES_A_SECOND as f64);
+        let ahead = due.saturating_sub(self.clock.monotonic());
+        if ahead >= WAIT_MIN {
+            // Where the end has come there is no wait any more, and the segment is soon over.
+            let _ = self.ended.recv_timeout(ahead);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_protocol::units::{GroupId, OfficeId};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn candidate(group: u8, segment: u64, len: u64, read: Option<i64>) -> Candidate {
+        let place = GroupPlace { office: OfficeId([1; 16]), group: GroupId([group; 16]) };
+        Candidate { office: "berlin".to_owned(), place, segment, len, read: read.map(Timestamp) }
+    }
+
+    fn chosen(candidates: Vec<Candidate>, now: i64) -> Option<(u8, u64, Duration)> {
+        choose(candidates, Timestamp(now), HOUR).map(|turn| (turn.place.group.0[0], turn.segment, turn.pause))
+    }
+
+    #[test]
+    fn what_was_never_read_comes_first_then_what_was_read_longest_ago() {
+        let hour = 3_600_000;
+        assert_eq!(chosen(vec![], 0), None);
+        let all = || vec![candidate(1, 1, 100, Some(5)), candidate(2, 1, 200, None), candidate(2, 2, 100, Some(3))];
+        assert_eq!(chosen(all(), 10), Some((2, 1, HOUR / 2)), "half of all bytes, half of the interval");
+        let all = || vec![candidate(1, 1, 100, Some(5)), candidate(2, 1, 200, Some(9)), candidate(2, 2, 100, Some(3))];
+        assert_eq!(chosen(all(), hour), None, "nothing is an interval old");
+        assert_eq!(chosen(all(), hour + 3), Some((2, 2, HOUR / 4)));
+        assert_eq!(chosen(vec![candidate(1, 1, 100, Some(hour))], 5), Some((1, 1, HOUR)), "the clock went back");
+    }
+}
