@@ -361,19 +361,23 @@ impl MemoFile {
 }
 
 impl KeptMemo for MemoFile {
-    fn load(&self) -> Memo {
+    fn load(&self) -> Result<Memo, String> {
         let bytes = match storage::read_all(&*self.storage, &self.path, MEMO_BYTES_MAX as u64) {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Memo::default(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Memo::default()),
+            // Whatever is longer than a memo is none, today and tomorrow.
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Vec::from(*b"?"),
             Err(error) => {
-                tracing::warn!(path = %self.path.display(), %error, "the kept memo cannot be read");
-                return Memo::default();
+                let path = self.path.display();
+                return Err(format!(
+                    "read what is kept of the group in {path}: {error}; without that file everything is compared"
+                ));
             }
         };
-        Memo::decode(&bytes).unwrap_or_else(|error| {
+        Ok(Memo::decode(&bytes).unwrap_or_else(|error| {
             tracing::warn!(path = %self.path.display(), %error, "the kept memo is damaged");
             Memo::default()
-        })
+        }))
     }
 
     fn keep(&self, memo: &Memo) {
@@ -485,7 +489,7 @@ mod tests {
         kept.keep(&Memo { generation: Some(cdp_protocol::units::Generation(6)), ..Memo::default() });
         assert_eq!(state.group("main").expect("read"), Some(made));
         assert_eq!(state.config_text().expect("read"), "# mine\n");
-        assert_eq!(kept.load(), memo);
+        assert_eq!(kept.load(), Ok(memo));
 
         disk.set_free_bytes(1 << 20);
         state.set_group("main", &changed).expect("there is room again");
@@ -499,5 +503,22 @@ mod tests {
         state.replace_config("# mine\n").expect("written");
         assert!(state.replace_config("nonsense = 1").is_err());
         assert_eq!(state.config_text().expect("read"), "# mine\n");
+    }
+
+    #[test]
+    fn a_kept_memo_that_cannot_be_read_now_is_not_taken_for_none() {
+        use cdp_seams::storage::sim::{Fault, SimStorage};
+        let disk = SimStorage::new(1);
+        disk.create_dir_all(Path::new("/state")).expect("made");
+        let kept = MemoFile::new(Arc::new(disk.clone()), PathBuf::from("/state/memo"));
+        assert_eq!(kept.load(), Ok(Memo::default()), "nothing was kept yet");
+        let memo = Memo { generation: Some(cdp_protocol::units::Generation(3)), ..Memo::default() };
+        kept.keep(&memo);
+        for call in 0..3 {
+            disk.fault_at(disk.calls() + call, Fault::Error(io::ErrorKind::Other));
+            assert!(kept.load().is_err_and(|reason| reason.contains("/state/memo")), "call {call}");
+            disk.clear_faults();
+        }
+        assert_eq!(kept.load(), Ok(memo));
     }
 }

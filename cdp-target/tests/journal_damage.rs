@@ -207,6 +207,32 @@ fn a_frame_that_went_astray_is_damage_and_no_torn_tail() {
     assert!(lost > 0 && lost < writes);
 }
 
+/// A frame's header and a byte of the index over it are gone, in one segment: older content must not stand in for what is lost.
+#[test]
+fn a_frame_and_a_part_of_the_index_damaged_together_serve_nothing_older() {
+    let made = Made::new(5, 6_000, 10, true);
+    let (path, bytes) = made.files.iter().find(|(path, _)| path.extension().is_some()).expect("a sealed segment");
+    let frames = frames_of(bytes);
+    let (newest, frame) = frames.last().expect("frames");
+    let (mut flips, mut lost) = (0, 0);
+    for (at, _) in frames.iter().filter(|(_, bytes)| !is(Kind::Synced, bytes)) {
+        for index in (newest + frame.len()..bytes.len()).step_by(37) {
+            let disk = made.disk();
+            disk.flip_bit(path, (*at as u64 + 20) * 8);
+            disk.flip_bit(path, index as u64 * 8 + 3);
+            let view = Arc::new(GroupView::open(Arc::new(disk), Path::new(FOLDER)).expect("a view"));
+            for point in &made.points {
+                // What cannot be read says so; what can be read holds what it has to, which this checks.
+                let cells = image_cells(&view, point.head.epoch);
+                lost += u64::from(cells.map_or(true, |cells| !damaged_blocks(&cells, &point.cells).is_empty()));
+            }
+            flips += 1;
+        }
+    }
+    println!("{flips} pairs of flips, {lost} hit points");
+    assert!(flips > 100 && lost > 0, "{flips} {lost}");
+}
+
 /// The header of a frame is gone, its blocks are known: exactly the points that read one of them are named.
 #[test]
 fn without_the_header_of_a_frame_the_index_names_the_points() {

@@ -20,10 +20,12 @@ use sabotage::Sabotage;
 use tally::Tally;
 
 /// Seeds that once found something, and what.
-const KNOWN_BAD: [(u64, &str); 3] = [
+const KNOWN_BAD: [(u64, &str); 5] = [
     (5, "parts were acked, nothing was written behind them, and the point before was called unchanged"),
     (53, "a commit under way was forgotten where the target had no point yet, and its ack made a fork of it"),
-    (2915, "a commit was lost on the line, and the ack of the part behind it was taken for one of the point"),
+    (691, "a commit was lost on the line, and the ack of the part behind it was taken for one of the point"),
+    (712, "a kept memo that could not be read once was taken for none, and its return for a fork"),
+    (15102, "a segment without header and index told of the point before it as of one of its own, damaged"),
 ];
 
 fn env(name: &str, default: u64) -> u64 {

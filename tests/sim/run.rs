@@ -314,10 +314,11 @@ impl Simulation {
         if !self.source.is_up() {
             return;
         }
-        let wire = match self.random.below(8) {
+        let wire = match self.random.below(10) {
             0..5 => return self.source.world.mortality.die_in(self.random.below(40)),
-            5 => self.source.kill(),
-            6 => self.source.power_loss(),
+            5..7 => return self.source.harm_disk(),
+            7 => self.source.kill(),
+            8 => self.source.power_loss(),
             _ => self.source.stop(),
         };
         self.tally.source_ends += 1;
@@ -414,7 +415,7 @@ impl Simulation {
     /// Nothing goes wrong any more and nothing is written: all there is becomes a point, and everything is checked.
     fn rest(&mut self) -> Result<(), String> {
         (self.line, self.stalled) = (LineFaults::default(), 0);
-        self.source.world.mortality.spare();
+        self.source.spare();
         self.target.disk.clear_faults();
         self.target.disk.set_free_bytes(u64::MAX);
         self.source.world.set_quiet(true);

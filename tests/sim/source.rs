@@ -4,6 +4,7 @@
 //! two and the line in the program (`sender/group.rs`), with every hand-over a step of its own.
 
 use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -19,7 +20,7 @@ use cdp_protocol::units::{Epoch, Head, KeyId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use cdp_seams::random::{SimRandom, array};
 use cdp_seams::storage::Storage;
-use cdp_seams::storage::sim::SimStorage;
+use cdp_seams::storage::sim::{Fault, SimStorage};
 use cdp_source::agent::group::steps::GroupSteps;
 use cdp_source::agent::group::{Devices, GroupSetup, Input, Link};
 use cdp_source::agent::status::GroupStatus;
@@ -154,7 +155,16 @@ impl Source {
         };
         let (sender, inputs) = channel();
         let started = Self::living(|| GroupSteps::start(setup, inputs, sender));
-        self.agent = started.flatten().map(|group| Agent { group, end, status });
+        self.agent = started.and_then(Result::ok).map(|group| Agent { group, end, status });
+        if self.after_disk() {
+            self.agent = None;
+        }
+    }
+
+    /// Nothing goes wrong here any more.
+    pub(crate) fn spare(&self) {
+        self.world.mortality.spare();
+        self.disk.clear_faults();
     }
 
     fn facts(&self) -> GroupFacts {
@@ -198,6 +208,13 @@ impl Source {
         wire
     }
 
+    /// Lets one of the next calls to the agent's state folder fail, or be the agent's last, perhaps its machine's.
+    pub(crate) fn harm_disk(&self) {
+        let faults = [Fault::Death, Fault::Error(ErrorKind::Other), Fault::Error(ErrorKind::StorageFull)];
+        let fault = faults[self.random.below(faults.len() as u64) as usize];
+        self.disk.fault_at(self.disk.calls() + self.random.below(6), fault);
+    }
+
     /// A clean end of the agent.
     pub(crate) fn stop(&mut self) -> Option<u64> {
         let agent = self.agent.take()?;
@@ -205,6 +222,7 @@ impl Source {
         let wire = lock(&agent.end).wire;
         Self::living(|| agent.group.finish());
         self.world.mortality.spare();
+        self.after_disk();
         wire
     }
 
@@ -222,7 +240,8 @@ impl Source {
 
     fn with_group(&mut self, work: impl FnOnce(&mut GroupSteps)) -> Result<(), Option<u64>> {
         let Some(mut agent) = self.agent.take() else { return Ok(()) };
-        if Self::living(|| work(&mut agent.group)).is_some() {
+        let lives = Self::living(|| work(&mut agent.group)).is_some();
+        if lives && !self.after_disk() {
             self.agent = Some(agent);
             return Ok(());
         }
@@ -230,6 +249,22 @@ impl Source {
         trace(|| "agent dies".into());
         let wire = lock(&agent.end).wire;
         Err(wire)
+    }
+
+    /// Whether the agent's end came with a call to its state folder; with that of the machine the tracking is gone as well.
+    fn after_disk(&mut self) -> bool {
+        let is_down = self.disk.is_down();
+        if is_down {
+            self.disk.restart();
+            self.disk.clear_faults();
+            if self.random.below(2) == 0 {
+                trace(|| "source loses its power".into());
+                self.world.power_loss();
+                self.disk.power_cut();
+                self.disk.restart();
+            }
+        }
+        is_down
     }
 
     fn end(&self) -> Option<MutexGuard<'_, End>> {

@@ -109,8 +109,12 @@ pub type Connect = Box<dyn FnOnce(Memo) -> Box<dyn Link> + Send>;
 /// The memo beside the tracker's own, for when that is gone with a reboot: told on a new generation and at a clean end, never
 /// for an epoch. Without it a source that lost its tracking would not even know that it had points.
 pub trait KeptMemo: Send {
-    /// What was kept last; nothing where nothing was.
-    fn load(&self) -> Memo;
+    /// What was kept last; nothing where nothing was, or where it is damaged.
+    ///
+    /// # Errors
+    /// Where it cannot be read now, told in a line. A source that said that it knows nothing, and knew it again after its next
+    /// start, would be taken for two.
+    fn load(&self) -> Result<Memo, String>;
     /// Keeps it, or logs why not: it is a help, not a promise.
     fn keep(&self, memo: &Memo);
 }
@@ -172,21 +176,8 @@ pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input
 fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devices, Memo, bool)> {
     let mut said = None;
     loop {
-        let opened = (setup.opener)().and_then(|devices| {
-            let memo = devices.tracker.memo().map_err(|error| format!("{:#}", anyhow::Error::new(error)))?;
-            Ok((devices, memo))
-        });
-        match opened {
-            Ok((devices, memo)) => {
-                // A tracking that starts over has everything dirty, so an older memo is as good as none, and says more.
-                let is_kept = memo.is_empty();
-                let memo = if is_kept { Ok(setup.kept_memo.load()) } else { Memo::decode(&memo) };
-                let memo = memo.unwrap_or_else(|error| {
-                    tracing::error!(group = setup.facts.name, %error, "the memo is lost: everything is compared");
-                    Memo::default()
-                });
-                return Some((devices, memo, is_kept));
-            }
+        match open_once(setup) {
+            Ok(opened) => return Some(opened),
             Err(reason) => {
                 if said.as_ref() != Some(&reason) {
                     tracing::error!(
@@ -211,6 +202,22 @@ fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devic
             }
         }
     }
+}
+
+/// Opens the volumes and finds what is remembered of the group.
+fn open_once(setup: &mut GroupSetup) -> Result<(Devices, Memo, bool), String> {
+    let devices = (setup.opener)()?;
+    let memo = devices.tracker.memo().map_err(|error| format!("{:#}", anyhow::Error::new(error)))?;
+    // A tracking that starts over has everything dirty, so an older memo is as good as none, and says more.
+    let is_kept = memo.is_empty();
+    if is_kept {
+        return Ok((devices, setup.kept_memo.load()?, true));
+    }
+    let memo = Memo::decode(&memo).unwrap_or_else(|error| {
+        tracing::error!(group = setup.facts.name, %error, "the memo is lost: everything is compared");
+        Memo::default()
+    });
+    Ok((devices, memo, false))
 }
 
 /// The thread's state.

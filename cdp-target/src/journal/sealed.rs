@@ -256,6 +256,7 @@ impl Shelf<'_> {
         };
         let mut walked = walk(file, end, group, number, start, place, frames_end, visitor)?;
         if damaged {
+            disown(&mut walked, sealed);
             let what = "the segment's header is damaged".to_owned();
             let segment = sealed.number;
             // The volumes of an attempt that began before are told by the header alone.
@@ -288,6 +289,14 @@ fn check_magic(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<(), Ind
     let mut magic = [0; INDEX_MAGIC.len()];
     file.read_at(&mut magic, sealed.frames_end)?;
     if magic == INDEX_MAGIC { Ok(()) } else { Err(IndexError::Damaged) }
+}
+
+/// Without its header a segment's first commit tells of a point before it as of one whose own commit is gone: that one is another
+/// segment's, and the manifest knows which points are this one's.
+fn disown(walked: &mut Walked, sealed: &SealedSegment) {
+    let is_other = |epoch: Epoch| sealed.points.is_none_or(|points| epoch < points.first);
+    walked.index.commits.retain(|commit| commit.record.is_some() || !is_other(commit.head.epoch));
+    walked.damages.retain(|damage| damage.len > 0 || damage.first_epoch.is_none_or(|epoch| !is_other(epoch)));
 }
 
 fn load_footer(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Footer, IndexError> {

@@ -2,7 +2,7 @@
 //!
 //! Decides nothing. Whoever steps it takes the place of `run`: says when time has passed and hands over what has happened.
 
-use super::{Group, GroupSetup, Input, first_open};
+use super::{Group, GroupSetup, Input, open_once};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
@@ -13,14 +13,15 @@ pub struct GroupSteps {
 }
 
 impl GroupSteps {
-    /// Opens the group's volumes and takes it up; `None` where an end was asked for before they could be opened. `sender`
-    /// is the other end of `inputs`, which only what is encoded comes back by.
-    #[must_use]
-    pub fn start(mut setup: GroupSetup, inputs: Receiver<Input>, sender: Sender<Input>) -> Option<Self> {
-        let (devices, memo, is_kept) = first_open(&mut setup, &inputs)?;
+    /// Opens the group's volumes and takes it up. `sender` is the other end of `inputs`, which only what is encoded comes back by.
+    ///
+    /// # Errors
+    /// Where they cannot be opened now: the thread would try again.
+    pub fn start(mut setup: GroupSetup, inputs: Receiver<Input>, sender: Sender<Input>) -> Result<Self, String> {
+        let (devices, memo, is_kept) = open_once(&mut setup)?;
         let mut group = Group::new(setup, devices, memo, sender);
         group.memo_is_kept = is_kept;
-        Some(Self { group, inputs })
+        Ok(Self { group, inputs })
     }
 
     /// Takes one thing that has happened, and then what came back by the channel.

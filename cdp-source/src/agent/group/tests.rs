@@ -35,8 +35,8 @@ use tokio::sync::oneshot;
 struct NothingKept;
 
 impl KeptMemo for NothingKept {
-    fn load(&self) -> Memo {
-        Memo::default()
+    fn load(&self) -> Result<Memo, String> {
+        Ok(Memo::default())
     }
 
     fn keep(&self, _: &Memo) {}
