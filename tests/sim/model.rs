@@ -37,6 +37,8 @@ pub(crate) struct Model {
     /// Points whose ack left the target, in order.
     pub(crate) acked: Vec<Head>,
     promised: HashSet<FrameHash>,
+    /// Points that a store that was hurt has lost.
+    gone: Vec<Head>,
 }
 
 struct Attempt {
@@ -122,6 +124,7 @@ impl Model {
     /// Points of a store that was hurt are gone: they may be sent again, and promised anew.
     pub(crate) fn lost(&mut self, missing: &[Head]) {
         self.acked.retain(|head| !missing.contains(head));
+        self.gone.extend(missing);
         for head in missing {
             self.promised.remove(&head.hash);
         }
@@ -136,7 +139,9 @@ impl Model {
 
     /// The source says that a promised point still describes its volumes.
     pub(crate) fn unchanged(&self, epoch: Epoch, instant: &Instant) -> Result<(), String> {
-        let point = self.acked.iter().rev().find(|head| head.epoch == epoch).map(|head| &self.points[&head.hash]);
+        // Of a store that was hurt the source may not have heard yet what is gone.
+        let mut told = self.gone.iter().chain(&self.acked).rev();
+        let point = told.find(|head| head.epoch == epoch).map(|head| &self.points[&head.hash]);
         let point = point.ok_or_else(|| format!("{epoch} is called unchanged and was never acked"))?;
         instant.explain(&point.image).map_err(|why| format!("{epoch} is called unchanged and is not: {why}"))
     }
