@@ -132,6 +132,10 @@ impl Scrub<'_> {
             Some(view) => view,
             None => Arc::clone(open_group(self.store, turn.place)?.view()),
         };
+        if !view.manifest().sealed.iter().any(|sealed| sealed.number == turn.segment) {
+            // It went while it was waited for.
+            return Ok(());
+        }
         let mut paced = Paced { clock: self.clock, ended, started: self.clock.monotonic(), bytes: 0 };
         let walked = view.walk(turn.segment, &mut paced)?;
         crate::metrics::scrubbed(walked.bytes, walked.damages.len());

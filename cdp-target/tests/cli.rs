@@ -436,11 +436,15 @@ fn a_server_reads_its_store_again_and_names_what_rotted() {
     eventually("reading all again", &|points| (0..3).all(|at| is_verified(points, at)));
 
     let office = store.json(&["status", "--json"])["offices"][0]["id"].as_str().expect("an id").to_owned();
-    let segment = store.data().join(format!("offices/{office}/groups/{GROUP}/journal/{:016x}.seg", 2));
-    let described = store.json(&["inspect", segment.to_str().expect("text"), "--json"]);
-    let frames = described["frames"].as_array().expect("frames");
-    let frame = frames.iter().find(|frame| frame["blocks"] == 21).expect("the content of point 2");
-    let inside = frame["offset"].as_u64().expect("a number") as usize + 120;
+    let journal = store.data().join(format!("offices/{office}/groups/{GROUP}/journal"));
+    let mut segments = std::fs::read_dir(journal).expect("listed").map(|entry| entry.expect("entry").path());
+    let content_of_point_2 = |segment: PathBuf| {
+        let described = store.json(&["inspect", segment.to_str().expect("text"), "--json"]);
+        let frames = described["frames"].as_array().expect("frames").iter();
+        let frame = frames.filter(|frame| frame["blocks"] == 21 && frame["epoch"] == 2).next_back()?;
+        Some((segment, frame["offset"].as_u64().expect("a number") as usize + 120))
+    };
+    let (segment, inside) = segments.find_map(content_of_point_2).expect("the content of point 2");
     let mut bytes = std::fs::read(&segment).expect("read");
     bytes[inside] ^= 1;
     std::fs::write(&segment, bytes).expect("written");
