@@ -272,8 +272,8 @@ impl GroupWriter for JournalWriter {
         Ok(())
     }
 
-    fn note_damages(&mut self, damages: &[Damage]) -> Result<(), StoreError> {
-        self.journal.note_damages(damages).map_err(failed)?;
+    fn note_damages(&mut self, segment: u64, damages: &[Damage]) -> Result<(), StoreError> {
+        self.journal.note_damages(segment, damages).map_err(failed)?;
         self.publish();
         Ok(())
     }

@@ -31,6 +31,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(600);
 /// A wait within a segment that is shorter is not worth its call.
 const WAIT_MIN: Duration = Duration::from_millis(10);
 
+/// Takes office, group, segment and what is wrong with it.
+pub type Found<'a> = dyn Fn(&str, GroupPlace, u64, Vec<Damage>) -> bool + 'a;
+
 /// What the scrub works on and with.
 pub struct Scrub<'a> {
     /// The store.
@@ -39,8 +42,8 @@ pub struct Scrub<'a> {
     pub catalog: &'a dyn Fn() -> Result<Catalog, AuthorityError>,
     /// A group that is open already.
     pub view: &'a dyn Fn(GroupPlace) -> Option<Arc<GroupView>>,
-    /// Takes what is wrong with a group of an office and was not known.
-    pub found: &'a dyn Fn(&str, GroupPlace, Vec<Damage>),
+    /// Takes what is wrong with a segment, where that is not what was known; tells whether it is kept.
+    pub found: &'a Found<'a>,
     /// Time.
     pub clock: &'a dyn Clock,
     /// Everything is read once in this time.
@@ -139,16 +142,19 @@ impl Scrub<'_> {
         let mut paced = Paced { clock: self.clock, ended, started: self.clock.monotonic(), bytes: 0 };
         let walked = view.walk(turn.segment, &mut paced)?;
         crate::metrics::scrubbed(walked.bytes, walked.damages.len());
-        let known = view.damages();
-        let new: Vec<Damage> = walked.damages.iter().filter(|damage| !known.contains(damage)).cloned().collect();
-        if !new.is_empty() {
-            (self.found)(&turn.office, turn.place, new);
+        let known: Vec<&Damage> = view.damages().iter().filter(|damage| damage.segment == turn.segment).collect();
+        let is_clean = walked.damages.is_empty();
+        if !known.into_iter().eq(&walked.damages)
+            && !(self.found)(&turn.office, turn.place, turn.segment, walked.damages)
+        {
+            // Read again soon: nothing is recorded.
+            return Ok(());
         }
         let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(turn.place));
         let mut record = ScrubRecord::read(storage, &folder);
         record.keep(view.manifest().sealed.iter().map(|sealed| sealed.number));
         // A segment that is damaged proves nothing.
-        if walked.damages.is_empty() {
+        if is_clean {
             record.set(turn.segment, Timestamp(self.clock.wall_ms()));
         } else {
             record.set_damaged(turn.segment, Timestamp(self.clock.wall_ms()));
@@ -168,8 +174,11 @@ fn choose(candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> Opt
         return None;
     }
     let share = oldest.len as f64 / total.max(1) as f64;
+    // Reading takes its own part of the time.
+    let reading = Duration::from_secs_f64(oldest.len as f64 / BYTES_A_SECOND as f64);
+    let pause = interval.mul_f64(share).saturating_sub(reading).min(PAUSE_MAX);
     let Candidate { office, place, segment, .. } = oldest;
-    Some(Turn { office, place, segment, pause: interval.mul_f64(share).min(PAUSE_MAX) })
+    Some(Turn { office, place, segment, pause })
 }
 
 /// Keeps the reading of a segment to its pace.
@@ -204,8 +213,10 @@ mod tests {
         Candidate { office: "berlin".to_owned(), place, segment, len, read: read.map(Timestamp) }
     }
 
-    fn chosen(candidates: Vec<Candidate>, now: i64) -> Option<(u8, u64, Duration)> {
-        choose(candidates, Timestamp(now), HOUR).map(|turn| (turn.place.group.0[0], turn.segment, turn.pause))
+    /// Group, segment and pause in seconds.
+    fn chosen(candidates: Vec<Candidate>, now: i64) -> Option<(u8, u64, u64)> {
+        let seconds = |turn: &Turn| turn.pause.as_secs_f64().round() as u64;
+        choose(candidates, Timestamp(now), HOUR).map(|turn| (turn.place.group.0[0], turn.segment, seconds(&turn)))
     }
 
     #[test]
@@ -213,10 +224,10 @@ mod tests {
         let hour = 3_600_000;
         assert_eq!(chosen(vec![], 0), None);
         let all = || vec![candidate(1, 1, 100, Some(5)), candidate(2, 1, 200, None), candidate(2, 2, 100, Some(3))];
-        assert_eq!(chosen(all(), 10), Some((2, 1, HOUR / 2)), "half of all bytes, half of the interval");
+        assert_eq!(chosen(all(), 10), Some((2, 1, 1800)), "half of all bytes, half of the interval");
         let all = || vec![candidate(1, 1, 100, Some(5)), candidate(2, 1, 200, Some(9)), candidate(2, 2, 100, Some(3))];
         assert_eq!(chosen(all(), hour), None, "nothing is an interval old");
-        assert_eq!(chosen(all(), hour + 3), Some((2, 2, HOUR / 4)));
-        assert_eq!(chosen(vec![candidate(1, 1, 100, Some(hour))], 5), Some((1, 1, HOUR)), "the clock went back");
+        assert_eq!(chosen(all(), hour + 3), Some((2, 2, 900)));
+        assert_eq!(chosen(vec![candidate(1, 1, 100, Some(hour))], 5), Some((1, 1, 3600)), "the clock went back");
     }
 }

@@ -310,7 +310,7 @@ impl Desk {
                 store: &self.store,
                 catalog: &|| self.catalog(),
                 view: &|place| self.groups.view(place),
-                found: &|office, place, damages| self.note_damages(office, place, damages),
+                found: &|office, place, segment, damages| self.note_damages(office, place, segment, damages),
                 clock: &*self.clock,
                 interval,
             };
@@ -319,14 +319,18 @@ impl Desk {
         Some(end)
     }
 
-    fn note_damages(&self, office: &str, place: GroupPlace, damages: Vec<Damage>) {
+    /// Keeps what the scrub found in a segment; whether it is kept.
+    fn note_damages(&self, office: &str, place: GroupPlace, segment: u64, damages: Vec<Damage>) -> bool {
         for damage in &damages {
-            let (segment, offset, what) = (damage.segment, damage.offset, &damage.what);
+            let (offset, what) = (damage.offset, &damage.what);
             tracing::error!(office, group = %place.group, segment, offset, what, "damaged: `cdp-target verify` names the points");
         }
-        if let Err(error) = self.on_thread(office, place, move |writer| writer.note_damages(&damages)) {
-            tracing::error!(office, group = %place.group, error = format!("{error:#}"), "a damage cannot be kept");
+        let kept = self.on_thread(office, place, move |writer| writer.note_damages(segment, &damages));
+        if let Err(error) = &kept {
+            let error = format!("{error:#}");
+            tracing::error!(office, group = %place.group, error, "what a segment was read as cannot be kept");
         }
+        kept.is_ok()
     }
 
     /// Has the group's own thread do something with its writer.

@@ -440,18 +440,24 @@ fn a_server_reads_its_store_again_and_names_what_rotted() {
     let mut segments = std::fs::read_dir(journal).expect("listed").map(|entry| entry.expect("entry").path());
     let content_of_point_2 = |segment: PathBuf| {
         let described = store.json(&["inspect", segment.to_str().expect("text"), "--json"]);
-        let frames = described["frames"].as_array().expect("frames").iter();
-        let frame = frames.filter(|frame| frame["blocks"] == 21 && frame["epoch"] == 2).next_back()?;
+        let mut frames = described["frames"].as_array().expect("frames").iter();
+        let frame = frames.rfind(|frame| frame["blocks"] == 21 && frame["epoch"] == 2)?;
         Some((segment, frame["offset"].as_u64().expect("a number") as usize + 120))
     };
     let (segment, inside) = segments.find_map(content_of_point_2).expect("the content of point 2");
     let mut bytes = std::fs::read(&segment).expect("read");
     bytes[inside] ^= 1;
-    std::fs::write(&segment, bytes).expect("written");
+    std::fs::write(&segment, &bytes).expect("written");
     eventually("the damage", &|points| points[1]["warning"].as_str().is_some_and(|text| text.contains("damaged")));
-    let points = points();
-    assert!(is_verified(&points, 0), "nothing of it is damaged: {points}");
-    assert!(!is_verified(&points, 1) && !is_verified(&points, 2), "they stand on what is damaged: {points}");
+    let damaged = points();
+    assert!(is_verified(&damaged, 0), "nothing of it is damaged: {damaged}");
+    assert!(!is_verified(&damaged, 1) && !is_verified(&damaged, 2), "they stand on what is damaged: {damaged}");
+
+    bytes[inside] ^= 1;
+    std::fs::write(&segment, bytes).expect("written");
+    eventually("what was put back", &|points| {
+        (0..3).all(|at| is_verified(points, at) && points[at]["warning"].is_null())
+    });
 }
 
 #[test]

@@ -94,8 +94,10 @@ fn read_answer(answer: &[u8]) -> io::Result<Option<String>> {
         let next = field(spec, SPEC_NEXT)? as usize;
         let parameters = targets.get(at + SPEC_BYTES..next).and_then(|bytes| bytes.split(|byte| *byte == 0).next());
         let parameters = parameters.ok_or_else(strange)?;
-        // Place, kind and parameters, each of a known length: no two tables have the same bytes.
+        // Place, kind and parameters, each of a known length: no two tables have the same bytes. A multipath target's parameters
+        // change whenever a path comes or goes, and lead to the same content.
         hasher.update(&spec[..16]).update(&spec[SPEC_NAME..]);
+        let parameters = if spec[SPEC_NAME..].starts_with(b"multipath\0") { &[] } else { parameters };
         hasher.update(&(parameters.len() as u64).to_le_bytes()).update(parameters);
         at = next;
     }
@@ -144,6 +146,15 @@ mod tests {
         ];
         assert!(others.iter().all(|other| hash(other) != hash(&two)));
         assert_ne!(hash(&two[..1]), hash(&two));
+    }
+
+    #[test]
+    fn the_paths_of_a_multipath_target_may_come_and_go() {
+        let hash = |parameters| read_answer(&answer(&[(0, 8192, "multipath", parameters)])).expect("read");
+        assert_eq!(
+            hash("1 queue_if_no_path 0 1 1 service-time 0 2 2 8:16 1 1 8:32 1 1"),
+            hash("0 0 1 1 service-time 0 1 2 8:16 1 1")
+        );
     }
 
     #[test]

@@ -111,6 +111,8 @@ struct DiskTrust {
     origin: u64,
     /// Sectors the kernel has written and discarded beyond what the program counted, at most: what is beyond that is lost.
     ahead: [i64; 2],
+    /// The same when nothing was in flight last, or the measure began: what was lost since is beyond it.
+    ahead_at_rest: [i64; 2],
     /// The counts when nothing was in flight last.
     base: Option<(DiskCounts, Tally)>,
     /// The kernel counts less than the program.
@@ -141,6 +143,7 @@ impl DiskTrust {
             bio_based,
             origin: kernel.written.wrapping_add(kernel.discarded).wrapping_sub(counted.completed()),
             ahead: ahead(kernel, counted),
+            ahead_at_rest: ahead(kernel, counted),
             base: None,
             is_behind: false,
             leaves_out: LeavesOut::default(),
@@ -178,6 +181,7 @@ impl DiskTrust {
             lost |= !self.agrees(kernel, counted) && self.base.is_some();
             self.base = Some((*kernel, *counted));
             self.ahead = is_ahead;
+            self.ahead_at_rest = is_ahead;
         }
         self.tell(kernel, counted);
         Verdict { lost, quiet, clean: true, doubt: self.doubt(kernel, missing) }
@@ -248,8 +252,9 @@ impl DiskTrust {
     /// later ones that the program was asked for had hidden it.
     fn is_late(&mut self, excess: [i64; 2]) -> bool {
         let is_late = excess[0] > self.ahead[0] || excess[1] > self.ahead[1];
-        // Downwards too: it is never below what was lost, and a count that was ahead for a moment would hide the next loss.
-        self.ahead = excess;
+        // Downwards too: a count that was ahead for a moment would hide the next loss. But no further than at rest: a request is
+        // counted by the program a moment before the kernel does, which is no less of a kernel's count.
+        self.ahead = [0, 1].map(|kind: usize| excess[kind].max(self.ahead_at_rest[kind]));
         is_late
     }
 }
@@ -327,7 +332,8 @@ impl Trust {
             let of_disk = disk.judge(&before.kernel[index], &before.counted[index], &counted, now);
             let counts = || Ok((instance.tally(index), counter.completed()?));
             let excess = least_excess(counts, disk.ahead)?;
-            verdict.lost |= of_disk.lost || disk.is_late(excess);
+            let is_late = disk.is_late(excess);
+            verdict.lost |= of_disk.lost || is_late;
             verdict.clean &= !disk.is_behind;
             verdict.quiet &= of_disk.quiet;
             verdict.doubt = verdict.doubt.or(of_disk.doubt);
@@ -484,6 +490,13 @@ mod tests {
         assert!(!trust.is_late([0, 0]));
         let kernel = DiskCounts { written: 124, ..kernel };
         assert!(trust.judge(&kernel, &tally(8, 74), &tally(8, 74), AT).lost, "one of 8 sectors is lost");
+    }
+
+    #[test]
+    fn a_request_that_the_program_counts_a_moment_before_the_kernel_raises_no_alarm_later() {
+        let mut trust = trust();
+        assert!(!trust.is_late([trust.ahead[0] - 8, trust.ahead[1]]));
+        assert!(!at_rest(&mut trust, &DiskCounts { written: 108, ..IDLE }, &tally(8, 58)).lost);
     }
 
     #[test]

@@ -106,7 +106,9 @@ impl GroupView {
             return Ok(tally);
         }
         let tally = Tally::of(self.index(sealed.number)?.commits());
-        caches.keep_tally(sealed.number, tally);
+        if !self.shelf().is_missing(sealed.number) {
+            caches.keep_tally(sealed.number, tally);
+        }
         Ok(tally)
     }
 

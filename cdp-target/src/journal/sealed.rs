@@ -226,6 +226,10 @@ impl Shelf<'_> {
     fn make_anew(&self, sealed: &SealedSegment) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
         let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
         let (summary, tables) = (Arc::new(summary), Arc::new(tables));
+        if self.is_missing(sealed.number) {
+            // It may be put back.
+            return Ok((summary, tables));
+        }
         locked(&self.caches.distrusted).insert(sealed.number);
         locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
         locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);

@@ -27,7 +27,7 @@ const GATHERED_BYTES_MAX: usize = 64 << 10;
 /// Forks that wait for an operator at a time; of more the first are enough to decide by.
 const FORKS_MAX: usize = 16;
 /// Damages that the manifest names.
-const DAMAGES_MAX: usize = 4096;
+const DAMAGES_MAX: usize = 256;
 /// Histories that were left, and whose sources are refused without freezing the group again.
 const LEFT_MAX: usize = 256;
 /// Extents in the open segment's index before it is sealed: 32 bytes each, twice that in memory.
@@ -281,15 +281,20 @@ impl GroupJournal {
         self.mark(epoch, |mark| mark.pinned = pinned)
     }
 
-    /// Keeps what was found to be damaged and was not known, as far as there is room: of more the first are enough.
+    /// What a reading of a whole sealed segment found takes the place of what was known of it, as far as there is room: of more
+    /// the first are enough.
     ///
     /// # Errors
     /// Where the manifest cannot be replaced.
-    pub fn note_damages(&mut self, found: &[Damage]) -> Result<(), JournalError> {
-        let room = DAMAGES_MAX.saturating_sub(self.manifest.damages.len());
-        let new = found.iter().filter(|damage| !self.manifest.damages.contains(damage)).take(room);
-        let new: Vec<Damage> = new.cloned().collect();
-        if new.is_empty() { Ok(()) } else { self.change(|manifest| manifest.damages.extend(new)) }
+    pub fn note_damages(&mut self, segment: u64, found: &[Damage]) -> Result<(), JournalError> {
+        let (known, mut damages): (Vec<_>, Vec<_>) =
+            self.manifest.damages.iter().cloned().partition(|damage| damage.segment == segment);
+        if known == found {
+            return Ok(());
+        }
+        let room = DAMAGES_MAX.saturating_sub(damages.len());
+        damages.extend(found.iter().take(room).cloned());
+        self.change(|manifest| manifest.damages = damages)
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {

@@ -101,11 +101,12 @@ pub trait GroupWriter: Send {
     /// Where there is no such point or it cannot be stored.
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError>;
 
-    /// Keeps what was found to be damaged, so that the points that need it are named.
+    /// Keeps what a reading of a whole sealed segment found, in place of what was known of it, so that the points that need it are
+    /// named.
     ///
     /// # Errors
     /// Where it cannot be stored.
-    fn note_damages(&mut self, damages: &[Damage]) -> Result<(), StoreError>;
+    fn note_damages(&mut self, segment: u64, damages: &[Damage]) -> Result<(), StoreError>;
 }
 
 /// Why a store did not do what it was asked to.
