@@ -22,6 +22,10 @@ use std::time::Duration;
 /// A set of blocks of each volume.
 type Blocks = Vec<RoaringBitmap>;
 
+/// Blocks that a part looks at a time, 64 MiB, and how often at most: where all is holes a part takes 4 GiB of them.
+const WINDOW_BLOCKS: usize = 1 << 14;
+const PART_WINDOWS_MAX: usize = 64;
+
 /// How far a cut goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CutLimits {
@@ -128,8 +132,8 @@ pub fn cut(
     Ok(Cut::Captured(capture))
 }
 
-/// Takes known holes of `carry`, and reads up to `blocks_max` of its lowest other blocks, without validation: a part, of no
-/// instant. Removes nothing from `carry`. Whatever is being written meanwhile is marked when it completes, and so comes
+/// Reads up to `blocks_max` of the lowest blocks of `carry`, and takes the known holes among and around them, without validation: a
+/// part, of no instant. Removes nothing from `carry`, and looks at no more of it than a part may hold: a volume has thousands. Whatever is being written meanwhile is marked when it completes, and so comes
 /// with a later flip.
 ///
 /// # Errors
@@ -143,10 +147,15 @@ pub fn read_part(
     let mut capture = Capture::new(carry.len());
     let mut left = blocks_max;
     let mut requests = Vec::new();
-    for (volume, blocks) in carry.iter().enumerate() {
-        let holes = tracker.holes(volume, blocks);
+    let windows =
+        carry.iter().enumerate().flat_map(|(volume, blocks)| windows_of(blocks).map(move |window| (volume, window)));
+    for (volume, window) in windows.take(PART_WINDOWS_MAX) {
+        if left == 0 {
+            break;
+        }
+        let holes = tracker.holes(volume, &window);
         holes.iter().for_each(|block| capture.volumes[volume].put_zero(Block(block)));
-        let content = blocks - holes;
+        let content = window - holes;
         let lowest = content.iter().take(usize::try_from(left).unwrap_or(usize::MAX));
         let extents = reader::runs(lowest, READ_BLOCKS_MAX);
         left -= extents.iter().map(|extent| u64::from(extent.count)).sum::<u64>();
@@ -155,6 +164,17 @@ pub fn read_part(
     read_into(reader, &requests, &mut capture, &mut |_, _| {})?;
     capture.count();
     Ok(capture)
+}
+
+/// `blocks` in windows of `WINDOW_BLOCKS`, lowest first.
+fn windows_of(blocks: &RoaringBitmap) -> impl Iterator<Item = RoaringBitmap> + '_ {
+    let mut from = Some(0);
+    std::iter::from_fn(move || {
+        let window: RoaringBitmap = blocks.range(from?..).take(WINDOW_BLOCKS).collect();
+        let last = window.max()?;
+        from = last.checked_add(1);
+        Some(window)
+    })
 }
 
 /// What the rounds of one cut share.
@@ -361,6 +381,15 @@ mod tests {
         assert!(matches!(outcome, Ok(Cut::TooLarge)), "what is carried alone is too large: no flip");
         driver.tracker.failure = None;
         nothing_is_lost(driver);
+    }
+
+    #[test]
+    fn windows_are_all_of_a_set_in_order_and_bounded() {
+        let all: RoaringBitmap = (5..40_000).chain([70_000, u32::MAX - 1, u32::MAX]).collect();
+        let windows: Vec<RoaringBitmap> = windows_of(&all).collect();
+        assert_eq!(windows.iter().map(RoaringBitmap::len).collect::<Vec<_>>(), [16_384, 16_384, 7_230]);
+        assert!(windows.is_sorted_by(|a, b| a.max() < b.min()));
+        assert_eq!(windows.iter().fold(RoaringBitmap::new(), |union, window| union | window), all);
     }
 
     #[test]
