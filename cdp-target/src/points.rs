@@ -3,6 +3,7 @@
 //! Invariant: a name means one thing. What could be read as a number, a time, an age or `latest` is never a label, and a
 //! time means the newest point at or before it. Where there is none, the error names the nearest before and after.
 
+use cdp_protocol::label::{Reading, age_unit_ms};
 use cdp_protocol::limits::is_name;
 use cdp_protocol::units::{Class, Epoch, Timestamp};
 use std::fmt;
@@ -91,17 +92,6 @@ pub enum PointNameError {
     /// An age beyond all time.
     #[error("`{0}` is no age: it reaches beyond the calendar")]
     Age(String),
-}
-
-/// Why a text is refused as a label.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LabelError {
-    /// It reads as something else.
-    #[error("`{0}` can be read as {1}, so it cannot be a label")]
-    ReadsAs(String, &'static str),
-    /// Characters or length.
-    #[error("`{0}` cannot be a label: 1 to 64 of a-z A-Z 0-9 . _ -, not starting with a dot or a dash")]
-    Characters(String),
 }
 
 /// No such point; names the nearest.
@@ -194,13 +184,12 @@ impl PointName {
     pub fn find<'a>(&self, points: impl IntoIterator<Item = &'a PointInfo>) -> Result<&'a PointInfo, NoSuchPoint> {
         let (mut before, mut after) = (None::<&PointInfo>, None::<&PointInfo>);
         for point in points {
-            let found = match self {
-                Self::Label(label) => point.label.as_ref() == Some(label),
-                Self::Epoch(epoch) => point.epoch == *epoch,
-                Self::Latest | Self::At(_) => false,
-            };
-            if found {
+            if matches!(self, Self::Epoch(epoch) if point.epoch == *epoch) {
                 return Ok(point);
+            }
+            // Of two points that a source gave one name the newer has it.
+            if matches!(self, Self::Label(label) if point.label.as_ref() == Some(label)) {
+                before = Some(point);
             }
             let at_or_before = match self {
                 Self::Epoch(epoch) => point.epoch < *epoch,
@@ -214,7 +203,7 @@ impl PointName {
                 (false, Some(_)) => {}
             }
         }
-        if let (Self::Latest | Self::At(_), Some(point)) = (self, before) {
+        if let (Self::Latest | Self::At(_) | Self::Label(_), Some(point)) = (self, before) {
             return Ok(point);
         }
         let place = |point: &PointInfo| (point.epoch, point.time);
@@ -233,66 +222,9 @@ pub fn parse_instant(text: &str, now: Timestamp) -> Result<Timestamp, PointNameE
     }
 }
 
-/// Checks a name that is to become a label.
-///
-/// # Errors
-/// Where it reads as a number, a time, an age or `latest`, or has characters that a label may not have.
-pub fn check_label(text: &str) -> Result<(), LabelError> {
-    let reads_as = match Reading::of(text) {
-        Reading::Latest => "the newest point",
-        Reading::Number => "a number",
-        Reading::Age => "an age",
-        Reading::Time => "a time",
-        Reading::Other if is_name(text) => return Ok(()),
-        Reading::Other => return Err(LabelError::Characters(text.to_owned())),
-    };
-    Err(LabelError::ReadsAs(text.to_owned(), reads_as))
-}
-
-/// What a text looks like, whether or not it is a good one of its kind.
-enum Reading {
-    Latest,
-    Number,
-    Age,
-    Time,
-    Other,
-}
-
-impl Reading {
-    fn of(text: &str) -> Self {
-        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-        let rest = &text[digits..];
-        // 2026-1…, 20261122T10…, 10:15: digits and then what dates and times go on with.
-        let looks_like_time = digits > 0
-            && (rest.starts_with(':')
-                || (digits >= 4
-                    && rest.starts_with(['T', 't'])
-                    && rest[1..].starts_with(|c: char| c.is_ascii_digit()))
-                || (digits == 4 && rest.starts_with('-') && rest[1..].starts_with(|c: char| c.is_ascii_digit())));
-        match rest {
-            _ if text.eq_ignore_ascii_case("latest") => Self::Latest,
-            "" if digits > 0 => Self::Number,
-            _ if digits > 0 && unit_ms(rest).is_some() => Self::Age,
-            _ if looks_like_time => Self::Time,
-            _ => Self::Other,
-        }
-    }
-}
-
-fn unit_ms(unit: &str) -> Option<i64> {
-    match unit {
-        "s" => Some(1000),
-        "m" => Some(60_000),
-        "h" => Some(3_600_000),
-        "d" => Some(86_400_000),
-        "w" => Some(604_800_000),
-        _ => None,
-    }
-}
-
 fn age_ms(text: &str) -> Option<i64> {
     let (number, unit) = text.split_at(text.len() - 1);
-    number.parse::<i64>().ok()?.checked_mul(unit_ms(unit)?)
+    number.parse::<i64>().ok()?.checked_mul(age_unit_ms(unit)?)
 }
 
 fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp, PointNameError> {
@@ -310,6 +242,7 @@ fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp, PointNameError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cdp_protocol::label::{LabelError, check_label};
 
     const NOW: Timestamp = Timestamp(1_795_000_000_000);
 

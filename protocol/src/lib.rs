@@ -1,7 +1,7 @@
 //! The words both sides share: units and ids, the frame, the records, the control messages, the session state machines.
 //!
 //! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
-//! * `units`, `limits`: newtypes and bounds.
+//! * `units`, `limits`, `label`: newtypes, bounds, and what may name a point.
 //! * `frame`, `record`, `codec`, `packer`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
 //! * `message`: the control messages; `bundle`, `join`: how an office comes to its certificate.
 //! * `session`: who may say what when, and what is sent again after a broken line.
@@ -12,6 +12,7 @@ pub mod escrow;
 pub mod frame;
 pub mod hex;
 pub mod join;
+pub mod label;
 pub mod limits;
 pub mod message;
 pub mod packer;

@@ -30,6 +30,7 @@ pub fn privileged(test: &str) -> bool {
     } else {
         return true;
     };
+    assert!(std::env::var_os("CDP_ALL_MUST_RUN").is_none(), "{test} cannot run: {lacking}");
     eprintln!("skipped: {test}: {lacking} (`./scripts/test` as root runs it)");
     false
 }

@@ -8,7 +8,7 @@ use crate::doctor::{self, Finding, Grade};
 use crate::state::StateFolder;
 use crate::tracker::TrustReport;
 use anyhow::{Result, bail};
-use cdp_protocol::limits::NAME_BYTES_MAX;
+use cdp_protocol::label::check_label;
 use cdp_protocol::message::PointSummary;
 use serde_json::{Value, json};
 use std::io::{self, Write};
@@ -161,7 +161,8 @@ fn with_times(mut value: Value) -> Value {
 
 pub(super) fn point(state: &StateFolder, args: &PointArgs) -> Result<ExitCode> {
     if let Some(label) = &args.label {
-        check_label(label)?;
+        check_label(label)
+            .map_err(|error| UserError::new(error.to_string()).hint("give a word, such as before-upgrade"))?;
     }
     let timeout_ms = (!args.timeout.is_zero()).then_some(args.timeout.as_millis() as u64);
     let request = Request::Point { group: args.group.clone(), label: args.label.clone(), wait: args.wait, timeout_ms };
@@ -182,36 +183,6 @@ fn point_text(point: &PointReply) -> String {
     let label = point.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
     let state = if point.acked { "committed at the target" } else { "captured, on its way" };
     format!("point {}{label} of {}: {state}", point.epoch, rfc3339(point.time))
-}
-
-/// A label must not be readable as another way to name a point.
-fn check_label(label: &str) -> Result<()> {
-    let refuse = |why: &str| {
-        Err(UserError::new(format!("label {label:?} {why}")).hint("give a word, such as before-upgrade").into())
-    };
-    let all_digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if label.is_empty() || label.len() > NAME_BYTES_MAX {
-        return refuse("has to have 1 to 64 bytes");
-    }
-    if label.chars().any(|c| c.is_control() || c == '/') || label.trim() != label || label.starts_with('-') {
-        return refuse("has a character that a label may not have there");
-    }
-    if all_digits(label) {
-        return refuse("could be read as an epoch number");
-    }
-    if label == "latest" {
-        return refuse("already means the newest point");
-    }
-    if label.strip_suffix(['s', 'm', 'h', 'd', 'w', 'y']).is_some_and(all_digits) {
-        return refuse("could be read as an age");
-    }
-    if label.parse::<jiff::Timestamp>().is_ok()
-        || label.parse::<jiff::civil::DateTime>().is_ok()
-        || label.parse::<jiff::civil::Date>().is_ok()
-    {
-        return refuse("could be read as a time");
-    }
-    Ok(())
 }
 
 pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode> {
@@ -271,19 +242,4 @@ fn finding_text(finding: &Finding) -> String {
     };
     let advice = finding.advice.as_ref().map_or_else(String::new, |advice| format!("\n      → {advice}"));
     format!("{grade}  {}: {}{advice}", finding.subject, finding.found)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_label_that_names_a_point_in_another_way_is_refused() {
-        for label in ["", "7", "latest", "10m", "3d", "2026-11-22", "2026-11-22T10:00:00Z", "-x", "a/b", " a", "a\n"] {
-            assert!(check_label(label).is_err(), "{label:?}");
-        }
-        for label in ["before-upgrade", "v2", "m10", "Latest build", "10 minutes"] {
-            assert!(check_label(label).is_ok(), "{label:?}");
-        }
-    }
 }

@@ -9,10 +9,11 @@ use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::enroll::EnrollError;
 use crate::journal::JournalError;
-use crate::points::{LabelError, NoSuchPoint, PointNameError};
+use crate::points::{NoSuchPoint, PointNameError};
 use crate::restore::image::{ExportError, one_line};
 use crate::restore::output::OutputError;
 use crate::store::StoreError;
+use cdp_protocol::label::LabelError;
 use std::io::{self, Write};
 use std::process::ExitCode;
 

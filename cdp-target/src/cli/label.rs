@@ -6,7 +6,8 @@ use super::failure::Failure;
 use super::{context, print};
 use crate::catalog::{Catalog, write_label};
 use crate::control::Request;
-use crate::points::{PointName, check_label};
+use crate::points::PointName;
+use cdp_protocol::label::check_label;
 use std::process::ExitCode;
 
 /// Arguments of `label`.

@@ -43,7 +43,7 @@ struct Line<'a> {
     label: Option<&'a str>,
     pinned: bool,
     bytes: u64,
-    /// When the point was last proved by a drill; none runs yet.
+    /// Since when all that it stands on was found whole.
     verified: Option<Instant>,
     cut_ms: f64,
     cut_rounds: u32,
