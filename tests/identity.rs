@@ -128,6 +128,15 @@ fn a_device_that_grew_while_nobody_looked_is_captured_in_whole_or_said_to_differ
     tool("losetup", &["--set-capacity", &node])?;
     scribble(device.node(), 3)?;
     site.start_source()?;
+    newest_point_equals(&site, &[("data", device.node())], folder.path())?;
+    // Grown once more, and protected anew, as the agent asked for.
+    site.stop_source()?;
+    std::fs::File::options().write(true).open(device.file())?.set_len(2 * DISK_BYTES)?;
+    tool("losetup", &["--set-capacity", &node])?;
+    scribble(device.node(), 4)?;
+    site.source(&["unprotect", "data"])?;
+    site.source(&["protect", &format!("data={node}")])?;
+    site.start_source()?;
     newest_point_equals(&site, &[("data", device.node())], folder.path())
 }
 
