@@ -251,19 +251,22 @@ pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
     let mut before = None;
     let unreadable = view.unreadable();
     let verified = verified(view);
-    let points = view.points().map(|point| {
+    let points = view.all_points().map(|point| {
         let point = point?;
+        let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
+        before = Some(time);
+        if view.is_removed(point.epoch) {
+            return Ok(None);
+        }
         let mut blocks = 0;
         if unreadable.any(point.epoch) {
             blocks = unreadable.blocks(point.epoch, &view.volumes(point.epoch)?);
         }
-        let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
-        before = Some(time);
         let place = verified.partition_point(|(last, _)| *last < point.epoch);
         let at = verified.get(place).and_then(|(_, at)| *at).filter(|_| point.damaged.is_none());
-        Ok(PointInfo { verified: at, ..info(point, time, blocks) })
+        Ok(Some(PointInfo { verified: at, ..info(point, time, blocks) }))
     });
-    points.collect()
+    points.filter_map(Result::transpose).collect()
 }
 
 /// Up to which point all sealed segments were last read again when: by the oldest of their readings, for the last point of
@@ -272,7 +275,7 @@ fn verified(view: &GroupView) -> Vec<(Epoch, Option<Timestamp>)> {
     let record = view.scrub_record();
     let mut oldest = Some(Timestamp(i64::MAX));
     let sealed = view.manifest().sealed.iter().filter_map(|sealed| {
-        oldest = oldest.zip(record.clean_at(sealed.number)).map(|(oldest, read)| oldest.min(read));
+        oldest = oldest.zip(record.clean_at(sealed.id())).map(|(oldest, read)| oldest.min(read));
         Some((sealed.points?.last, oldest))
     });
     sealed.collect()

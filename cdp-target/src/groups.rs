@@ -3,6 +3,7 @@
 //! Owns which folder a group is in, and that a name is one group's within its office. The receiver keeps one thread a
 //! group, which alone calls the writer made here; the views of what is durable are shared with whoever reports.
 
+use crate::journal::file::FileId;
 use crate::journal::{
     Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point,
 };
@@ -272,8 +273,8 @@ impl GroupWriter for JournalWriter {
         Ok(())
     }
 
-    fn note_damages(&mut self, segment: u64, damages: &[Damage]) -> Result<(), StoreError> {
-        self.journal.note_damages(segment, damages).map_err(failed)?;
+    fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError> {
+        self.journal.note_damages(file, damages).map_err(failed)?;
         self.publish();
         Ok(())
     }

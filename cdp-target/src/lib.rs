@@ -2,6 +2,7 @@
 
 pub mod authority;
 pub mod catalog;
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -1,4 +1,4 @@
-//! Scrub: the store re-reads itself, segment by segment, so that rot is found while its source may still have the content.
+//! Scrub: the store re-reads itself, segment by segment and pack by pack, so that rot is found while its source may still have the content.
 //!
 //! Owns the order (what was read longest ago comes first), the pace (everything once an interval, never faster than
 //! `BYTES_A_SECOND` within a segment), and the record of what was read when. What is found is handed to the group's writer,
@@ -10,6 +10,7 @@ pub use record::ScrubRecord;
 
 use crate::authority::AuthorityError;
 use crate::catalog::{Catalog, open_group};
+use crate::journal::file::{FileId, Sealed};
 use crate::journal::walk::Visit;
 use crate::journal::{Damage, GroupView, JournalError, Manifest};
 use crate::restore::image::one_line;
@@ -31,8 +32,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(600);
 /// A wait within a segment that is shorter is not worth its call.
 const WAIT_MIN: Duration = Duration::from_millis(10);
 
-/// Takes office, group, segment and what is wrong with it.
-pub type Found<'a> = dyn Fn(&str, GroupPlace, u64, Vec<Damage>) -> bool + 'a;
+/// Takes office, group, file and what is wrong with it.
+pub type Found<'a> = dyn Fn(&str, GroupPlace, FileId, Vec<Damage>) -> bool + 'a;
 
 /// What the scrub works on and with.
 pub struct Scrub<'a> {
@@ -42,7 +43,7 @@ pub struct Scrub<'a> {
     pub catalog: &'a dyn Fn() -> Result<Catalog, AuthorityError>,
     /// A group that is open already.
     pub view: &'a dyn Fn(GroupPlace) -> Option<Arc<GroupView>>,
-    /// Takes what is wrong with a segment, where that is not what was known; tells whether it is kept.
+    /// Takes what is wrong with a file, where that is not what was known; tells whether it is kept.
     pub found: &'a Found<'a>,
     /// Time.
     pub clock: &'a dyn Clock,
@@ -55,16 +56,16 @@ pub struct Scrub<'a> {
 struct Turn {
     office: String,
     place: GroupPlace,
-    segment: u64,
+    file: FileId,
     /// How long to wait before it.
     pause: Duration,
 }
 
-/// A sealed segment.
+/// A sealed segment or a pack.
 struct Candidate {
     office: String,
     place: GroupPlace,
-    segment: u64,
+    file: FileId,
     len: u64,
     read: Option<Timestamp>,
 }
@@ -81,7 +82,7 @@ enum ScrubError {
 impl Scrub<'_> {
     /// Reads until the other end of `ended` is dropped.
     pub fn run(&self, ended: &Receiver<()>) {
-        // Segments that could not be read: tried again when they are due again.
+        // Files that could not be read: tried again when they are due again.
         let mut failed = HashMap::new();
         loop {
             let turn = self.next(&failed).unwrap_or_else(|error| {
@@ -94,15 +95,15 @@ impl Scrub<'_> {
             }
             let Some(turn) = turn else { continue };
             if let Err(error) = self.read(&turn, ended) {
-                let (group, segment) = (turn.place.group, turn.segment);
-                tracing::error!(office = turn.office, %group, segment, error = one_line(&error), "cannot be scrubbed");
-                failed.insert((turn.place, turn.segment), Timestamp(self.clock.wall_ms()));
+                let (group, file) = (turn.place.group, turn.file);
+                tracing::error!(office = turn.office, %group, %file, error = one_line(&error), "cannot be scrubbed");
+                failed.insert((turn.place, turn.file), Timestamp(self.clock.wall_ms()));
             }
         }
     }
 
-    /// The segment that was read longest ago, if it is due.
-    fn next(&self, failed: &HashMap<(GroupPlace, u64), Timestamp>) -> Result<Option<Turn>, ScrubError> {
+    /// The file that was read longest ago, if it is due.
+    fn next(&self, failed: &HashMap<(GroupPlace, FileId), Timestamp>) -> Result<Option<Turn>, ScrubError> {
         let mut candidates = Vec::new();
         for office in (self.catalog)()?.offices() {
             for place in self.store.groups(office.id)? {
@@ -110,24 +111,26 @@ impl Scrub<'_> {
             }
         }
         for candidate in &mut candidates {
-            candidate.read = candidate.read.max(failed.get(&(candidate.place, candidate.segment)).copied());
+            candidate.read = candidate.read.max(failed.get(&(candidate.place, candidate.file)).copied());
         }
         Ok(choose(candidates, Timestamp(self.clock.wall_ms()), self.interval))
     }
 
-    /// The sealed segments of a group; none of one that cannot be read, which others complain of.
+    /// The sealed segments and the packs of a group; none of one that cannot be read, which others complain of.
     fn candidates(&self, office: &str, place: GroupPlace) -> Vec<Candidate> {
         let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(place));
         let Ok((manifest, _)) = Manifest::read(storage, &folder) else { return Vec::new() };
         let record = ScrubRecord::read(storage, &folder);
-        let candidate = |sealed: &crate::journal::manifest::SealedSegment| Candidate {
+        let packs = crate::checkpoint::packs(storage, &folder, &manifest);
+        let files = manifest.sealed.iter().map(crate::journal::manifest::SealedSegment::sealed).chain(packs);
+        let candidate = |sealed: Sealed| Candidate {
             office: office.to_owned(),
             place,
-            segment: sealed.number,
+            file: sealed.id,
             len: sealed.len,
-            read: record.read_at(sealed.number),
+            read: record.read_at(sealed.id),
         };
-        manifest.sealed.iter().map(candidate).collect()
+        files.map(candidate).collect()
     }
 
     fn read(&self, turn: &Turn, ended: &Receiver<()>) -> Result<(), JournalError> {
@@ -135,31 +138,31 @@ impl Scrub<'_> {
             Some(view) => view,
             None => Arc::clone(open_group(self.store, turn.place)?.view()),
         };
-        if !view.manifest().sealed.iter().any(|sealed| sealed.number == turn.segment) {
+        let files = view.sealed_files();
+        let Some(file) = files.iter().find(|file| file.id == turn.file) else {
             // It went while it was waited for.
             return Ok(());
-        }
+        };
         let mut paced = Paced { clock: self.clock, ended, started: self.clock.monotonic(), bytes: 0 };
-        let walked = view.walk(turn.segment, &mut paced)?;
+        let walked = view.walk_file(file, &mut paced)?;
         crate::metrics::scrubbed(walked.bytes, walked.damages.len());
-        let known: Vec<&Damage> = view.damages().iter().filter(|damage| damage.segment == turn.segment).collect();
+        let known: Vec<&Damage> = view.damages().iter().filter(|damage| damage.is_in(turn.file)).collect();
         let is_clean = walked.damages.is_empty();
-        if !known.into_iter().eq(&walked.damages)
-            && !(self.found)(&turn.office, turn.place, turn.segment, walked.damages)
+        if !known.into_iter().eq(&walked.damages) && !(self.found)(&turn.office, turn.place, turn.file, walked.damages)
         {
             // Read again soon: nothing is recorded.
             return Ok(());
         }
         let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(turn.place));
         let mut record = ScrubRecord::read(storage, &folder);
-        record.keep(view.manifest().sealed.iter().map(|sealed| sealed.number));
-        // A segment that is damaged proves nothing.
+        record.keep(files.iter().map(|file| file.id));
+        // A file that is damaged proves nothing.
         if is_clean {
-            record.set(turn.segment, Timestamp(self.clock.wall_ms()));
+            record.set(turn.file, Timestamp(self.clock.wall_ms()));
         } else {
-            record.set_damaged(turn.segment, Timestamp(self.clock.wall_ms()));
+            record.set_damaged(turn.file, Timestamp(self.clock.wall_ms()));
         }
-        // A crash leaves the old record or the new one; at worst a segment is read once more.
+        // A crash leaves the old record or the new one; at worst a file is read once more.
         record.write(storage, &folder).map_err(JournalError::io("write", &record::path(&folder)))
     }
 }
@@ -169,7 +172,7 @@ fn choose(candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> Opt
     let total: u64 = candidates.iter().map(|candidate| candidate.len).sum();
     let interval_ms = i64::try_from(interval.as_millis()).unwrap_or(i64::MAX);
     let is_due = |read: Timestamp| now.0.saturating_sub(read.0) >= interval_ms || read > now;
-    let oldest = candidates.into_iter().min_by_key(|candidate| (candidate.read, candidate.segment))?;
+    let oldest = candidates.into_iter().min_by_key(|candidate| (candidate.read, candidate.file))?;
     if !oldest.read.is_none_or(is_due) {
         return None;
     }
@@ -177,8 +180,8 @@ fn choose(candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> Opt
     // Reading takes its own part of the time.
     let reading = Duration::from_secs_f64(oldest.len as f64 / BYTES_A_SECOND as f64);
     let pause = interval.mul_f64(share).saturating_sub(reading).min(PAUSE_MAX);
-    let Candidate { office, place, segment, .. } = oldest;
-    Some(Turn { office, place, segment, pause })
+    let Candidate { office, place, file, .. } = oldest;
+    Some(Turn { office, place, file, pause })
 }
 
 /// Keeps the reading of a segment to its pace.
@@ -210,13 +213,18 @@ mod tests {
 
     fn candidate(group: u8, segment: u64, len: u64, read: Option<i64>) -> Candidate {
         let place = GroupPlace { office: OfficeId([1; 16]), group: GroupId([group; 16]) };
-        Candidate { office: "berlin".to_owned(), place, segment, len, read: read.map(Timestamp) }
+        let file = FileId::Segment { number: segment, revision: 0 };
+        Candidate { office: "berlin".to_owned(), place, file, len, read: read.map(Timestamp) }
     }
 
     /// Group, segment and pause in seconds.
     fn chosen(candidates: Vec<Candidate>, now: i64) -> Option<(u8, u64, u64)> {
         let seconds = |turn: &Turn| turn.pause.as_secs_f64().round() as u64;
-        choose(candidates, Timestamp(now), HOUR).map(|turn| (turn.place.group.0[0], turn.segment, seconds(&turn)))
+        let number = |turn: &Turn| match turn.file {
+            FileId::Segment { number, .. } => number,
+            FileId::Slice(_) => 0,
+        };
+        choose(candidates, Timestamp(now), HOUR).map(|turn| (turn.place.group.0[0], number(&turn), seconds(&turn)))
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
 use crate::groups::StoreGroups;
+use crate::journal::file::FileId;
 use crate::journal::{Damage, JournalError, short_claim};
 use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
 use crate::metrics;
@@ -310,7 +311,7 @@ impl Desk {
                 store: &self.store,
                 catalog: &|| self.catalog(),
                 view: &|place| self.groups.view(place),
-                found: &|office, place, segment, damages| self.note_damages(office, place, segment, damages),
+                found: &|office, place, file, damages| self.note_damages(office, place, file, damages),
                 clock: &*self.clock,
                 interval,
             };
@@ -319,16 +320,16 @@ impl Desk {
         Some(end)
     }
 
-    /// Keeps what the scrub found in a segment; whether it is kept.
-    fn note_damages(&self, office: &str, place: GroupPlace, segment: u64, damages: Vec<Damage>) -> bool {
+    /// Keeps what the scrub found in a file; whether it is kept.
+    fn note_damages(&self, office: &str, place: GroupPlace, file: FileId, damages: Vec<Damage>) -> bool {
         for damage in &damages {
             let (offset, what) = (damage.offset, &damage.what);
-            tracing::error!(office, group = %place.group, segment, offset, what, "damaged: `cdp-target verify` names the points");
+            tracing::error!(office, group = %place.group, %file, offset, what, "damaged: `cdp-target verify` names the points");
         }
-        let kept = self.on_thread(office, place, move |writer| writer.note_damages(segment, &damages));
+        let kept = self.on_thread(office, place, move |writer| writer.note_damages(file, &damages));
         if let Err(error) = &kept {
             let error = format!("{error:#}");
-            tracing::error!(office, group = %place.group, error, "what a segment was read as cannot be kept");
+            tracing::error!(office, group = %place.group, error, "what a file was read as cannot be kept");
         }
         kept.is_ok()
     }

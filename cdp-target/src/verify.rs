@@ -4,25 +4,39 @@
 //! that records were made by its holder and that every seal opens. Names each damage with its place and the points that
 //! need it. Never writes.
 
+use crate::journal::file::FileId;
 use crate::journal::walk::Visit;
 use crate::journal::{Damage as FoundDamage, GroupView, JournalError};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::codec::is_authentic;
-use cdp_protocol::frame::{Frame, Kind};
+use cdp_protocol::frame::{Encoding, Frame, Kind};
 use cdp_protocol::record::{Begin, Commit, PartEnd};
 use cdp_protocol::units::Epoch;
 
 /// Something that is not what was written.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Damage {
-    /// The segment.
-    pub segment: u64,
-    /// Where in its file.
+    /// The file, below the group's folder.
+    pub file: String,
+    /// Where in it.
     pub offset: u64,
+    /// The blocks that were there, as far as the index tells.
+    pub blocks: Vec<DamagedBlocks>,
     /// What is wrong.
     pub what: String,
     /// The points that need it; none where everything can still be read.
     pub points: Vec<Epoch>,
+}
+
+/// Blocks that stand on what is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct DamagedBlocks {
+    /// The volume's slot.
+    pub volume: u16,
+    /// The first.
+    pub start: u32,
+    /// How many.
+    pub count: u32,
 }
 
 /// What was checked and what is wrong.
@@ -30,6 +44,8 @@ pub struct Damage {
 pub struct VerifyReport {
     /// Segments walked.
     pub segments: u64,
+    /// Packs of checkpoints walked.
+    pub packs: u64,
     /// Frames checked.
     pub frames: u64,
     /// Bytes read.
@@ -69,9 +85,10 @@ pub fn verify(
 ) -> Result<VerifyReport, JournalError> {
     let mut report = VerifyReport::default();
     let mut found: Vec<FoundDamage> = Vec::new();
-    let bytes_total = view.bytes();
+    let bytes_total = view.bytes() + view.packs().iter().map(|pack| pack.len).sum::<u64>();
     for segment in view.segments_from(0) {
-        let mut visitor = Visitor { keys, segment, frames: 0, damages: Vec::new() };
+        let file = view.file_id(segment);
+        let mut visitor = Visitor { keys, file, frames: 0, damages: Vec::new() };
         let walked = view.walk(segment, &mut visitor)?;
         found.extend(walked.damages);
         report.bytes += walked.bytes;
@@ -80,8 +97,20 @@ pub fn verify(
         report.frames += visitor.frames;
         progress(Progress { bytes: report.bytes, bytes_total });
     }
+    for sealed in view.packs() {
+        let mut visitor = Visitor { keys, file: sealed.id, frames: 0, damages: Vec::new() };
+        let walked = view.walk_file(&sealed, &mut visitor)?;
+        found.extend(walked.damages);
+        found.append(&mut visitor.damages);
+        report.packs += 1;
+        report.frames += visitor.frames;
+        report.bytes += walked.bytes;
+        progress(Progress { bytes: report.bytes, bytes_total });
+    }
+    found.extend(view.bad_images()?);
     for known in view.damages() {
-        if !found.iter().any(|damage| (damage.segment, damage.offset) == (known.segment, known.offset)) {
+        let place = |damage: &FoundDamage| (damage.segment, damage.slice, damage.offset);
+        if !found.iter().any(|damage| place(damage) == place(known)) {
             found.push(known.clone());
         }
     }
@@ -103,13 +132,15 @@ fn named(view: &GroupView, damage: &FoundDamage, epochs: &[Epoch]) -> Damage {
     let hit =
         |epoch: &&Epoch| reach.is_some_and(|(first, last)| first <= **epoch && last.is_none_or(|last| **epoch <= last));
     let points = epochs.iter().filter(hit).copied().collect();
-    Damage { segment: damage.segment, offset: damage.offset, what: damage.describe(), points }
+    let blocks = view.blocks_at(damage).into_iter();
+    let blocks = blocks.map(|(slot, extent)| DamagedBlocks { volume: slot.0, start: extent.start.0, count: extent.count });
+    Damage { file: view.name_of(damage), offset: damage.offset, blocks: blocks.collect(), what: damage.describe(), points }
 }
 
 /// Checks with the key what a walk cannot.
 struct Visitor<'a> {
     keys: Option<&'a Keyring>,
-    segment: u64,
+    file: FileId,
     frames: u64,
     damages: Vec<FoundDamage>,
 }
@@ -134,6 +165,9 @@ impl Visit for Visitor<'_> {
 
 impl Visitor<'_> {
     fn seal(&mut self, frame: &Frame<'_>, offset: u64, keys: &Keyring) {
+        if frame.header.encoding == Encoding::Lost {
+            return;
+        }
         if let Err(error) = keys.open(frame) {
             self.damage(frame, offset, &error.to_string());
         }
@@ -141,12 +175,10 @@ impl Visitor<'_> {
 
     fn damage(&mut self, frame: &Frame<'_>, offset: u64, what: &str) {
         self.damages.push(FoundDamage {
-            segment: self.segment,
             offset,
             len: frame.bytes.len() as u64,
             first_epoch: Some(frame.header.epoch),
-            any_block: false,
-            what: what.to_owned(),
+            ..FoundDamage::of(self.file, what.to_owned())
         });
     }
 }

@@ -16,6 +16,7 @@ pub struct Sealer {
     epoch: Epoch,
     generation: Generation,
     attempt: AttemptId,
+    resealed: bool,
     data_key: DataKey,
     attempt_key: AttemptKey,
     digest_key: DigestKey,
@@ -79,10 +80,18 @@ impl Sealer {
             epoch,
             generation,
             attempt,
+            resealed: false,
             attempt_key: data_key.attempt_key(&attempt),
             digest_key: data_key.digest_key(),
             data_key: data_key.clone(),
         }
+    }
+
+    /// The same for a target that seals content anew as what it was at that epoch; `attempt` has to be fresh and random too.
+    #[must_use]
+    pub const fn resealing(mut self) -> Self {
+        self.resealed = true;
+        self
     }
 
     /// The epoch the frames belong to.
@@ -168,10 +177,15 @@ impl Sealer {
         Bytes::from(out).slice(frame_at..)
     }
 
-    /// A frame of extents without content: holes or unreadable blocks. Its seal is over nothing but the header.
+    /// A frame of extents without content: holes, unreadable or lost blocks. Its seal is over nothing but the header; lost blocks
+    /// have none.
     #[must_use]
     pub fn bare(&self, encoding: Encoding, volume: VolumeSlot, sequence: Sequence, extents: Vec<Extent>) -> Vec<u8> {
         assert!(!encoding.has_content(), "{encoding:?} has content");
+        if encoding == Encoding::Lost {
+            let header = self.header(Kind::Extents, encoding, volume, sequence, extents, 0, 0);
+            return frame::encode(&self.group, &header, &[]);
+        }
         let header = self.header(Kind::Extents, encoding, volume, sequence, extents, TAG_BYTES, 0);
         let mut payload = Vec::with_capacity(TAG_BYTES);
         self.attempt_key.seal(sequence, Section::Content, &header.associated_data(), &mut payload, 0);
@@ -197,6 +211,7 @@ impl Sealer {
             generation: self.generation,
             attempt: self.attempt,
             sequence,
+            resealed: self.resealed,
             payload_len: payload_len as u32,
             content_len: 0,
             digests_len: digests_len as u32,

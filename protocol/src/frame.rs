@@ -59,12 +59,15 @@ pub enum Encoding {
     Hole = 4,
     /// The device could not read the blocks: no content, and never zeros.
     Unreadable = 5,
+    /// The target had lost them when it sealed what was around them anew: no content, no payload, and never zeros.
+    Lost = 7,
     // Reserved: 2 zstd, 3 zstd with the group's dictionary, 6 delta.
 }
 
 impl Encoding {
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Raw, Self::Lz4, Self::Hole, Self::Unreadable].into_iter().find(|encoding| *encoding as u8 == byte)
+        let known = [Self::Raw, Self::Lz4, Self::Hole, Self::Unreadable, Self::Lost];
+        known.into_iter().find(|encoding| *encoding as u8 == byte)
     }
 
     /// Whether the blocks of such a frame have bytes of their own.
@@ -91,6 +94,8 @@ pub struct Header {
     pub attempt: AttemptId,
     /// Its position within the attempt.
     pub sequence: Sequence,
+    /// Sealed anew by the target, as what the blocks held at `epoch`. No source sends such a frame.
+    pub resealed: bool,
     /// Bytes of the payload, as stored.
     pub payload_len: u32,
     /// Bytes of the content once opened and decompressed; 0 where there is none.
@@ -193,7 +198,7 @@ impl Header {
     pub fn associated_data(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.header_len());
         out.extend_from_slice(&MAGIC);
-        out.extend_from_slice(&[VERSION, self.kind as u8, self.encoding as u8, 0]);
+        out.extend_from_slice(&[VERSION, self.kind as u8, self.encoding as u8, u8::from(self.resealed)]);
         out.extend_from_slice(&self.volume.0.to_le_bytes());
         out.extend_from_slice(&[0, 0]);
         out.extend_from_slice(&(self.header_len() as u32).to_le_bytes());
@@ -280,9 +285,10 @@ pub fn decode_header(group: &GroupId, bytes: &[u8]) -> Result<Header, FrameError
         generation: Generation(u64_at(fixed, 40)),
         attempt: AttemptId(fixed[48..64].try_into().expect("16 bytes")),
         sequence: Sequence(u64_at(fixed, 64)),
+        resealed: fixed[7] == 1,
         extents: decode_extents(&summed[FIXED_BYTES..])?,
     };
-    if fixed[7] != 0 || fixed[10..12] != [0, 0] {
+    if fixed[7] > 1 || fixed[10..12] != [0, 0] {
         return Err(FrameError::Field("reserved byte"));
     }
     check(&header)?;
@@ -333,6 +339,9 @@ fn check(header: &Header) -> Result<(), FrameError> {
         return Err(FrameError::Bound("digests length"));
     }
     if header.kind != Kind::Extents {
+        if header.resealed {
+            return Err(FrameError::Field("record header"));
+        }
         let bare = header.extents.is_empty() && header.content_len == 0 && header.digests_len == 0;
         let plain = header.encoding == Encoding::Raw && header.volume == VolumeSlot(0);
         return if bare && plain { Ok(()) } else { Err(FrameError::Field("record header")) };
@@ -347,6 +356,9 @@ fn check(header: &Header) -> Result<(), FrameError> {
         }
     } else if header.content_len != 0 || header.extents.iter().any(|extent| extent.count > HOLE_BLOCKS_MAX) {
         return Err(FrameError::Field("hole"));
+    }
+    if header.encoding == Encoding::Lost && (!header.resealed || header.payload_len != 0) {
+        return Err(FrameError::Field("lost blocks"));
     }
     Ok(())
 }
@@ -389,6 +401,7 @@ mod tests {
             payload_len: 100,
             content_len: 3 * BLOCK_BYTES as u32,
             digests_len: 64,
+            resealed: false,
             extents: vec![Extent { start: Block(1), count: 2 }, Extent { start: Block(u32::MAX), count: 1 }],
         };
         encode(&GROUP, &header, &[0xa5; 100])

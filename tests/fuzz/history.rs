@@ -132,6 +132,7 @@ impl Format for ContentFormat {
             generation: Generation(2),
             attempt: ATTEMPT,
             sequence: Sequence(1),
+            resealed: false,
             payload_len: (plain.len() + TAG_BYTES) as u32,
             content_len: content_len as u32,
             digests_len: digests_len as u32,

@@ -222,7 +222,7 @@ impl GroupWriter for MemoryWriter {
         Ok(Vec::new())
     }
 
-    fn note_damages(&mut self, _segment: u64, _damages: &[Damage]) -> Result<(), StoreError> {
+    fn note_damages(&mut self, _file: FileId, _damages: &[Damage]) -> Result<(), StoreError> {
         Ok(())
     }
 

@@ -207,8 +207,8 @@ impl GroupWriter for HastyWriter {
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
         self.0.points(after, max)
     }
-    fn note_damages(&mut self, segment: u64, damages: &[Damage]) -> Result<(), StoreError> {
-        self.0.note_damages(segment, damages)
+    fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError> {
+        self.0.note_damages(file, damages)
     }
 
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {

@@ -6,7 +6,7 @@ use super::output::{bytes, json};
 use super::{context, print};
 use crate::catalog::Catalog;
 use crate::points::PointName;
-use crate::verify::{VerifyReport, verify};
+use crate::verify::{Damage, VerifyReport, verify};
 use cdp_protocol::units::Epoch;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeSet;
@@ -15,6 +15,8 @@ use std::process::ExitCode;
 
 /// Epochs named on a line of damage before it only counts them.
 const EPOCHS_NAMED: usize = 20;
+/// The same for runs of blocks.
+const EXTENTS_NAMED: usize = 4;
 
 /// Arguments of `verify`.
 #[derive(Debug, clap::Args)]
@@ -69,9 +71,22 @@ const fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
+/// "; blocks 8..16 of volume 0 …", where they are known.
+fn blocks(damage: &Damage) -> String {
+    let named = damage.blocks.iter().take(EXTENTS_NAMED);
+    let named: Vec<String> = named.map(|at| format!("{}..{} of volume {}", at.start, at.start + at.count, at.volume)).collect();
+    let more = damage.blocks.len().saturating_sub(EXTENTS_NAMED);
+    match (named.is_empty(), more) {
+        (true, _) => String::new(),
+        (false, 0) => format!("; blocks {}", named.join(", ")),
+        (false, more) => format!("; blocks {} and {more} more extents", named.join(", ")),
+    }
+}
+
 fn text(report: &VerifyReport) -> String {
-    let VerifyReport { segments, frames, points, .. } = report;
-    let mut text = format!("read {}: {segments} segments, {frames} frames, {points} points\n", bytes(report.bytes));
+    let VerifyReport { segments, packs, frames, points, .. } = report;
+    let read = bytes(report.bytes);
+    let mut text = format!("read {read}: {segments} segments, {packs} packs, {frames} frames, {points} points\n");
     for damage in &report.damages {
         let named: Vec<String> = damage.points.iter().take(EPOCHS_NAMED).map(Epoch::to_string).collect();
         let more = damage.points.len().saturating_sub(EPOCHS_NAMED);
@@ -80,8 +95,8 @@ fn text(report: &VerifyReport) -> String {
             (false, 0) => format!("points {}", named.join(" ")),
             (false, more) => format!("points {} and {more} more", named.join(" ")),
         };
-        writeln!(text, "damaged: segment {} offset {}: {}; {points}", damage.segment, damage.offset, damage.what)
-            .expect("text takes anything");
+        let (file, offset, what) = (&damage.file, damage.offset, &damage.what);
+        writeln!(text, "damaged: {file} offset {offset}: {what}{}; {points}", blocks(damage)).expect("text takes anything");
     }
     if report.is_clean() {
         text.push_str("nothing is wrong\n");

@@ -29,6 +29,8 @@ pub enum EntryKind {
     Hole = 1,
     /// The source's device could not read them.
     Unreadable = 2,
+    /// They were lost before what is around them was sealed anew.
+    Lost = 3,
 }
 
 /// One extent of one frame.
@@ -227,6 +229,7 @@ impl OpenIndex {
             Encoding::Raw | Encoding::Lz4 => EntryKind::Content,
             Encoding::Hole => EntryKind::Hole,
             Encoding::Unreadable => EntryKind::Unreadable,
+            Encoding::Lost => EntryKind::Lost,
         };
         if kind == EntryKind::Unreadable {
             self.runs[run as usize].unreadable_blocks += header.blocks();
@@ -244,6 +247,23 @@ impl OpenIndex {
     /// All entries.
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.content.values().chain(self.bare.values())
+    }
+
+    /// The newest epoch whose frames it has; 0 where it has none.
+    #[must_use]
+    pub fn newest_run(&self) -> Epoch {
+        self.runs.iter().map(|run| run.epoch).max().unwrap_or_default()
+    }
+
+    /// The run of the frame with `header` in a file that the target wrote: every run in it counts.
+    pub fn pack_run(&mut self, header: &Header) -> u32 {
+        let same = |run: &Run| run.attempt == header.attempt && run.epoch == header.epoch;
+        if !self.runs.last().is_some_and(same) {
+            let (epoch, generation, attempt) = (header.epoch, header.generation, header.attempt);
+            let (end, continued, bytes, unreadable_blocks) = (RunEnd::Commit, false, 0, 0);
+            self.runs.push(Run { epoch, generation, attempt, end, continued, bytes, unreadable_blocks });
+        }
+        self.runs.len() as u32 - 1
     }
 
     /// Its points in short, if it has any.
@@ -386,6 +406,7 @@ fn take_entries(bytes: &[u8], with_content: bool) -> Result<Vec<Entry>, FieldErr
             0 => EntryKind::Content,
             1 => EntryKind::Hole,
             2 => EntryKind::Unreadable,
+            3 => EntryKind::Lost,
             _ => return Err(FieldError("entry kind")),
         };
         let extent = Extent::new(Block(input.u32()?), input.u32()?).ok_or(FieldError("entry extent"))?;
@@ -426,7 +447,7 @@ fn put_lost(out: &mut Vec<u8>, lost: &Lost) {
     out.extend_from_slice(&lost.run.unwrap_or(u32::MAX).to_le_bytes());
 }
 
-fn put_commit(out: &mut Vec<u8>, commit: &CommitEntry) {
+pub(crate) fn put_commit(out: &mut Vec<u8>, commit: &CommitEntry) {
     out.extend_from_slice(&commit.head.epoch.0.to_le_bytes());
     out.extend_from_slice(&commit.head.hash.0);
     out.extend_from_slice(&commit.generation.0.to_le_bytes());
@@ -439,7 +460,7 @@ fn put_commit(out: &mut Vec<u8>, commit: &CommitEntry) {
     put_volumes(out, &commit.volumes);
 }
 
-fn take_commit(input: &mut Input<'_>) -> Result<CommitEntry, FieldError> {
+pub(crate) fn take_commit(input: &mut Input<'_>) -> Result<CommitEntry, FieldError> {
     let head = Head { epoch: Epoch(input.u64()?), hash: FrameHash(input.array()?) };
     let (generation, attempt) = (Generation(input.u64()?), AttemptId(input.array()?));
     let (offset, frame_len, received) = (input.u64()?, input.u32()?, Timestamp(input.i64()?));

@@ -4,7 +4,7 @@
 //! once and two numbers of it are kept.
 
 use super::index::CommitEntry;
-use super::manifest::SealedSegment;
+use super::manifest::{PointRange, SealedSegment};
 use super::{GroupView, JournalError, Point};
 use crate::points::{PointTimes, point_time};
 use cdp_protocol::units::{Epoch, Timestamp};
@@ -19,31 +19,43 @@ pub struct Overview {
 }
 
 /// The points of a segment in short.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub(super) struct Tally {
     points: u64,
-    /// The latest time of a point.
+    /// The latest time of a point, removed ones too: it never goes back.
     time: Option<Timestamp>,
+    /// Which of them were removed then.
+    removed: Vec<(Epoch, Epoch)>,
 }
 
 impl Tally {
-    fn of(commits: &[CommitEntry]) -> Self {
+    fn of(commits: &[CommitEntry], removed: Vec<(Epoch, Epoch)>) -> Self {
         let time = commits.iter().fold(None, |before, commit| {
             let times = PointTimes { cut: commit.cut_time(), received: commit.received };
             Some(point_time(times, before))
         });
-        Self { points: commits.len() as u64, time }
+        let is_removed = |epoch| removed.iter().any(|(first, last)| (*first..=*last).contains(&epoch));
+        let points = commits.iter().filter(|commit| !is_removed(commit.head.epoch)).count() as u64;
+        Self { points, time, removed }
     }
 
-    fn with(self, other: Self) -> Self {
-        Self { points: self.points + other.points, time: self.time.max(other.time) }
+    fn add(&mut self, other: &Self) {
+        self.points += other.points;
+        self.time = self.time.max(other.time);
     }
 }
 
 impl GroupView {
-    /// All points, oldest first. A segment that cannot be read gives an error in its place, and the iterator goes on.
+    /// The points that were not removed, oldest first. A segment that cannot be read gives an error in its place, and the iterator
+    /// goes on.
     #[must_use]
     pub fn points(&self) -> impl DoubleEndedIterator<Item = Result<Point, JournalError>> + '_ {
+        let is_listed = |point: &Point| !self.is_removed(point.epoch);
+        self.all_points().filter(move |point| point.as_ref().map_or(true, is_listed))
+    }
+
+    /// The same with those that were removed: their times bound those of the ones behind them.
+    pub(crate) fn all_points(&self) -> impl DoubleEndedIterator<Item = Result<Point, JournalError>> + '_ {
         let reaches = self.reaches();
         self.segments().flat_map(move |number| {
             let points: Vec<_> = match self.commits_of(number, Epoch(0), usize::MAX) {
@@ -64,7 +76,9 @@ impl GroupView {
         let reaches = self.reaches();
         let mut points = Vec::new();
         for number in sealed.chain([self.manifest().open]) {
-            let commits = self.commits_of(number, after, max - points.len())?;
+            let mut commits = self.commits_of(number, after, usize::MAX)?;
+            commits.retain(|commit| !self.is_removed(commit.head.epoch));
+            commits.truncate(max - points.len());
             points.extend(commits.iter().map(|commit| self.to_point(commit, &reaches)));
             if points.len() == max {
                 break;
@@ -94,20 +108,27 @@ impl GroupView {
     pub fn overview(&self) -> Result<Overview, JournalError> {
         let mut tally = Tally::default();
         for sealed in &self.manifest().sealed {
-            tally = tally.with(self.sealed_tally(sealed)?);
+            tally.add(&self.sealed_tally(sealed)?);
         }
-        tally = tally.with(Tally::of(self.index(self.manifest().open)?.commits()));
+        let open = self.index(self.manifest().open)?;
+        let commits = open.commits();
+        let range = commits.first().zip(commits.last()).map(|(first, last)| (first.head.epoch, last.head.epoch));
+        let removed = range.map(|(first, last)| self.manifest().removed.within(first, last).collect());
+        tally.add(&Tally::of(commits, removed.unwrap_or_default()));
+        drop(open);
         Ok(Overview { points: tally.points, newest: self.newest()?.zip(tally.time) })
     }
 
     fn sealed_tally(&self, sealed: &SealedSegment) -> Result<Tally, JournalError> {
+        let within = |points: PointRange| self.manifest().removed.within(points.first, points.last).collect();
+        let removed: Vec<_> = sealed.points.map(within).unwrap_or_default();
         let caches = self.shelf().caches;
-        if let Some(tally) = caches.tally(sealed.number) {
+        if let Some(tally) = caches.tally(sealed.id()).filter(|tally| tally.removed == removed) {
             return Ok(tally);
         }
-        let tally = Tally::of(self.index(sealed.number)?.commits());
-        if !self.shelf().is_missing(sealed.number) {
-            caches.keep_tally(sealed.number, tally);
+        let tally = Tally::of(self.index(sealed.number)?.commits(), removed);
+        if !self.shelf().is_missing(sealed.id()) {
+            caches.keep_tally(sealed.id(), tally.clone());
         }
         Ok(tally)
     }

@@ -4,11 +4,13 @@
 //! copies, so that one spot of rot does not take the group's identity and key with it. A newer version is refused.
 
 use super::bytes::{FieldError, Input, put_long};
+use super::file::{FileId, Sealed, SliceId};
+use super::removed::Removed;
 use super::{GroupIdentity, JournalError};
 use cdp_protocol::escrow::Envelope;
 use cdp_protocol::session::lineage::{Line, Lineage, Place};
 use cdp_protocol::session::target::{Claim, Ruling};
-use cdp_protocol::units::{Epoch, FrameHash, Generation, GroupId, Head, KeyId, Timestamp};
+use cdp_protocol::units::{Epoch, FrameHash, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
 use cdp_seams::storage::{Storage, read_all, replace};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,8 +19,8 @@ use std::path::{Path, PathBuf};
 pub const MAGIC: [u8; 8] = *b"CDPMANIF";
 /// The layout described here.
 ///
-/// Version 1 ends with the damages: no lineage, no forks, one envelope.
-pub const VERSION: u16 = 2;
+/// Version 1 ends with the damages: no lineage, no forks, one envelope. Version 2 has no points removed and no checkpoints.
+pub const VERSION: u16 = 3;
 /// The longest manifest, in bytes.
 const BYTES_MAX: u64 = 256 * 1024 * 1024;
 
@@ -27,6 +29,8 @@ const BYTES_MAX: u64 = 256 * 1024 * 1024;
 pub struct SealedSegment {
     /// Its number.
     pub number: u64,
+    /// 0 as its source wrote it; else the change of the manifest that it was rewritten for.
+    pub revision: u64,
     /// Bytes of the file.
     pub len: u64,
     /// Where its frames end.
@@ -35,15 +39,30 @@ pub struct SealedSegment {
     pub footer_hash: [u8; 32],
     /// The points in it, if it has any.
     pub points: Option<PointRange>,
+    /// The newest epoch whose frames it has; `Epoch(u64::MAX)` where that was not written down.
+    pub newest_run: Epoch,
 }
 
 impl SealedSegment {
+    /// The file.
+    #[must_use]
+    pub const fn id(&self) -> FileId {
+        FileId::Segment { number: self.number, revision: self.revision }
+    }
+
+    /// As a file of frames.
+    #[must_use]
+    pub const fn sealed(&self) -> Sealed {
+        let Self { len, frames_end, footer_hash, points, .. } = *self;
+        Sealed { id: self.id(), len, frames_end, footer_hash, points }
+    }
+
     /// What stands behind the segment in a file that has `len` bytes: of no use to anybody, and not ours.
     #[must_use]
     pub fn surplus(&self, len: u64) -> Option<Damage> {
         let surplus = len.checked_sub(self.len).filter(|surplus| *surplus > 0)?;
         let what = format!("{surplus} bytes stand behind the segment's end");
-        Some(Damage { segment: self.number, offset: self.len, len: surplus, first_epoch: None, any_block: false, what })
+        Some(Damage { offset: self.len, len: surplus, ..Damage::of(self.id(), what) })
     }
 }
 
@@ -60,11 +79,33 @@ pub struct PointRange {
     pub latest: Timestamp,
 }
 
+/// A full image at one point, readable without the journal before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Checkpoint {
+    /// The point.
+    pub epoch: Epoch,
+    /// When it was made.
+    pub made: Timestamp,
+    /// Bytes of one of the two copies in its image index.
+    pub index_len: u64,
+    /// BLAKE3 of one of them.
+    pub index_hash: [u8; 32],
+    /// Bytes of its packs, shared ones too.
+    pub held_bytes: u64,
+    /// Bytes of them that the image needs.
+    pub needed_bytes: u64,
+    /// Blocks that were lost before it was made.
+    pub lost_blocks: u64,
+}
+
 /// Bytes below the proven offset that are not what was written.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Damage {
-    /// The segment.
+    /// The segment; 0 where it is in a checkpoint's pack.
     pub segment: u64,
+    /// The pack, where it is in one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slice: Option<SliceId>,
     /// Where it begins.
     pub offset: u64,
     /// How many bytes.
@@ -78,6 +119,31 @@ pub struct Damage {
 }
 
 impl Damage {
+    /// A damage of a file that no point needs, of no bytes yet.
+    #[must_use]
+    pub const fn of(file: FileId, what: String) -> Self {
+        let (segment, slice) = match file {
+            FileId::Segment { number, .. } => (number, None),
+            FileId::Slice(slice) => (0, Some(slice)),
+        };
+        Self { segment, slice, offset: 0, len: 0, first_epoch: None, any_block: false, what }
+    }
+
+    /// Whether it is in that file.
+    #[must_use]
+    pub fn is_in(&self, file: FileId) -> bool {
+        match file {
+            FileId::Segment { number, .. } => self.slice.is_none() && self.segment == number,
+            FileId::Slice(slice) => self.slice == Some(slice),
+        }
+    }
+
+    /// The file, as people read it.
+    #[must_use]
+    pub fn place(&self) -> String {
+        self.slice.map_or_else(|| format!("segment {}", self.segment), |slice| slice.to_string())
+    }
+
     /// What it is, and how far it reaches where that cannot be told.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -124,6 +190,14 @@ pub struct Manifest {
     /// Envelopes of the data keys before the present one: older points need them.
     #[serde(skip)]
     pub older_envelopes: Vec<Envelope>,
+    /// Counts the changes that took files away: who reads by an older manifest may still need them.
+    pub change: u64,
+    /// Points that were removed.
+    pub removed: Removed,
+    /// The checkpoint below which the journal has no content any more.
+    pub floor: Option<Epoch>,
+    /// Full images, by rising epoch.
+    pub checkpoints: Vec<Checkpoint>,
 }
 
 /// A source whose history is not of the one that goes on.
@@ -230,6 +304,7 @@ impl Manifest {
         out.extend_from_slice(&(self.damages.len() as u32).to_le_bytes());
         self.damages.iter().for_each(|damage| put_damage(&mut out, damage));
         self.put_history(&mut out);
+        self.put_images(&mut out);
         let hash = blake3::hash(&out);
         out.extend_from_slice(hash.as_bytes());
         out
@@ -272,7 +347,11 @@ impl Manifest {
         let frozen = take_option(input)?;
         let open = input.u64()?;
         let open_header = input.long()?.to_vec();
-        let sealed = (0..input.u32()?).map(|_| take_sealed(input)).collect::<Result<_, _>>()?;
+        let mut sealed = Vec::new();
+        for _ in 0..input.u32()? {
+            let before = sealed.last().map_or(0, |before: &SealedSegment| before.number);
+            sealed.push(Some(take_sealed(input, version)?).filter(|next| next.number > before).ok_or(SEALED_ORDER)?);
+        }
         let mut marks = BTreeMap::new();
         for _ in 0..input.u32()? {
             let epoch = Epoch(input.u64()?);
@@ -281,8 +360,9 @@ impl Manifest {
             }
             marks.insert(epoch, Mark { label: take_option(input)?, pinned: input.flag()? });
         }
-        let damages = (0..input.u32()?).map(|_| take_damage(input)).collect::<Result<_, _>>()?;
+        let damages = (0..input.u32()?).map(|_| take_damage(input, version)).collect::<Result<_, _>>()?;
         let (lineage, forks, ruling, older_envelopes) = Default::default();
+        let (change, removed, floor, checkpoints) = Default::default();
         let mut manifest = Self {
             identity,
             generation,
@@ -296,9 +376,16 @@ impl Manifest {
             forks,
             ruling,
             older_envelopes,
+            change,
+            removed,
+            floor,
+            checkpoints,
         };
         if version > 1 {
             manifest.take_history(input)?;
+        }
+        if version > 2 {
+            manifest.take_images(input)?;
         }
         Ok(manifest)
     }
@@ -333,6 +420,71 @@ impl Manifest {
         self.older_envelopes = (0..input.u32()?).map(|_| take_envelope(input)).collect::<Result<_, _>>()?;
         Ok(())
     }
+
+    /// What version 2 did not have.
+    fn put_images(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.change.to_le_bytes());
+        put_count(out, self.removed.ranges().len());
+        for (first, last) in self.removed.ranges() {
+            out.extend_from_slice(&first.0.to_le_bytes());
+            out.extend_from_slice(&last.0.to_le_bytes());
+        }
+        put_epoch(out, self.floor);
+        put_count(out, self.checkpoints.len());
+        self.checkpoints.iter().for_each(|checkpoint| put_checkpoint(out, checkpoint));
+    }
+
+    fn take_images(&mut self, input: &mut Input<'_>) -> Result<(), FieldError> {
+        self.change = input.u64()?;
+        let ranges = (0..input.u32()?).map(|_| Ok((Epoch(input.u64()?), Epoch(input.u64()?))));
+        self.removed = Removed::new(ranges.collect::<Result<_, FieldError>>()?).ok_or(FieldError("removed points"))?;
+        self.floor = take_epoch(input)?;
+        for _ in 0..input.u32()? {
+            let checkpoint = take_checkpoint(input)?;
+            if self.checkpoints.last().is_some_and(|before| before.epoch >= checkpoint.epoch) {
+                return Err(FieldError("order of the checkpoints"));
+            }
+            self.checkpoints.push(checkpoint);
+        }
+        let has_floor = |floor| self.checkpoints.iter().any(|checkpoint| checkpoint.epoch == floor);
+        if self.floor.is_none_or(has_floor) { Ok(()) } else { Err(FieldError("floor")) }
+    }
+
+    /// The newest checkpoint at or before `epoch`.
+    #[must_use]
+    pub fn checkpoint_before(&self, epoch: Epoch) -> Option<&Checkpoint> {
+        self.checkpoints.iter().rev().find(|checkpoint| checkpoint.epoch <= epoch)
+    }
+}
+
+const SEALED_ORDER: FieldError = FieldError("order of the segments");
+
+fn put_epoch(out: &mut Vec<u8>, epoch: Option<Epoch>) {
+    out.push(u8::from(epoch.is_some()));
+    out.extend_from_slice(&epoch.unwrap_or_default().0.to_le_bytes());
+}
+
+fn take_epoch(input: &mut Input<'_>) -> Result<Option<Epoch>, FieldError> {
+    let (there, epoch) = (input.flag()?, Epoch(input.u64()?));
+    absent(there, epoch.0 == 0)?;
+    Ok(there.then_some(epoch))
+}
+
+fn put_checkpoint(out: &mut Vec<u8>, checkpoint: &Checkpoint) {
+    out.extend_from_slice(&checkpoint.epoch.0.to_le_bytes());
+    out.extend_from_slice(&checkpoint.made.0.to_le_bytes());
+    out.extend_from_slice(&checkpoint.index_len.to_le_bytes());
+    out.extend_from_slice(&checkpoint.index_hash);
+    out.extend_from_slice(&checkpoint.held_bytes.to_le_bytes());
+    out.extend_from_slice(&checkpoint.needed_bytes.to_le_bytes());
+    out.extend_from_slice(&checkpoint.lost_blocks.to_le_bytes());
+}
+
+fn take_checkpoint(input: &mut Input<'_>) -> Result<Checkpoint, FieldError> {
+    let (epoch, made) = (Epoch(input.u64()?), Timestamp(input.i64()?));
+    let (index_len, index_hash) = (input.u64()?, input.array()?);
+    let (held_bytes, needed_bytes, lost_blocks) = (input.u64()?, input.u64()?, input.u64()?);
+    Ok(Checkpoint { epoch, made, index_len, index_hash, held_bytes, needed_bytes, lost_blocks })
 }
 
 fn put_count(out: &mut Vec<u8>, count: usize) {
@@ -417,9 +569,11 @@ fn put_sealed(out: &mut Vec<u8>, segment: &SealedSegment) {
         out.extend_from_slice(&points.earliest.0.to_le_bytes());
         out.extend_from_slice(&points.latest.0.to_le_bytes());
     }
+    out.extend_from_slice(&segment.revision.to_le_bytes());
+    out.extend_from_slice(&segment.newest_run.0.to_le_bytes());
 }
 
-fn take_sealed(input: &mut Input<'_>) -> Result<SealedSegment, FieldError> {
+fn take_sealed(input: &mut Input<'_>, version: u16) -> Result<SealedSegment, FieldError> {
     let (number, len, frames_end) = (input.u64()?, input.u64()?, input.u64()?);
     let footer_hash = input.array()?;
     let points = if input.flag()? {
@@ -428,7 +582,9 @@ fn take_sealed(input: &mut Input<'_>) -> Result<SealedSegment, FieldError> {
     } else {
         None
     };
-    Ok(SealedSegment { number, len, frames_end, footer_hash, points })
+    let (revision, newest_run) =
+        if version > 2 { (input.u64()?, Epoch(input.u64()?)) } else { (0, Epoch(u64::MAX)) };
+    Ok(SealedSegment { number, revision, len, frames_end, footer_hash, points, newest_run })
 }
 
 fn put_damage(out: &mut Vec<u8>, damage: &Damage) {
@@ -439,12 +595,24 @@ fn put_damage(out: &mut Vec<u8>, damage: &Damage) {
     out.extend_from_slice(&damage.first_epoch.unwrap_or_default().0.to_le_bytes());
     out.push(u8::from(damage.any_block));
     put_long(out, damage.what.as_bytes());
+    out.push(u8::from(damage.slice.is_some()));
+    if let Some(SliceId { slot, slice, epoch }) = damage.slice {
+        out.extend_from_slice(&slot.0.to_le_bytes());
+        out.extend_from_slice(&slice.to_le_bytes());
+        out.extend_from_slice(&epoch.0.to_le_bytes());
+    }
 }
 
-fn take_damage(input: &mut Input<'_>) -> Result<Damage, FieldError> {
+fn take_damage(input: &mut Input<'_>, version: u16) -> Result<Damage, FieldError> {
     let (segment, offset, len) = (input.u64()?, input.u64()?, input.u64()?);
     let (there, epoch) = (input.flag()?, Epoch(input.u64()?));
     absent(there, epoch.0 == 0)?;
     let first_epoch = there.then_some(epoch);
-    Ok(Damage { segment, offset, len, first_epoch, any_block: input.flag()?, what: input.text()? })
+    let (any_block, what) = (input.flag()?, input.text()?);
+    let slice = if version > 2 && input.flag()? {
+        Some(SliceId { slot: VolumeSlot(input.u16()?), slice: input.u32()?, epoch: Epoch(input.u64()?) })
+    } else {
+        None
+    };
+    Ok(Damage { segment, slice, offset, len, first_epoch, any_block, what })
 }

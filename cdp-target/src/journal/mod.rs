@@ -1,22 +1,27 @@
 //! One group's history in one folder.
 //!
 //! * `manifest`: what the group is and which segments it has; the only file that is ever replaced.
-//! * `segment`, `index`: the bytes of a segment: header, frames, index, footer.
+//! * `file`: the files that never change and how they are named. `segment`, `index`: the bytes of a segment: header, frames, index,
+//!   footer. `pack`: those of what the target puts together itself. `removed`: which points nobody can restore any more.
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
 //!   block at a point; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
-//!   not be read.
+//!   not be read; `images`: the checkpoints' packs.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
-mod bytes;
+pub(crate) mod bytes;
+pub mod file;
+mod images;
 pub mod index;
 mod listing;
 pub mod manifest;
+pub mod pack;
 pub(crate) mod pieces;
 mod reach;
 pub mod recovery;
+pub mod removed;
 mod scan;
 mod sealed;
 pub mod segment;
@@ -35,6 +40,8 @@ pub use bytes::FieldError;
 pub use listing::Overview;
 pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
+pub(crate) use images::extents;
+pub(crate) use sealed::is_no_file;
 pub use unreadable::Unreadable;
 pub use view::{GroupView, Point};
 pub use writer::{GroupJournal, short_claim};

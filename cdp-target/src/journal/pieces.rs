@@ -1,12 +1,17 @@
-//! Which frame holds a block at a point: from the newest segment to the oldest, from the last frame to the first.
+//! Which frame holds a block at a point: from the newest segment down to a checkpoint, from the last frame to the first, then the
+//! checkpoint's pack.
 //!
 //! Invariant: what was written last among the included frames wins, and damage that may have held a block hides everything
-//! older. Whether a run of frames is included is told by how its attempt ended, possibly in a later segment.
+//! older. Whether a run of frames is included is told by how its attempt ended, possibly in a later segment. A checkpoint is a
+//! short cut: where its pack is damaged, what it was made from is read instead, as long as that is there.
 
 use super::JournalError;
-use super::index::{CommitEntry, Entry, Run, RunEnd};
+use super::file::{FileId, SLICE_BLOCKS};
+use super::index::{CommitEntry, Entry, EntryKind, Run, RunEnd};
+use super::manifest::Checkpoint;
 use super::view::{GroupView, SegmentIndex};
-use cdp_protocol::units::{Epoch, Extent, VolumeSlot};
+use crate::checkpoint::index::SliceContent;
+use cdp_protocol::units::{Block, Epoch, Extent, VolumeSlot};
 use std::collections::HashMap;
 
 /// Where the content of some blocks is.
@@ -22,11 +27,22 @@ pub(crate) struct Piece {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum PiecePlace {
     /// In a frame; the first block's place within its content.
-    Frame { segment: u64, entry: Entry, run: Run, content_block: u32 },
+    Frame { file: FileId, entry: Entry, run: Run, content_block: u32 },
+    /// Zeros of a checkpoint.
+    Zero,
     /// Behind damage.
     Damaged(String),
     /// Nowhere: never sent.
     NotCovered,
+}
+
+/// What is asked for: blocks of a volume at a point, as far as they were written above a checkpoint.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    commit: &'a CommitEntry,
+    slot: VolumeSlot,
+    extent: Extent,
+    base: Option<Epoch>,
 }
 
 /// An extent or a damage of a segment, in the order they were written; with its run, where that is known, and whether that is the last one.
@@ -45,51 +61,68 @@ impl GroupView {
         extent: Extent,
     ) -> Result<Vec<Piece>, JournalError> {
         let mut canvas = Canvas::new(extent);
-        let newest = self.segment_of(commit.head.epoch).unwrap_or(self.manifest().open);
+        let mut newest = self.segment_of(commit.head.epoch).unwrap_or(self.manifest().open);
+        let mut bad = Vec::new();
+        let bases = self.manifest().checkpoints.iter().rev().filter(|base| base.epoch <= commit.head.epoch);
+        for base in bases.map(Some).chain([None]) {
+            let wanted = Wanted { commit, slot, extent, base: base.map(|base| base.epoch) };
+            newest = self.paint_journal(&mut canvas, &wanted, newest)?;
+            let Some(base) = base.filter(|_| !canvas.is_full()) else { break };
+            bad.extend(self.paint_image(&mut canvas, base, slot)?);
+            // Below the floor there is nothing.
+            if canvas.is_full() || self.manifest().floor == Some(base.epoch) {
+                break;
+            }
+        }
+        bad.iter().for_each(|(extent, what)| canvas.paint(*extent, |_| PiecePlace::Damaged(what.clone())));
+        Ok(canvas.finish())
+    }
+
+    /// Paints what stands in the journal above the base, from segment `newest` down; gives the segment where older content goes on.
+    fn paint_journal(&self, canvas: &mut Canvas, wanted: &Wanted<'_>, newest: u64) -> Result<u64, JournalError> {
+        let last = wanted.base.map_or(0, |base| self.segment_of(base).unwrap_or(self.manifest().open));
         let sealed = self.manifest().sealed.iter().map(|segment| segment.number);
-        let older = sealed.chain([self.manifest().open]).rev().skip_while(|number| *number > newest);
-        for number in older {
+        let numbers = sealed.chain([self.manifest().open]).rev();
+        for number in numbers.filter(|number| (last..=newest).contains(number)) {
             if canvas.is_full() {
                 break;
             }
-            if let Err(error) = self.paint(&mut canvas, number, number == newest, commit, slot, extent) {
+            let newest_run = self.sealed_segment(number).map(|sealed| sealed.newest_run);
+            if newest_run.is_some_and(|newest| wanted.base.is_some_and(|base| newest <= base)) {
+                continue;
+            }
+            if let Err(error) = self.paint(canvas, number, wanted) {
                 match error {
                     JournalError::Io { .. } | JournalError::Damaged(_) => {
-                        canvas.paint(extent, |_| PiecePlace::Damaged(format!("segment {number}: {error}")));
+                        canvas.paint(wanted.extent, |_| PiecePlace::Damaged(format!("segment {number}: {error}")));
                     }
                     other => return Err(other),
                 }
             }
         }
-        Ok(canvas.finish())
+        Ok(last)
     }
 
-    fn paint(
-        &self,
-        canvas: &mut Canvas,
-        number: u64,
-        is_newest: bool,
-        commit: &CommitEntry,
-        slot: VolumeSlot,
-        extent: Extent,
-    ) -> Result<(), JournalError> {
-        let layers = self.layers(number, is_newest, commit, slot, extent)?;
+    fn paint(&self, canvas: &mut Canvas, number: u64, wanted: &Wanted<'_>) -> Result<(), JournalError> {
+        let (at, file) = (wanted.commit.head.epoch, self.file_id(number));
+        let layers = self.layers(number, wanted)?;
         let mut included: HashMap<u32, bool> = HashMap::new();
         for Layer { offset, entry, run } in layers {
-            if let Some((at, run, is_last)) = &run {
-                let known = included.get(at).copied();
-                let taken = known.map_or_else(|| self.includes(number, run, *is_last, commit.head.epoch), Ok)?;
-                included.insert(*at, taken);
+            if let Some((place, run, is_last)) = &run {
+                let known = included.get(place).copied();
+                let is_newer = wanted.base.is_none_or(|base| run.epoch > base);
+                let taken = match known {
+                    Some(taken) => taken,
+                    None => is_newer && self.includes(number, run, *is_last, at)?,
+                };
+                included.insert(*place, taken);
                 if !taken {
                     continue;
                 }
             }
             match (entry, run) {
-                (Some(entry), Some((_, run, _))) => canvas.paint(entry.extent, |start| {
-                    let content_block = entry.content_block + (start - entry.extent.start.0);
-                    PiecePlace::Frame { segment: number, entry, run, content_block }
-                }),
-                _ => canvas.paint(extent, |_| {
+                (Some(entry), Some((_, run, _))) => canvas.paint_entry(file, &entry, run),
+                _ => canvas.paint(wanted.extent, |_| {
                     PiecePlace::Damaged(format!("segment {number} is damaged at offset {offset}: any block may be hit"))
                 }),
             }
@@ -97,15 +130,79 @@ impl GroupView {
         Ok(())
     }
 
-    /// What of a segment may hold blocks of `extent`, the last written first.
-    fn layers(
+    /// Paints what a checkpoint has; gives what it should have and has not, and why.
+    fn paint_image(
         &self,
-        number: u64,
-        is_newest: bool,
-        commit: &CommitEntry,
+        canvas: &mut Canvas,
+        base: &Checkpoint,
+        slot: VolumeSlot,
+    ) -> Result<Vec<(Extent, String)>, JournalError> {
+        let free: Vec<Extent> = canvas.free.iter().flat_map(|(from, to)| slices(*from, *to)).collect();
+        let Some(image) = self.image_index(base)? else {
+            let what = format!("the image index of checkpoint {} is missing or damaged", base.epoch);
+            return Ok(free.into_iter().map(|extent| (extent, what.clone())).collect());
+        };
+        let mut bad = Vec::new();
+        for extent in free {
+            if !image.commit().volumes.iter().any(|volume| volume.slot == slot) {
+                continue;
+            }
+            let slice = extent.start.0 / SLICE_BLOCKS;
+            let record = image.record(slot, slice).unwrap_or_default();
+            let what = match record.map(|record| record.content) {
+                None => Some(format!("the record of slice {slice} in checkpoint {} is damaged", base.epoch)),
+                Some(SliceContent::Zero) => {
+                    canvas.paint(extent, |_| PiecePlace::Zero);
+                    None
+                }
+                Some(SliceContent::Pack { sealed, .. }) => {
+                    let is_floor = self.manifest().floor == Some(base.epoch);
+                    self.paint_pack(canvas, &sealed, slot, extent, is_floor)?
+                }
+            };
+            bad.extend(what.map(|what| (extent, what)));
+        }
+        Ok(bad)
+    }
+
+    /// Paints what a pack has of `extent`; says what is wrong where it is damaged, and paints none of it then.
+    fn paint_pack(
+        &self,
+        canvas: &mut Canvas,
+        sealed: &super::file::Sealed,
         slot: VolumeSlot,
         extent: Extent,
-    ) -> Result<Vec<Layer>, JournalError> {
+        is_floor: bool,
+    ) -> Result<Option<String>, JournalError> {
+        let FileId::Slice(slice) = sealed.id else { unreachable!("a slice is in a pack of its own") };
+        if self.shelf().is_missing(sealed.id) {
+            return Ok(Some(format!("the {slice} is missing")));
+        }
+        if !is_floor && self.shelf().caches.is_bad(slice) {
+            return Ok(Some(format!("the {slice} is damaged")));
+        }
+        let (summary, tables) = match self.shelf().tables(sealed) {
+            Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => return Ok(Some(format!("{slice}: {error}"))),
+            other => other?,
+        };
+        if let Some(lost) = summary.lost.first() {
+            return Ok(Some(format!("the {slice} is damaged at offset {}", lost.offset)));
+        }
+        let mut entries = Vec::new();
+        tables.candidates(slot, extent, &mut entries);
+        entries.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.frame_offset));
+        for entry in entries {
+            let Some(run) = summary.runs.get(entry.run as usize) else {
+                return Ok(Some(format!("the index of the {slice} names a run that is not there")));
+            };
+            canvas.paint_within(extent, sealed.id, &entry, *run);
+        }
+        Ok(None)
+    }
+
+    /// What of a segment may hold blocks of `extent`, the last written first.
+    fn layers(&self, number: u64, wanted: &Wanted<'_>) -> Result<Vec<Layer>, JournalError> {
+        let Wanted { commit, slot, extent, base } = *wanted;
         // The end of a run may be told by a later segment: the lock of the open one must not be held while that is looked up.
         let mut index = self.index(number)?;
         let mut entries = Vec::new();
@@ -116,7 +213,7 @@ impl GroupView {
             }
             SegmentIndex::Sealed(summary, sealed) if summary.touches(slot, extent) => {
                 let tables;
-                (*summary, tables) = self.shelf().tables(sealed)?;
+                (*summary, tables) = self.shelf().tables(&sealed.sealed())?;
                 tables.candidates(slot, extent, &mut entries);
             }
             SegmentIndex::Sealed(..) => {}
@@ -131,7 +228,11 @@ impl GroupView {
         for entry in entries {
             layers.push(Layer { offset: entry.frame_offset, entry: Some(entry), run: Some(run_of(entry.run)?) });
         }
-        for lost in index.lost().iter().filter(|lost| !is_newest || lost.offset < commit.offset) {
+        let offset_of = |epoch: Epoch| index.commits().iter().find(|commit| commit.head.epoch == epoch).map(|commit| commit.offset);
+        // Behind the point nothing is asked for, and what was lost before the checkpoint is the checkpoint's business.
+        let (to, from) = (offset_of(commit.head.epoch), base.and_then(offset_of));
+        let between = |lost: &&super::index::Lost| to.is_none_or(|to| lost.offset < to) && from.is_none_or(|from| from < lost.offset);
+        for lost in index.lost().iter().filter(between) {
             layers.push(Layer { offset: lost.offset, entry: None, run: lost.run.map(run_of).transpose()? });
         }
         layers.sort_unstable_by_key(|layer| std::cmp::Reverse(layer.offset));
@@ -187,6 +288,26 @@ impl Canvas {
         self.free.is_empty()
     }
 
+    fn paint_entry(&mut self, file: FileId, entry: &Entry, run: Run) {
+        self.paint_within(entry.extent, file, entry, run);
+    }
+
+    /// Paints what an entry has of `extent`.
+    fn paint_within(&mut self, extent: Extent, file: FileId, entry: &Entry, run: Run) {
+        let start = extent.start.0.max(entry.extent.start.0);
+        let end = extent.end().min(entry.extent.end());
+        if u64::from(start) >= end {
+            return;
+        }
+        self.paint(to_extent(u64::from(start), end), |start| match entry.kind {
+            EntryKind::Lost => PiecePlace::Damaged("they were lost before they were sealed anew".to_owned()),
+            _ => {
+                let content_block = entry.content_block + (start - entry.extent.start.0);
+                PiecePlace::Frame { file, entry: *entry, run, content_block }
+            }
+        });
+    }
+
     fn paint(&mut self, extent: Extent, place: impl Fn(u32) -> PiecePlace) {
         let (start, end) = (u64::from(extent.start.0), extent.end());
         let first = self.free.partition_point(|(_, free_end)| *free_end <= start);
@@ -214,6 +335,11 @@ impl Canvas {
 }
 
 fn to_extent(from: u64, to: u64) -> Extent {
-    let start = cdp_protocol::units::Block(from as u32);
-    Extent::new(start, (to - from) as u32).expect("a part of an extent, not empty")
+    Extent::new(Block(from as u32), (to - from) as u32).expect("a part of an extent, not empty")
+}
+
+/// A run of blocks, cut where slices begin.
+fn slices(from: u64, to: u64) -> impl Iterator<Item = Extent> {
+    let slice = u64::from(SLICE_BLOCKS);
+    (from / slice..to.div_ceil(slice)).map(move |at| to_extent(from.max(at * slice), to.min((at + 1) * slice)))
 }

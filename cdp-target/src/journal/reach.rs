@@ -13,9 +13,19 @@ use std::collections::{BTreeMap, HashMap};
 
 /// First and last point that `damage` hits; no last where it reaches up to the newest; `None` where it hits none.
 pub(crate) fn reach(view: &GroupView, damage: &Damage) -> Option<Reach> {
+    if let Some(slice) = damage.slice {
+        return view.reach_of_pack(damage, slice);
+    }
     let first = damage.first_epoch?;
+    // From a checkpoint on that was made with nothing lost, nobody needs what is before it.
+    let whole = view.manifest().checkpoints.iter().find(|base| base.epoch > first && base.lost_blocks == 0);
+    let until = whole.map(|base| Epoch(base.epoch.0 - 1));
+    if view.manifest().floor.is_some_and(|floor| until.is_some_and(|until| until < floor)) {
+        // No point is left that could.
+        return None;
+    }
     if damage.any_block {
-        return Some((first, None));
+        return Some((first, until));
     }
     let mut remaining: BTreeMap<u16, RoaringBitmap> = BTreeMap::new();
     let mut any = false;
@@ -31,13 +41,14 @@ pub(crate) fn reach(view: &GroupView, damage: &Damage) -> Option<Reach> {
             } else if any && let Some(bitmap) = remaining.get_mut(&entry.slot.0) {
                 bitmap.remove_range(blocks);
                 if remaining.values().all(RoaringBitmap::is_empty) {
-                    return (epoch > first).then(|| (first, Some(Epoch(epoch.0 - 1))));
+                    let last = Epoch(epoch.0.saturating_sub(1)).min(until.unwrap_or(Epoch(u64::MAX)));
+                    return (last >= first).then_some((first, Some(last)));
                 }
             }
         }
     }
     // A damaged record: its own point, no other.
-    if any { Some((first, None)) } else { Some((first, Some(first))) }
+    if any { Some((first, until)) } else { Some((first, Some(first))) }
 }
 
 /// The frames that stand whole in a segment: where, and of which attempt.
@@ -92,13 +103,12 @@ pub(crate) fn told_by_index(
         }
         missing.retain(|offset, _| damage.first_epoch.is_none() || *offset != damage.offset);
     }
+    let file = view.file_id(segment);
     damages.extend(missing.into_iter().map(|(offset, (len, epoch))| Damage {
-        segment,
         offset,
         len: u64::from(len),
         first_epoch: Some(epoch),
-        any_block: false,
-        what: "the frame that the index has here is gone".to_owned(),
+        ..Damage::of(file, "the frame that the index has here is gone".to_owned())
     }));
     Ok(damages)
 }

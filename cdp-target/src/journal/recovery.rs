@@ -19,6 +19,7 @@
 //! Every step leaves something that the same table answers the same way, so recovery may itself be cut off anywhere.
 //! Only the open segment is read. Takes no lock: the store has one.
 
+use super::file::FileId;
 use super::manifest::{Damage, Manifest, SealedSegment};
 use super::scan::FrameScan;
 use super::sealed::is_no_file;
@@ -163,14 +164,7 @@ pub(super) fn walk_open(file: &dyn StorageFile, manifest: &Manifest, place: Plac
     let mut walked = walk(file, len, group, number, start, Some(place), 0, &mut Blind)?;
     if read < header.len() || on_disk != *header {
         let what = "the segment's header is damaged; the manifest has a copy".to_owned();
-        walked.damages.push(Damage {
-            segment: number,
-            offset: 0,
-            len: start,
-            first_epoch: None,
-            any_block: false,
-            what,
-        });
+        walked.damages.push(Damage { len: start, ..Damage::of(FileId::Segment { number, revision: 0 }, what) });
     }
     Ok((walked, len))
 }
@@ -265,10 +259,18 @@ fn replace_missing(
     let head = place.chain.head().map_or(0, |(head, _)| head.epoch.0);
     let missing = manifest.open;
     let what = "the segment is missing".to_owned();
-    let damage =
-        Damage { segment: missing, offset: 0, len: 0, first_epoch: Some(Epoch(head + 1)), any_block: true, what };
+    let lost = SealedSegment {
+        number: missing,
+        revision: 0,
+        len: 0,
+        frames_end: 0,
+        footer_hash: [0; 32],
+        points: None,
+        newest_run: Epoch(u64::MAX),
+    };
+    let damage = Damage { first_epoch: Some(Epoch(head + 1)), any_block: true, ..Damage::of(lost.id(), what) };
     note(manifest, report, damage);
-    manifest.sealed.push(SealedSegment { number: missing, len: 0, frames_end: 0, footer_hash: [0; 32], points: None });
+    manifest.sealed.push(lost);
     manifest.open += 1;
     let header = Header { group: manifest.identity.group, number: manifest.open, place: place.clone() };
     manifest.open_header = header.encode();
@@ -278,7 +280,7 @@ fn replace_missing(
 fn sealed_damages(storage: &dyn Storage, folder: &Path, sealed: &[SealedSegment]) -> Result<Vec<Damage>, JournalError> {
     let mut damages = Vec::new();
     for segment in sealed.iter().filter(|segment| segment.len > 0) {
-        let path = segment::path(folder, segment.number);
+        let path = segment.id().path(folder);
         let what = match storage.open(&path).and_then(|file| file.len()) {
             Ok(len) if len >= segment.len => {
                 damages.extend(segment.surplus(len));
@@ -289,14 +291,7 @@ fn sealed_damages(storage: &dyn Storage, folder: &Path, sealed: &[SealedSegment]
             Err(error) => return Err(JournalError::io("open", &path)(error)),
         };
         let first_epoch = segment.points.map(|points| points.first);
-        damages.push(Damage {
-            segment: segment.number,
-            offset: 0,
-            len: segment.len,
-            first_epoch,
-            any_block: true,
-            what,
-        });
+        damages.push(Damage { len: segment.len, first_epoch, any_block: true, ..Damage::of(segment.id(), what) });
     }
     Ok(damages)
 }

@@ -1,15 +1,18 @@
-//! Indexes of sealed segments, as readers hold them: loaded when needed, verified, within a budget of memory.
+//! Indexes of sealed segments and packs, as readers hold them: loaded when needed, verified, within a budget of memory.
 //!
-//! An index that does not verify is made anew from the segment's frames, in memory; nothing is written. It is made anew as a
+//! An index that does not verify is made anew from the file's frames, in memory; nothing is written. It is made anew as a
 //! whole, whichever part of it is damaged: what was lost among the frames is told by the other part.
 
-use super::index::{Summary, Tables};
+use super::file::{FileId, Sealed, SliceId};
+use super::index::{OpenIndex, Summary, Tables};
 use super::listing::Tally;
-use super::manifest::SealedSegment;
+use super::manifest::PointRange;
+use super::pack::walk_pack;
 use super::scan::FrameScan;
-use super::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC, Section};
+use super::segment::{FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC, Section};
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
+use crate::checkpoint::index::ImageIndex;
 use cdp_protocol::units::{Epoch, GroupId};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::{HashMap, HashSet};
@@ -21,6 +24,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 const CACHE_BYTES_MAX: usize = 32 << 20;
 /// Files kept open.
 const FILES_MAX: usize = 64;
+/// Image indexes kept open.
+const IMAGES_MAX: usize = 64;
 
 /// A sealed segment's index does not verify, and why.
 enum IndexError {
@@ -40,35 +45,59 @@ pub(crate) struct Caches {
     summaries: Mutex<Cache<Summary>>,
     tables: Mutex<Cache<Tables>>,
     files: Mutex<Cache<Box<dyn StorageFile>>>,
-    /// Segments whose index does not verify, in some part: nothing of it is believed.
-    distrusted: Mutex<HashSet<u64>>,
+    /// Files whose index does not verify, in some part: nothing of it is believed.
+    distrusted: Mutex<HashSet<FileId>>,
     /// Two numbers a segment: never dropped.
-    tallies: Mutex<HashMap<u64, Tally>>,
+    tallies: Mutex<HashMap<FileId, Tally>>,
     /// Bytes of the parts of a point, by its epoch, where it has any: the first copy, and long outages.
     part_bytes: Mutex<HashMap<Epoch, u64>>,
+    /// Image indexes, open.
+    images: Mutex<HashMap<Epoch, Arc<ImageIndex>>>,
+    /// Packs in which a frame was met that is not what was written: read past where anything else has the content.
+    bad_slices: Mutex<HashSet<SliceId>>,
 }
 
 impl Caches {
-    pub(super) fn tally(&self, number: u64) -> Option<Tally> {
-        locked(&self.tallies).get(&number).copied()
+    pub(super) fn tally(&self, file: FileId) -> Option<Tally> {
+        locked(&self.tallies).get(&file).cloned()
     }
 
     pub(super) fn part_bytes(&self, epoch: Epoch) -> Option<u64> {
         locked(&self.part_bytes).get(&epoch).copied()
     }
 
+    pub(super) fn image(&self, epoch: Epoch) -> Option<Arc<ImageIndex>> {
+        locked(&self.images).get(&epoch).map(Arc::clone)
+    }
+
+    pub(super) fn keep_image(&self, epoch: Epoch, image: &Arc<ImageIndex>) {
+        let mut images = locked(&self.images);
+        if images.len() >= IMAGES_MAX {
+            images.clear();
+        }
+        images.insert(epoch, Arc::clone(image));
+    }
+
+    pub(crate) fn is_bad(&self, slice: SliceId) -> bool {
+        locked(&self.bad_slices).contains(&slice)
+    }
+
+    pub(crate) fn note_bad(&self, slice: SliceId) {
+        locked(&self.bad_slices).insert(slice);
+    }
+
     pub(super) fn keep_part_bytes(&self, epoch: Epoch, bytes: u64) {
         locked(&self.part_bytes).insert(epoch, bytes);
     }
 
-    pub(super) fn keep_tally(&self, number: u64, tally: Tally) {
-        locked(&self.tallies).insert(number, tally);
+    pub(super) fn keep_tally(&self, file: FileId, tally: Tally) {
+        locked(&self.tallies).insert(file, tally);
     }
 }
 
-/// Values by segment number, the longest unused going first.
+/// Values by file, the longest unused going first.
 struct Cache<T> {
-    values: HashMap<u64, (u64, usize, Arc<T>)>,
+    values: HashMap<FileId, (u64, usize, Arc<T>)>,
     bytes: usize,
     uses: u64,
 }
@@ -80,21 +109,21 @@ impl<T> Default for Cache<T> {
 }
 
 impl<T> Cache<T> {
-    fn find(&mut self, number: u64) -> Option<Arc<T>> {
+    fn find(&mut self, file: FileId) -> Option<Arc<T>> {
         self.uses += 1;
-        let (used, _, value) = self.values.get_mut(&number)?;
+        let (used, _, value) = self.values.get_mut(&file)?;
         *used = self.uses;
         Some(Arc::clone(value))
     }
 
-    fn keep(&mut self, number: u64, value: &Arc<T>, bytes: usize, bytes_max: usize) {
+    fn keep(&mut self, file: FileId, value: &Arc<T>, bytes: usize, bytes_max: usize) {
         while self.bytes + bytes > bytes_max
-            && let Some(oldest) = self.values.iter().min_by_key(|(_, (used, ..))| *used).map(|(number, _)| *number)
+            && let Some(oldest) = self.values.iter().min_by_key(|(_, (used, ..))| *used).map(|(file, _)| *file)
         {
             self.bytes -= self.values.remove(&oldest).map_or(0, |(_, bytes, _)| bytes);
         }
         self.uses += 1;
-        if self.values.insert(number, (self.uses, bytes, Arc::clone(value))).is_none() {
+        if self.values.insert(file, (self.uses, bytes, Arc::clone(value))).is_none() {
             self.bytes += bytes;
         }
     }
@@ -105,7 +134,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Nothing stands there, or something that is no file.
-pub(super) fn is_no_file(error: &io::Error) -> bool {
+pub(crate) fn is_no_file(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput)
 }
 
@@ -138,7 +167,13 @@ impl StorageFile for Nothing {
     }
 }
 
-/// Where sealed segments are and whose they are.
+/// What a walk over a sealed file found.
+pub(crate) struct WalkedFile {
+    pub(crate) index: OpenIndex,
+    pub(crate) damages: Vec<Damage>,
+}
+
+/// Where sealed files are and whose they are.
 pub(crate) struct Shelf<'a> {
     pub(crate) storage: &'a dyn Storage,
     pub(crate) folder: &'a Path,
@@ -147,36 +182,36 @@ pub(crate) struct Shelf<'a> {
 }
 
 impl Shelf<'_> {
-    /// A segment's file, open to read; one of nothing where it is missing: its points are gone, the others are to be served.
-    pub(crate) fn file(&self, number: u64) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
-        if let Some(file) = locked(&self.caches.files).find(number) {
+    /// A file, open to read; one of nothing where it is missing: its points are gone, the others are to be served.
+    pub(crate) fn file(&self, id: FileId) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
+        if let Some(file) = locked(&self.caches.files).find(id) {
             return Ok(file);
         }
-        let path = segment::path(self.folder, number);
+        let path = id.path(self.folder);
         let file = match self.storage.open(&path) {
             // Not kept: it may be put back.
             Err(error) if is_no_file(&error) => return Ok(Arc::new(Box::new(Nothing))),
             opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
         };
-        locked(&self.caches.files).keep(number, &file, 1, FILES_MAX);
+        locked(&self.caches.files).keep(id, &file, 1, FILES_MAX);
         Ok(file)
     }
 
-    /// Whether a segment's file is not there.
-    pub(crate) fn is_missing(&self, number: u64) -> bool {
-        let opened = self.storage.open(&segment::path(self.folder, number));
+    /// Whether a file is not there.
+    pub(crate) fn is_missing(&self, id: FileId) -> bool {
+        let opened = self.storage.open(&id.path(self.folder));
         opened.is_err_and(|error| is_no_file(&error))
     }
 
     /// Everything but the extents.
-    pub(crate) fn summary(&self, sealed: &SealedSegment) -> Result<Arc<Summary>, JournalError> {
-        if let Some(summary) = locked(&self.caches.summaries).find(sealed.number) {
+    pub(crate) fn summary(&self, sealed: &Sealed) -> Result<Arc<Summary>, JournalError> {
+        if let Some(summary) = locked(&self.caches.summaries).find(sealed.id) {
             return Ok(summary);
         }
         match self.load(sealed, load_summary)? {
             Some(summary) => {
                 let summary = Arc::new(summary);
-                locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
+                locked(&self.caches.summaries).keep(sealed.id, &summary, summary.bytes(), CACHE_BYTES_MAX);
                 Ok(summary)
             }
             None => Ok(self.make_anew(sealed)?.0),
@@ -184,112 +219,120 @@ impl Shelf<'_> {
     }
 
     /// The extents, with the summary that they belong to.
-    pub(crate) fn tables(&self, sealed: &SealedSegment) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
+    pub(crate) fn tables(&self, sealed: &Sealed) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
         let summary = self.summary(sealed)?;
-        let was_trusted = !self.is_distrusted(sealed.number);
-        let kept = locked(&self.caches.tables).find(sealed.number);
+        let was_trusted = !self.is_distrusted(sealed.id);
+        let kept = locked(&self.caches.tables).find(sealed.id);
         let tables = match kept {
             Some(tables) => tables,
             None => match self.load(sealed, load_tables)? {
                 Some(tables) => {
                     let tables = Arc::new(tables);
-                    locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
+                    locked(&self.caches.tables).keep(sealed.id, &tables, tables.bytes(), CACHE_BYTES_MAX);
                     tables
                 }
                 None => return self.make_anew(sealed),
             },
         };
-        if was_trusted && self.is_distrusted(sealed.number) { self.make_anew(sealed) } else { Ok((summary, tables)) }
+        if was_trusted && self.is_distrusted(sealed.id) { self.make_anew(sealed) } else { Ok((summary, tables)) }
     }
 
     /// A part of the index from the file; `None` where the index does not verify, now or before.
     fn load<T>(
         &self,
-        sealed: &SealedSegment,
-        load: impl FnOnce(&dyn StorageFile, &SealedSegment) -> Result<T, IndexError>,
+        sealed: &Sealed,
+        load: impl FnOnce(&dyn StorageFile, &Sealed) -> Result<T, IndexError>,
     ) -> Result<Option<T>, JournalError> {
-        if self.is_distrusted(sealed.number) {
+        if self.is_distrusted(sealed.id) {
             return Ok(None);
         }
-        match load(self.file(sealed.number)?.as_ref().as_ref(), sealed) {
+        match load(self.file(sealed.id)?.as_ref().as_ref(), sealed) {
             Ok(part) => Ok(Some(part)),
             Err(IndexError::Damaged) => Ok(None),
-            Err(IndexError::Io(error)) => Err(self.read_error(sealed.number, error)),
+            Err(IndexError::Io(error)) => Err(self.read_error(sealed.id, error)),
         }
     }
 
-    fn is_distrusted(&self, number: u64) -> bool {
-        locked(&self.caches.distrusted).contains(&number)
+    fn is_distrusted(&self, file: FileId) -> bool {
+        locked(&self.caches.distrusted).contains(&file)
     }
 
     /// Both parts of an index that does not verify, from the frames.
-    fn make_anew(&self, sealed: &SealedSegment) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
-        let (summary, tables) = self.rebuild(sealed)?.index.into_sealed();
+    fn make_anew(&self, sealed: &Sealed) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
+        let (summary, tables) = self.walk(sealed, &mut Blind)?.index.into_sealed();
         let (summary, tables) = (Arc::new(summary), Arc::new(tables));
-        if self.is_missing(sealed.number) {
+        if self.is_missing(sealed.id) {
             // It may be put back.
             return Ok((summary, tables));
         }
-        locked(&self.caches.distrusted).insert(sealed.number);
-        locked(&self.caches.summaries).keep(sealed.number, &summary, summary.bytes(), CACHE_BYTES_MAX);
-        locked(&self.caches.tables).keep(sealed.number, &tables, tables.bytes(), CACHE_BYTES_MAX);
+        locked(&self.caches.distrusted).insert(sealed.id);
+        locked(&self.caches.summaries).keep(sealed.id, &summary, summary.bytes(), CACHE_BYTES_MAX);
+        locked(&self.caches.tables).keep(sealed.id, &tables, tables.bytes(), CACHE_BYTES_MAX);
         Ok((summary, tables))
     }
 
-    fn rebuild(&self, sealed: &SealedSegment) -> Result<Walked, JournalError> {
-        self.walk(sealed, &mut Blind)
-    }
-
-    /// Walks a sealed segment frame by frame.
-    pub(crate) fn walk(&self, sealed: &SealedSegment, visitor: &mut dyn Visit) -> Result<Walked, JournalError> {
-        let file = self.file(sealed.number)?;
+    /// Walks a sealed file frame by frame.
+    pub(crate) fn walk(&self, sealed: &Sealed, visitor: &mut dyn Visit) -> Result<WalkedFile, JournalError> {
+        let file = self.file(sealed.id)?;
         let file = file.as_ref().as_ref();
-        self.walk_file(file, sealed, visitor).map_err(|error| self.read_error(sealed.number, error))
+        let walked = match sealed.id {
+            FileId::Segment { number, revision: 0 } => {
+                let walked = self.walk_segment(file, sealed, number, visitor);
+                walked.map(|walked| WalkedFile { index: walked.index, damages: walked.damages })
+            }
+            _ => walk_pack(file, self.group, sealed, visitor),
+        };
+        walked.map_err(|error| self.read_error(sealed.id, error))
     }
 
-    fn walk_file(&self, file: &dyn StorageFile, sealed: &SealedSegment, visitor: &mut dyn Visit) -> io::Result<Walked> {
+    fn walk_segment(
+        &self,
+        file: &dyn StorageFile,
+        sealed: &Sealed,
+        number: u64,
+        visitor: &mut dyn Visit,
+    ) -> io::Result<Walked> {
         let mut bytes = vec![0; HEADER_BYTES_MAX.min(sealed.frames_end as usize)];
         let read = file.read_at(&mut bytes, 0)?;
         let header = Header::decode(&bytes[..read]).ok();
-        let header = header.filter(|(header, _)| header.group == self.group && header.number == sealed.number);
+        let header = header.filter(|(header, _)| header.group == self.group && header.number == number);
         let end = file.len()?.min(sealed.frames_end);
-        let (group, number, frames_end) = (self.group, sealed.number, sealed.frames_end);
+        let (group, frames_end) = (self.group, sealed.frames_end);
         let (place, start, damaged) = match header {
             Some((header, len)) => (Some(header.place), len as u64, false),
             None => (None, FrameScan::new(file, group, end).find(0)?.unwrap_or(end), true),
         };
         let mut walked = walk(file, end, group, number, start, place, frames_end, visitor)?;
         if damaged {
-            disown(&mut walked, sealed);
+            disown(&mut walked, sealed.points);
             let what = "the segment's header is damaged".to_owned();
-            let segment = sealed.number;
             // The volumes of an attempt that began before are told by the header alone.
             let first_epoch = walked.index.runs.first().filter(|run| run.continued).map(|run| run.epoch);
-            walked.damages.push(Damage { segment, offset: 0, len: start, first_epoch, any_block: false, what });
+            walked.damages.push(Damage { len: start, first_epoch, ..Damage::of(sealed.id, what) });
         }
         Ok(walked)
     }
 
     /// Whether a sealed segment's index is what was written.
-    pub(crate) fn index_is_whole(&self, sealed: &SealedSegment) -> Result<bool, JournalError> {
-        let file = self.file(sealed.number)?;
+    pub(crate) fn index_is_whole(&self, sealed: &Sealed) -> Result<bool, JournalError> {
+        let file = self.file(sealed.id)?;
         let file = file.as_ref().as_ref();
         let loaded =
             check_magic(file, sealed).and_then(|()| load_summary(file, sealed)).and_then(|_| load_tables(file, sealed));
         match loaded {
             Ok(_) => Ok(true),
             Err(IndexError::Damaged) => Ok(false),
-            Err(IndexError::Io(error)) => Err(self.read_error(sealed.number, error)),
+            Err(IndexError::Io(error)) => Err(self.read_error(sealed.id, error)),
         }
     }
 
-    fn read_error(&self, number: u64, error: io::Error) -> JournalError {
-        JournalError::io("read", &segment::path(self.folder, number))(error)
+    fn read_error(&self, file: FileId, error: io::Error) -> JournalError {
+        JournalError::io("read", &file.path(self.folder))(error)
     }
 }
 
 /// What no hash covers, and no reader needs.
-fn check_magic(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<(), IndexError> {
+fn check_magic(file: &dyn StorageFile, sealed: &Sealed) -> Result<(), IndexError> {
     let mut magic = [0; INDEX_MAGIC.len()];
     file.read_at(&mut magic, sealed.frames_end)?;
     if magic == INDEX_MAGIC { Ok(()) } else { Err(IndexError::Damaged) }
@@ -297,13 +340,13 @@ fn check_magic(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<(), Ind
 
 /// Without its header a segment's first commit tells of a point before it as of one whose own commit is gone: that one is another
 /// segment's, and the manifest knows which points are this one's.
-fn disown(walked: &mut Walked, sealed: &SealedSegment) {
-    let is_other = |epoch: Epoch| sealed.points.is_none_or(|points| epoch < points.first);
+fn disown(walked: &mut Walked, points: Option<PointRange>) {
+    let is_other = |epoch: Epoch| points.is_none_or(|points| epoch < points.first);
     walked.index.commits.retain(|commit| commit.record.is_some() || !is_other(commit.head.epoch));
     walked.damages.retain(|damage| damage.len > 0 || damage.first_epoch.is_none_or(|epoch| !is_other(epoch)));
 }
 
-fn load_footer(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Footer, IndexError> {
+fn load_footer(file: &dyn StorageFile, sealed: &Sealed) -> Result<Footer, IndexError> {
     let at = sealed.len.checked_sub(FOOTER_BYTES as u64).ok_or(IndexError::Damaged)?;
     let mut bytes = vec![0; FOOTER_BYTES];
     let read = file.read_at(&mut bytes, at)?;
@@ -320,7 +363,7 @@ fn load_section(file: &dyn StorageFile, footer: &Footer, section: Section) -> Re
     if whole { Ok(bytes) } else { Err(IndexError::Damaged) }
 }
 
-fn load_summary(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Summary, IndexError> {
+fn load_summary(file: &dyn StorageFile, sealed: &Sealed) -> Result<Summary, IndexError> {
     let footer = load_footer(file, sealed)?;
     let load = |section| load_section(file, &footer, section);
     let (runs, commits) = (load(Section::Runs)?, load(Section::Commits)?);
@@ -328,7 +371,7 @@ fn load_summary(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Summar
     Summary::decode(&runs, &commits, &lost, &bitmaps).map_err(|_| IndexError::Damaged)
 }
 
-fn load_tables(file: &dyn StorageFile, sealed: &SealedSegment) -> Result<Tables, IndexError> {
+fn load_tables(file: &dyn StorageFile, sealed: &Sealed) -> Result<Tables, IndexError> {
     let footer = load_footer(file, sealed)?;
     let content = load_section(file, &footer, Section::Content)?;
     let bare = load_section(file, &footer, Section::Bare)?;
@@ -342,16 +385,17 @@ mod tests {
     #[test]
     fn a_cache_keeps_what_was_used_last_within_its_bytes() {
         let mut cache = Cache::<u64>::default();
+        let file = |number: u64| FileId::Segment { number, revision: 0 };
         for number in 0..200 {
-            cache.keep(number, &Arc::new(number), 10, 100);
+            cache.keep(file(number), &Arc::new(number), 10, 100);
             assert!(cache.bytes <= 100 && cache.values.len() <= 10);
-            assert!(number == 0 || cache.find(0).is_some(), "used again and again");
+            assert!(number == 0 || cache.find(file(0)).is_some(), "used again and again");
         }
-        assert_eq!(cache.find(199).as_deref(), Some(&199));
-        assert_eq!(cache.find(150), None);
-        cache.keep(199, &Arc::new(199), 10, 100);
+        assert_eq!(cache.find(file(199)).as_deref(), Some(&199));
+        assert_eq!(cache.find(file(150)), None);
+        cache.keep(file(199), &Arc::new(199), 10, 100);
         assert_eq!(cache.bytes, cache.values.len() * 10, "counted once");
-        cache.keep(500, &Arc::new(500), 1000, 100);
+        cache.keep(file(500), &Arc::new(500), 1000, 100);
         assert_eq!((cache.values.len(), cache.bytes), (1, 1000), "one that is larger than all stands alone");
     }
 }

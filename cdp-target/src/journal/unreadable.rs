@@ -7,6 +7,7 @@
 use super::GroupView;
 use super::index::EntryKind;
 use super::view::SegmentIndex;
+use crate::checkpoint::index::SliceContent;
 use cdp_protocol::record::Volume;
 use cdp_protocol::units::Epoch;
 use roaring::RoaringBitmap;
@@ -52,7 +53,10 @@ impl GroupView {
     #[must_use]
     pub fn unreadable(&self) -> Unreadable {
         let mut unreadable = Unreadable::default();
-        let mut standing: BTreeMap<u16, RoaringBitmap> = BTreeMap::new();
+        let mut standing = self.unreadable_at_the_floor();
+        if let Some(floor) = self.manifest().floor.filter(|_| !standing.is_empty()) {
+            unreadable.step(floor, &standing);
+        }
         for number in self.segments_from(0) {
             let concerned = self.index(number).is_ok_and(|index| concerns(&index, &standing));
             let Some(entries) = concerned.then(|| self.included(number).ok()).flatten() else { continue };
@@ -71,6 +75,28 @@ impl GroupView {
             }
         }
         unreadable
+    }
+}
+
+impl GroupView {
+    /// What was unreadable where the journal's content begins, as the checkpoint there has it.
+    fn unreadable_at_the_floor(&self) -> BTreeMap<u16, RoaringBitmap> {
+        let mut standing: BTreeMap<u16, RoaringBitmap> = BTreeMap::new();
+        let floor = self.manifest().floor;
+        let base = self.manifest().checkpoints.iter().find(|base| Some(base.epoch) == floor);
+        let Some(Ok(Some(image))) = base.map(|base| self.image_index(base)) else { return standing };
+        for (slot, _, record) in image.records().flatten() {
+            let Some(record) = record.filter(|record| record.unreadable) else { continue };
+            let SliceContent::Pack { sealed, .. } = record.content else { continue };
+            let Ok((_, tables)) = self.shelf().tables(&sealed) else { continue };
+            for entry in tables.iter().filter(|entry| entry.slot == slot) {
+                let blocks = entry.extent.start.0..=(entry.extent.end() - 1) as u32;
+                let bitmap = standing.entry(slot.0).or_default();
+                if entry.kind == EntryKind::Unreadable { bitmap.insert_range(blocks) } else { bitmap.remove_range(blocks) };
+            }
+        }
+        standing.retain(|_, bitmap| !bitmap.is_empty());
+        standing
     }
 }
 

@@ -4,13 +4,15 @@
 //! from the files alone and shows only what a synced record or a seal proves. Memory is bounded: indexes of sealed
 //! segments are loaded when needed (`sealed`), that of the open one is shared with the writer.
 
+use super::file::FileId;
 use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
-use super::manifest::{Mark, PointRange, SealedSegment};
+use super::manifest::{Checkpoint, Mark, PointRange, SealedSegment};
 use super::reach::{Seen, told_by_index};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
 use super::walk::{Visit, walk};
 use super::{Damage, GroupIdentity, JournalError, Manifest, segment};
+use crate::checkpoint::index::ImageIndex;
 use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
 use crate::scrub::ScrubRecord;
@@ -193,12 +195,28 @@ impl GroupView {
         self.facts.manifest.sealed.iter().map(|segment| segment.len).sum::<u64>() + self.limit
     }
 
+    /// Where what is written to the open segment is not shown from.
+    pub(crate) const fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// The storage and the group's folder.
+    pub(crate) fn place(&self) -> (&Arc<dyn Storage>, &Path) {
+        (&self.facts.storage, &self.facts.folder)
+    }
+
+    /// Whether the views of this manifest are gone: what only it named may be removed.
+    pub(super) fn lease(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
+        let facts: Arc<dyn std::any::Any + Send + Sync> = Arc::clone(&self.facts) as _;
+        Arc::downgrade(&facts)
+    }
+
     /// Point `epoch`.
     ///
     /// # Errors
     /// Where the segment that has it cannot be read.
     pub fn point(&self, epoch: Epoch) -> Result<Option<Point>, JournalError> {
-        Ok(self.commit(epoch)?.map(|commit| self.to_point(&commit, &self.reaches())))
+        Ok(self.listed(epoch)?.map(|commit| self.to_point(&commit, &self.reaches())))
     }
 
     /// The newest point whose cut was at or before `time`.
@@ -210,7 +228,8 @@ impl GroupView {
         let early = sealed.iter().filter(|segment| segment.points.is_some_and(|points| points.earliest <= time));
         let early = early.rev().map(|segment| segment.number);
         for number in [self.facts.manifest.open].into_iter().chain(early) {
-            let found = self.index(number)?.commits().iter().rev().find(|commit| commit.cut_time() <= time).cloned();
+            let fits = |commit: &&CommitEntry| commit.cut_time() <= time && !self.is_removed(commit.head.epoch);
+            let found = self.index(number)?.commits().iter().rev().find(fits).cloned();
             if let Some(commit) = found {
                 return Ok(Some(self.to_point(&commit, &self.reaches())));
             }
@@ -233,7 +252,17 @@ impl GroupView {
     /// # Errors
     /// Where there is no such point, its list of volumes is damaged, or a segment cannot be read.
     pub fn image(self: &Arc<Self>, epoch: Epoch, keys: impl Into<Keyring>) -> Result<PointImage, JournalError> {
-        let commit = self.commit(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
+        let commit = self.listed(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
+        self.image_of(commit, keys)
+    }
+
+    /// The same for a point that may have been removed.
+    pub(crate) fn image_of(
+        self: &Arc<Self>,
+        commit: CommitEntry,
+        keys: impl Into<Keyring>,
+    ) -> Result<PointImage, JournalError> {
+        let epoch = commit.head.epoch;
         if commit.volumes.is_empty() {
             return Err(JournalError::Damaged(format!("the volumes of point {epoch} cannot be told")));
         }
@@ -245,19 +274,61 @@ impl GroupView {
     /// # Errors
     /// Where there is no such point or its segment cannot be read.
     pub fn volumes(&self, epoch: Epoch) -> Result<Vec<Volume>, JournalError> {
-        Ok(self.commit(epoch)?.ok_or(JournalError::NoPoint(epoch))?.volumes)
+        Ok(self.listed(epoch)?.ok_or(JournalError::NoPoint(epoch))?.volumes)
     }
 
+    /// Whether the point was removed: its commit stays, and nobody can restore it.
+    #[must_use]
+    pub fn is_removed(&self, epoch: Epoch) -> bool {
+        self.facts.manifest.removed.contains(epoch)
+    }
+
+    /// The commit of a point that was not removed.
+    pub(crate) fn listed(&self, epoch: Epoch) -> Result<Option<CommitEntry>, JournalError> {
+        if self.is_removed(epoch) { Ok(None) } else { self.commit(epoch) }
+    }
+
+    /// The commit of a point, also of one that was removed.
     pub(crate) fn commit(&self, epoch: Epoch) -> Result<Option<CommitEntry>, JournalError> {
-        let Some(segment) = self.segment_of(epoch) else { return Ok(None) };
-        let index = self.index(segment)?;
-        let commits = index.commits();
-        let found = commits.binary_search_by_key(&epoch, |commit| commit.head.epoch);
-        Ok(found.ok().map(|at| commits[at].clone()))
+        if let Some(segment) = self.segment_of(epoch) {
+            let index = self.index(segment)?;
+            let commits = index.commits();
+            if let Ok(at) = commits.binary_search_by_key(&epoch, |commit| commit.head.epoch) {
+                return Ok(Some(commits[at].clone()));
+            }
+        }
+        // Its segment may be gone: the image of a checkpoint needs nothing of the journal before it.
+        let checkpoint = self.manifest().checkpoints.iter().find(|checkpoint| checkpoint.epoch == epoch);
+        let Some(checkpoint) = checkpoint else { return Ok(None) };
+        Ok(self.image_index(checkpoint)?.map(|image| image.commit().clone()))
     }
 
-    pub(crate) fn file(&self, segment: u64) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
-        self.shelf().file(segment)
+    /// The index of a checkpoint; `None` where it is missing or damaged.
+    pub(crate) fn image_index(&self, checkpoint: &Checkpoint) -> Result<Option<Arc<ImageIndex>>, JournalError> {
+        let Shelf { storage, folder, group, caches } = self.shelf();
+        if let Some(image) = caches.image(checkpoint.epoch) {
+            return Ok(Some(image));
+        }
+        let image = ImageIndex::open(storage, folder, group, checkpoint)?.map(Arc::new);
+        image.iter().for_each(|image| caches.keep_image(checkpoint.epoch, image));
+        Ok(image)
+    }
+
+    /// A file of frames.
+    pub(crate) fn file(&self, file: FileId) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
+        self.shelf().file(file)
+    }
+
+    /// The file of segment `number`.
+    pub(crate) fn file_id(&self, number: u64) -> FileId {
+        let revision = self.sealed_segment(number).map_or(0, |sealed| sealed.revision);
+        FileId::Segment { number, revision }
+    }
+
+    /// Sealed segment `number`.
+    pub(crate) fn sealed_segment(&self, number: u64) -> Option<&SealedSegment> {
+        let sealed = &self.facts.manifest.sealed;
+        sealed.binary_search_by_key(&number, |segment| segment.number).ok().map(|at| &sealed[at])
     }
 
     pub(crate) fn shelf(&self) -> Shelf<'_> {
@@ -271,31 +342,30 @@ impl GroupView {
 
     /// Walks a segment frame by frame, as far as this view shows it; also checks its index.
     pub(crate) fn walk(&self, segment: u64, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
-        if self.shelf().is_missing(segment) {
+        if self.shelf().is_missing(self.file_id(segment)) {
             return Ok(WalkedSegment { damages: vec![self.missing(segment)], bytes: 0 });
         }
         let manifest = &self.facts.manifest;
-        if let Some(sealed) = manifest.sealed.iter().find(|sealed| sealed.number == segment) {
+        if let Some(sealed) = self.sealed_segment(segment) {
+            let file = sealed.sealed();
             let mut seen = Seen { visitor, frames: HashMap::new() };
-            let mut damages = self.shelf().walk(sealed, &mut seen)?.damages;
-            if self.shelf().index_is_whole(sealed)? {
+            let mut damages = self.shelf().walk(&file, &mut seen)?.damages;
+            if self.shelf().index_is_whole(&file)? {
                 damages = told_by_index(self, segment, damages, &seen.frames)?;
             } else {
                 let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
                 let what = "the segment's index is damaged; it can be made anew from the frames".to_owned();
                 self.not_before(sealed, &mut damages);
-                damages.push(Damage { segment, offset, len, first_epoch: None, any_block: false, what });
+                damages.push(Damage { offset, len, ..Damage::of(file.id, what) });
             }
-            let len = self
-                .file(segment)?
-                .len()
-                .map_err(JournalError::io("read", &segment::path(&self.facts.folder, segment)))?;
+            let path = file.id.path(&self.facts.folder);
+            let len = self.file(file.id)?.len().map_err(JournalError::io("read", &path))?;
             damages.extend(sealed.surplus(len));
             return Ok(WalkedSegment { damages, bytes: sealed.len });
         }
         let place = open_place(&self.facts.folder, manifest)?.place;
         let (group, start) = (manifest.identity.group, manifest.open_header.len() as u64);
-        let (file, limit) = (self.file(segment)?, self.limit);
+        let (file, limit) = (self.file(self.file_id(segment))?, self.limit);
         let path = segment::path(&self.facts.folder, segment);
         let walked = walk(file.as_ref().as_ref(), limit, group, segment, start, Some(place), limit, visitor);
         let walked = walked.map_err(JournalError::io("read", &path))?;
@@ -307,8 +377,8 @@ impl GroupView {
     fn not_before(&self, sealed: &SealedSegment, damages: &mut Vec<Damage>) {
         if let Some(header) = damages.iter().find(|damage| damage.offset == 0 && !damage.any_block) {
             let (what, len) = ("what stood behind the header cannot be told".to_owned(), header.len);
-            let (segment, first_epoch) = (sealed.number, Some(Epoch(0)));
-            damages.push(Damage { segment, offset: 0, len, first_epoch, any_block: true, what });
+            let first_epoch = Some(Epoch(0));
+            damages.push(Damage { len, first_epoch, any_block: true, ..Damage::of(sealed.id(), what) });
         }
         let older = self.facts.manifest.sealed.iter().take_while(|older| older.number < sealed.number);
         let before = older.filter_map(|older| older.points).last().map_or(Epoch(0), |points| points.last);
@@ -341,7 +411,7 @@ impl GroupView {
         let had = points.map(|points| format!("; it had points {} to {}", points.first, points.last));
         let what = format!("the segment is missing{}", had.unwrap_or_default());
         let first_epoch = Some(points.map_or(Epoch(0), |points| points.first));
-        Damage { segment, offset: 0, len, first_epoch, any_block: true, what }
+        Damage { len, first_epoch, any_block: true, ..Damage::of(self.file_id(segment), what) }
     }
 
     /// First and last point that a damage hits.
@@ -364,7 +434,7 @@ impl GroupView {
             }
             SegmentIndex::Sealed(summary, sealed) => {
                 let tables;
-                (*summary, tables) = self.shelf().tables(sealed)?;
+                (*summary, tables) = self.shelf().tables(&sealed.sealed())?;
                 tables.iter().copied().collect()
             }
         };
@@ -391,7 +461,7 @@ impl GroupView {
     pub(super) fn index(&self, number: u64) -> Result<SegmentIndex<'_>, JournalError> {
         let sealed = &self.facts.manifest.sealed;
         if let Ok(at) = sealed.binary_search_by_key(&number, |segment| segment.number) {
-            return Ok(SegmentIndex::Sealed(self.shelf().summary(&sealed[at])?, sealed[at]));
+            return Ok(SegmentIndex::Sealed(self.shelf().summary(&sealed[at].sealed())?, sealed[at]));
         }
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         Ok(SegmentIndex::Open(open, self.limit))
@@ -416,7 +486,7 @@ impl GroupView {
         let hits = |reach: &Reach| reach.0 <= epoch && reach.1.is_none_or(|last| epoch <= last);
         let hit = reaches.iter().find(|(reach, _)| hits(reach));
         let damaged = hit.map(|(_, damage)| {
-            format!("segment {} at offset {}: {}", damage.segment, damage.offset, damage.describe())
+            format!("{} at offset {}: {}", damage.place(), damage.offset, damage.describe())
         });
         let lost = || "its commit is damaged".to_owned();
         let meters = record.map(|record| record.meters).unwrap_or_default();

@@ -4,6 +4,7 @@
 //! frames around it and from the proofs behind it. Shared by recovery, readers and `verify`; never writes. Whether
 //! bytes at the end are a torn tail or rot is decided by one number: the offset proven durable.
 
+use super::file::FileId;
 use super::index::{CommitEntry, Lost, OpenIndex, RunEnd};
 use super::manifest::Damage;
 use super::scan::{Found, FrameScan};
@@ -153,7 +154,8 @@ impl Walk<'_> {
             return true;
         }
         let rises = header.generation > self.out.place.chain.generation();
-        if self.is_stale(header) || (rises && !self.lenient && header.kind != Kind::Begin) {
+        // What the target seals anew stands in files of its own.
+        if header.resealed || self.is_stale(header) || (rises && !self.lenient && header.kind != Kind::Begin) {
             return false;
         }
         self.explain_gap(header);
@@ -420,6 +422,7 @@ impl Walk<'_> {
             generation: self.out.place.chain.generation(),
             attempt: AttemptId::default(),
             sequence: Sequence(0),
+            resealed: false,
             payload_len: payload.len() as u32,
             content_len: 0,
             digests_len: 0,
@@ -464,8 +467,8 @@ impl Walk<'_> {
     }
 
     fn damage(&mut self, offset: u64, len: u64, first_epoch: Option<Epoch>, what: &str) {
-        let (segment, what) = (self.segment, what.to_owned());
-        self.out.damages.push(Damage { segment, offset, len, first_epoch, any_block: false, what });
+        let file = FileId::Segment { number: self.segment, revision: 0 };
+        self.out.damages.push(Damage { offset, len, first_epoch, ..Damage::of(file, what.to_owned()) });
     }
 
     /// Leaves nothing in the chain that the source could not go on from.

@@ -4,8 +4,10 @@
 //! nothing more until it is opened anew, and no sync is ever tried twice. Blocking calls; owned by one thread. Takes no
 //! lock: the store has one.
 
+use super::file::FileId;
 use super::index::OpenIndex;
 use super::manifest::{Damage, Fork, Manifest, Mark, SealedSegment};
+use super::removed::Removed;
 use super::segment::{self, Footer, Header, Place};
 use super::view::{Caches, GroupView};
 use super::{GroupIdentity, JournalError, JournalLimits};
@@ -118,6 +120,10 @@ impl GroupJournal {
             forks: Vec::new(),
             ruling: Ruling::default(),
             older_envelopes: Vec::new(),
+            change: 0,
+            removed: Removed::default(),
+            floor: None,
+            checkpoints: Vec::new(),
         };
         manifest.write(storage.as_ref(), folder)?;
         Ok(Self::assemble(storage, folder, limits, manifest, place, open))
@@ -281,14 +287,14 @@ impl GroupJournal {
         self.mark(epoch, |mark| mark.pinned = pinned)
     }
 
-    /// What a reading of a whole sealed segment found takes the place of what was known of it, as far as there is room: of more
+    /// What a reading of a whole sealed segment or pack found takes the place of what was known of it, as far as there is room: of more
     /// the first are enough.
     ///
     /// # Errors
     /// Where the manifest cannot be replaced.
-    pub fn note_damages(&mut self, segment: u64, found: &[Damage]) -> Result<(), JournalError> {
+    pub fn note_damages(&mut self, file: FileId, found: &[Damage]) -> Result<(), JournalError> {
         let (known, mut damages): (Vec<_>, Vec<_>) =
-            self.manifest.damages.iter().cloned().partition(|damage| damage.segment == segment);
+            self.manifest.damages.iter().cloned().partition(|damage| damage.is_in(file));
         if known == found {
             return Ok(());
         }
@@ -298,7 +304,7 @@ impl GroupJournal {
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {
-        self.view.commit(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
+        self.view.listed(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
         self.change(|manifest| set(manifest.marks.entry(epoch).or_default()))
     }
 
@@ -422,10 +428,12 @@ impl GroupJournal {
         written.map_err(JournalError::io("seal segment", &self.open.path))?;
         let sealed = SealedSegment {
             number: self.manifest.open,
+            revision: 0,
             len: frames_end + bytes.len() as u64,
             frames_end,
             footer_hash: footer.hash(),
             points: index.point_range(),
+            newest_run: index.newest_run(),
         };
         let number = self.manifest.open + 1;
         let header = Header { group: self.manifest.identity.group, number, place: self.place.clone() }.encode();
@@ -558,6 +566,7 @@ pub(super) fn synced_frame(group: &GroupId, generation: Generation, record: &Syn
         generation,
         attempt: AttemptId::default(),
         sequence: Sequence(0),
+        resealed: false,
         payload_len: payload.len() as u32,
         content_len: 0,
         digests_len: 0,

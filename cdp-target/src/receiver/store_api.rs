@@ -3,6 +3,7 @@
 //! All of it blocks and is called on a group's own thread. The journal stands behind it in the program, a history in
 //! memory in tests.
 
+use crate::journal::file::FileId;
 use crate::journal::{Damage, Fork};
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
@@ -101,12 +102,12 @@ pub trait GroupWriter: Send {
     /// Where there is no such point or it cannot be stored.
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError>;
 
-    /// Keeps what a reading of a whole sealed segment found, in place of what was known of it, so that the points that need it are
+    /// Keeps what a reading of a whole sealed segment or pack found, in place of what was known of it, so that the points that need it are
     /// named.
     ///
     /// # Errors
     /// Where it cannot be stored.
-    fn note_damages(&mut self, segment: u64, damages: &[Damage]) -> Result<(), StoreError>;
+    fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError>;
 }
 
 /// Why a store did not do what it was asked to.

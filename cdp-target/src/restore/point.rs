@@ -3,6 +3,7 @@
 //! Invariant: what is handed out was verified frame by frame (checksum, seal); a block that is damaged or was never sent
 //! is an error, never zeros and never older content. Nothing is loaded whole: a few decoded frames are kept.
 
+use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, EntryKind};
 use crate::journal::pieces::{Piece, PiecePlace};
 use crate::journal::{GroupView, JournalError};
@@ -18,8 +19,8 @@ const FRAMES_MAX: usize = 64;
 /// Blocks that are looked up at once: 32 MiB.
 const WINDOW_BLOCKS: u32 = 8192;
 
-/// Segment and offset of a frame, and its content.
-type DecodedFrame = (u64, u64, Arc<Vec<u8>>);
+/// File and offset of a frame, and its content.
+type DecodedFrame = (FileId, u64, Arc<Vec<u8>>);
 
 /// A recovery point, open to be read.
 pub struct PointImage {
@@ -114,11 +115,40 @@ impl PointImage {
             let count = (extent.end() - start).min(u64::from(WINDOW_BLOCKS)) as u32;
             let window = Extent::new(Block(start as u32), count).expect("a part of an extent");
             for piece in self.view.resolve(&self.commit, slot, window)? {
-                self.read_piece(slot, &piece, out)?;
+                self.read_or_go_round(slot, &piece, out)?;
             }
             start += u64::from(count);
         }
         Ok(())
+    }
+
+    /// Reads a piece; where a checkpoint's pack turns out to be damaged, what it was made from, as long as that is there.
+    fn read_or_go_round(
+        &self,
+        slot: VolumeSlot,
+        piece: &Piece,
+        out: &mut dyn FnMut(Extent, Content<'_>),
+    ) -> Result<(), ReadError> {
+        let mut given = false;
+        let mut give = |extent: Extent, content: Content<'_>| {
+            given = true;
+            out(extent, content);
+        };
+        match (self.read_piece(slot, piece, &mut give), &piece.place) {
+            (Err(error @ ReadError::Damaged { .. }), PiecePlace::Frame { file: FileId::Slice(slice), .. }) if !given => {
+                let caches = self.view.shelf().caches;
+                if caches.is_bad(*slice) {
+                    return Err(error);
+                }
+                tracing::error!(%slice, error = %error, "a checkpoint is damaged: reading what it was made from");
+                caches.note_bad(*slice);
+                for piece in self.view.resolve(&self.commit, slot, piece.extent)? {
+                    self.read_or_go_round(slot, &piece, out)?;
+                }
+                Ok(())
+            }
+            (read, _) => read,
+        }
     }
 
     fn read_piece(
@@ -133,6 +163,10 @@ impl PointImage {
             PiecePlace::Damaged(what) => {
                 return Err(ReadError::Damaged { epoch, slot, extent, what: what.clone() });
             }
+            PiecePlace::Zero => {
+                out(extent, Content::Zero);
+                return Ok(());
+            }
             PiecePlace::Frame { content_block, .. } => *content_block as usize,
         };
         let PiecePlace::Frame { entry, .. } = &piece.place else { return Ok(()) };
@@ -140,6 +174,10 @@ impl PointImage {
         match entry.kind {
             EntryKind::Hole => out(extent, Content::Zero),
             EntryKind::Unreadable => out(extent, Content::Unreadable),
+            EntryKind::Lost => {
+                let what = "they were lost before they were sealed anew".to_owned();
+                return Err(ReadError::Damaged { epoch, slot, extent, what });
+            }
             EntryKind::Content => {
                 let from = content_block * BLOCK_BYTES;
                 let bytes = content.get(from..from + extent.count as usize * BLOCK_BYTES);
@@ -153,11 +191,11 @@ impl PointImage {
 
     /// The opened content of a piece's frame, verified.
     fn frame(&self, slot: VolumeSlot, piece: &Piece) -> Result<Arc<Vec<u8>>, ReadError> {
-        let PiecePlace::Frame { segment, entry, .. } = &piece.place else {
+        let PiecePlace::Frame { file, entry, .. } = &piece.place else {
             return Ok(Arc::default());
         };
         let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = frames.iter().find(|(of, at, _)| (of, at) == (segment, &entry.frame_offset));
+        let known = frames.iter().find(|(of, at, _)| (of, at) == (file, &entry.frame_offset));
         if let Some((_, _, content)) = known {
             return Ok(Arc::clone(content));
         }
@@ -167,19 +205,19 @@ impl PointImage {
                 epoch: self.epoch(),
                 slot,
                 extent: piece.extent,
-                what: format!("segment {segment} at offset {}: {what}", entry.frame_offset),
+                what: format!("{file} at offset {}: {what}", entry.frame_offset),
             },
         })?);
         if frames.len() >= FRAMES_MAX {
             frames.pop_front();
         }
-        frames.push_back((*segment, entry.frame_offset, Arc::clone(&content)));
+        frames.push_back((*file, entry.frame_offset, Arc::clone(&content)));
         Ok(content)
     }
 
     fn load(&self, piece: &Piece) -> Result<Vec<u8>, LoadError> {
-        let PiecePlace::Frame { segment, entry, run, .. } = &piece.place else { return Ok(Vec::new()) };
-        let file = self.view.file(*segment).map_err(LoadError::Journal)?;
+        let PiecePlace::Frame { file, entry, run, .. } = &piece.place else { return Ok(Vec::new()) };
+        let file = self.view.file(*file).map_err(LoadError::Journal)?;
         let mut bytes = vec![0; (entry.frame_len as usize).min(frame::FRAME_BYTES_MAX)];
         let read = file.read_at(&mut bytes, entry.frame_offset);
         let read = read.map_err(|error| LoadError::Damaged(format!("read: {error}")))?;

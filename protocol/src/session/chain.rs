@@ -111,6 +111,9 @@ pub enum ChainError {
     /// The commit names another predecessor than the newest point.
     #[error("predecessor mismatch")]
     Predecessor,
+    /// Only a target seals content anew, and only in its own files.
+    #[error("a frame that a target sealed anew does not come from a source")]
+    Resealed,
 }
 
 impl Chain {
@@ -168,6 +171,9 @@ impl Chain {
     /// # Errors
     /// Where the frame does not follow.
     pub fn step(&mut self, frame: &Frame<'_>, hash: FrameHash) -> Result<Step, ChainError> {
+        if frame.header.resealed {
+            return Err(ChainError::Resealed);
+        }
         match frame.header.kind {
             Kind::Synced => Ok(Step::Synced),
             Kind::Begin => self.begin(frame, hash),

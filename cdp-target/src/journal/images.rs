@@ -1,0 +1,155 @@
+//! The checkpoints as a view shows them: their packs, what is wrong with them, and who needs it.
+
+use super::file::{FileId, Sealed, SliceId};
+use super::manifest::{Checkpoint, SealedSegment};
+use super::view::{GroupView, Reach, WalkedSegment};
+use super::walk::Visit;
+use super::{Damage, JournalError};
+use crate::checkpoint;
+use crate::checkpoint::index::SliceContent;
+use cdp_protocol::units::{Epoch, Extent, VolumeSlot};
+use roaring::RoaringBitmap;
+use std::collections::BTreeMap;
+
+impl GroupView {
+    /// The packs of all checkpoints, each once. Those of a checkpoint whose index is gone are not known.
+    #[must_use]
+    pub fn packs(&self) -> Vec<Sealed> {
+        let (storage, folder) = self.place();
+        checkpoint::packs(storage.as_ref(), folder, self.manifest())
+    }
+
+    /// Sealed segments and packs.
+    pub(crate) fn sealed_files(&self) -> Vec<Sealed> {
+        self.manifest().sealed.iter().map(SealedSegment::sealed).chain(self.packs()).collect()
+    }
+
+    /// Walks a sealed file frame by frame; also checks its index.
+    pub(crate) fn walk_file(&self, sealed: &Sealed, visitor: &mut dyn Visit) -> Result<WalkedSegment, JournalError> {
+        if let FileId::Segment { number, .. } = sealed.id {
+            return self.walk(number, visitor);
+        }
+        let damage = |what: &str| Damage::of(sealed.id, what.to_owned());
+        let first_epoch = Some(self.first_user(sealed.id));
+        if self.shelf().is_missing(sealed.id) {
+            let missing = Damage { len: sealed.len, first_epoch, any_block: true, ..damage("the pack is missing") };
+            return Ok(WalkedSegment { damages: vec![missing], bytes: 0 });
+        }
+        let mut damages = self.shelf().walk(sealed, visitor)?.damages;
+        for damage in &mut damages {
+            // Whoever needs a frame of a pack needs it from the first checkpoint on that the pack is of.
+            damage.first_epoch = damage.first_epoch.and(first_epoch);
+        }
+        if !self.shelf().index_is_whole(sealed)? {
+            let (offset, len) = (sealed.frames_end, sealed.len - sealed.frames_end);
+            let what = damage("the pack's index is damaged; it can be made anew from the frames");
+            damages.push(Damage { offset, len, ..what });
+        }
+        Ok(WalkedSegment { damages, bytes: sealed.len })
+    }
+
+    /// Image indexes of which a copy, or a part of both, is not what was written.
+    ///
+    /// # Errors
+    /// Where the storage fails.
+    pub(crate) fn bad_images(&self) -> Result<Vec<Damage>, JournalError> {
+        let (storage, folder) = self.place();
+        let mut damages = Vec::new();
+        for base in &self.manifest().checkpoints {
+            let copies = checkpoint::index::copies(storage.as_ref(), folder, base)?;
+            if copies < 2 {
+                let epoch = base.epoch;
+                let what = match copies {
+                    0 => format!("the image index of checkpoint {epoch} is damaged"),
+                    _ => format!("one of the two copies in the image index of checkpoint {epoch} is damaged"),
+                };
+                let slice = SliceId { slot: VolumeSlot(0), slice: u32::MAX, epoch };
+                let first_epoch = (copies == 0).then_some(epoch);
+                damages.push(Damage { first_epoch, any_block: true, ..Damage::of(FileId::Slice(slice), what) });
+            }
+        }
+        Ok(damages)
+    }
+
+    /// The first checkpoint that a pack is of.
+    fn first_user(&self, file: FileId) -> Epoch {
+        self.users(file).first().map_or(Epoch(0), |base| base.epoch)
+    }
+
+    /// The checkpoints that a pack is of.
+    fn users(&self, file: FileId) -> Vec<Checkpoint> {
+        let FileId::Slice(slice) = file else { return Vec::new() };
+        let uses = |base: &&Checkpoint| {
+            let image = self.image_index(base).ok().flatten();
+            let record = image.and_then(|image| image.record(slice.slot, slice.slice).ok().flatten());
+            match record.map(|record| record.content) {
+                Some(SliceContent::Pack { sealed, .. }) => sealed.id == file,
+                Some(SliceContent::Zero) => false,
+                // What cannot be told may well be.
+                None => base.epoch == slice.epoch,
+            }
+        };
+        self.manifest().checkpoints.iter().filter(uses).copied().collect()
+    }
+
+    /// First and last point that a damage in a pack hits: only where there is nothing else to read.
+    pub(super) fn reach_of_pack(&self, damage: &Damage, slice: SliceId) -> Option<Reach> {
+        damage.first_epoch?;
+        let floor = self.manifest().floor?;
+        let users = self.users(FileId::Slice(slice));
+        users.iter().find(|base| base.epoch == floor)?;
+        let next = self.manifest().checkpoints.iter().find(|base| base.epoch > floor);
+        // A later checkpoint that has the pack too is read around only down to the floor.
+        let free = |base: &&Checkpoint| !users.iter().any(|user| user.epoch == base.epoch) && base.lost_blocks == 0;
+        let end = next.and_then(|_| self.manifest().checkpoints.iter().filter(|base| base.epoch > floor).find(free));
+        Some((floor, end.map(|base| Epoch(base.epoch.0 - 1))))
+    }
+
+    /// The blocks that stand on what is damaged, as far as the index tells.
+    pub(crate) fn blocks_at(&self, damage: &Damage) -> Vec<(VolumeSlot, Extent)> {
+        let at = |offset: u64| offset >= damage.offset && offset < damage.offset + damage.len.max(1);
+        let mut blocks: BTreeMap<u16, RoaringBitmap> = BTreeMap::new();
+        let mut add = |slot: VolumeSlot, extent: Extent| {
+            let last = (extent.end() - 1) as u32;
+            blocks.entry(slot.0).or_default().insert_range(extent.start.0..=last);
+        };
+        match damage.slice {
+            None => {
+                let entries = self.included(damage.segment).unwrap_or_default();
+                let hit = entries.iter().filter(|(_, entry)| at(entry.frame_offset));
+                hit.for_each(|(_, entry)| add(entry.slot, entry.extent));
+            }
+            Some(slice) => {
+                let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
+                if let Some((_, tables)) = pack.and_then(|pack| self.shelf().tables(&pack).ok()) {
+                    tables.iter().filter(|entry| at(entry.frame_offset)).for_each(|entry| add(entry.slot, entry.extent));
+                }
+            }
+        }
+        blocks.into_iter().flat_map(|(slot, blocks)| extents(&blocks).map(move |extent| (VolumeSlot(slot), extent)).collect::<Vec<_>>()).collect()
+    }
+
+    /// The file that a damage is in, below the group's folder.
+    pub(crate) fn name_of(&self, damage: &Damage) -> String {
+        let folder = std::path::Path::new("");
+        let path = match damage.slice {
+            Some(SliceId { slice: u32::MAX, epoch, .. }) => checkpoint::index::path(folder, epoch),
+            Some(slice) => FileId::Slice(slice).path(folder),
+            None => self.file_id(damage.segment).path(folder),
+        };
+        path.display().to_string()
+    }
+}
+
+/// The runs of a set of blocks.
+pub(crate) fn extents(blocks: &RoaringBitmap) -> impl Iterator<Item = Extent> + '_ {
+    let mut rest = blocks.iter().peekable();
+    std::iter::from_fn(move || {
+        let start = rest.next()?;
+        let mut end = u64::from(start) + 1;
+        while rest.next_if(|next| u64::from(*next) == end).is_some() {
+            end += 1;
+        }
+        Extent::new(cdp_protocol::units::Block(start), (end - u64::from(start)) as u32)
+    })
+}
