@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod points;
 pub mod receiver;
 pub mod restore;
+pub mod retention;
 pub mod scrub;
 pub mod serve;
 pub mod status;
