@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod enroll;
+pub mod forecast;
 pub mod groups;
 pub mod inspect;
 pub mod journal;
