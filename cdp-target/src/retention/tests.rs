@@ -105,14 +105,13 @@ fn raw_points(count: usize) -> impl Strategy<Value = Vec<Raw>> {
     let held = prop_oneof![12 => Just(None), 1 => Just(Some(Held::Pinned)), 1 => Just(Some(Held::Labelled))];
     let one = (gap_ms, lag_ms, lie_ms, off_ms, held);
     prop::collection::vec(one, 1..count).prop_map(|steps| {
-        let mut true_ms = START_MS;
-        let raw =
-            |(at, (gap_ms, lag_ms, lie_ms, off_ms, held)): (usize, (i64, i64, Option<i64>, i64, Option<Held>))| {
-                true_ms += gap_ms;
-                let cut_ms = lie_ms.map_or(true_ms - lag_ms, |lie_ms| START_MS + lie_ms);
-                Raw { epoch: 1 + at as u64, cut_ms, received_ms: true_ms + off_ms, held }
-            };
-        steps.into_iter().enumerate().map(raw).collect()
+        let (mut true_ms, mut points) = (START_MS, Vec::new());
+        for (epoch, (gap_ms, lag_ms, lie_ms, off_ms, held)) in (1..).zip(steps) {
+            true_ms += gap_ms;
+            let cut_ms = lie_ms.map_or(true_ms - lag_ms, |lie_ms| START_MS + lie_ms);
+            points.push(Raw { epoch, cut_ms, received_ms: true_ms + off_ms, held });
+        }
+        points
     })
 }
 
