@@ -15,6 +15,7 @@ pub mod kept;
 pub mod listener;
 pub mod metrics;
 pub mod points;
+pub mod prune;
 pub mod receiver;
 pub mod restore;
 pub mod retention;

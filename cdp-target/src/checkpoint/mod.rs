@@ -1,9 +1,13 @@
 //! Checkpoints: full images at one recovery point, readable without the journal before it.
 //!
 //! * `index`: which pack has which slice of the image.
-//! * `builder`: makes one, slice by slice, sharing what nobody wrote to since the one before.
+//! * `builder`: makes one, slice by slice, sharing what nobody wrote to since the one before. `repack`: content sealed anew.
+//!   `whole`: frames taken over whole, without the key.
 
+pub mod builder;
 pub mod index;
+pub(crate) mod repack;
+mod whole;
 
 use crate::journal::Manifest;
 use crate::journal::file::{FileId, Sealed};

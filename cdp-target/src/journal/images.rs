@@ -1,8 +1,8 @@
 //! The checkpoints as a view shows them: their packs, what is wrong with them, and who needs it.
 
-use super::file::{FileId, Sealed, SliceId};
+use super::file::{FileId, SLICE_BLOCKS, Sealed, SliceId};
 use super::manifest::{Checkpoint, SealedSegment};
-use super::view::{GroupView, Reach, WalkedSegment};
+use super::view::{GroupView, Reach, SegmentIndex, WalkedSegment};
 use super::walk::Visit;
 use super::{Damage, JournalError};
 use crate::checkpoint;
@@ -46,6 +46,35 @@ impl GroupView {
             damages.push(Damage { offset, len, ..what });
         }
         Ok(WalkedSegment { damages, bytes: sealed.len })
+    }
+
+    /// Slices of each volume that any frame touches above point `base`, the open segment's included.
+    ///
+    /// # Errors
+    /// Where a segment cannot be read.
+    pub(crate) fn slices_touched(&self, base: Epoch) -> Result<BTreeMap<u16, RoaringBitmap>, JournalError> {
+        let mut touched: BTreeMap<u16, RoaringBitmap> = BTreeMap::new();
+        let mut add = |slot: u16, first: u32, last: u32| {
+            touched.entry(slot).or_default().insert_range(first / SLICE_BLOCKS..=last / SLICE_BLOCKS);
+        };
+        let newer = self.manifest().sealed.iter().filter(|sealed| sealed.newest_run > base);
+        for number in newer.map(|sealed| sealed.number).chain([self.manifest().open]) {
+            let index = self.index(number)?;
+            if !index.lost().is_empty() {
+                return Err(JournalError::Damaged(format!("segment {number}: which blocks were hit cannot be told")));
+            }
+            match &index {
+                SegmentIndex::Open(open, _) => {
+                    open.iter().for_each(|entry| add(entry.slot.0, entry.extent.start.0, (entry.extent.end() - 1) as u32));
+                }
+                SegmentIndex::Sealed(summary, _) => {
+                    for (slot, blocks) in &summary.bitmaps {
+                        blocks.iter().for_each(|block| add(*slot, block, block));
+                    }
+                }
+            }
+        }
+        Ok(touched)
     }
 
     /// Image indexes of which a copy, or a part of both, is not what was written.

@@ -87,6 +87,19 @@ impl GroupView {
         Ok(points)
     }
 
+    /// The numbers of the points that were not removed, oldest first.
+    ///
+    /// # Errors
+    /// Where a segment cannot be read.
+    pub(crate) fn listed_epochs(&self) -> Result<Vec<Epoch>, JournalError> {
+        let mut epochs = Vec::new();
+        for number in self.segments() {
+            let index = self.index(number)?;
+            epochs.extend(index.commits().iter().map(|commit| commit.head.epoch).filter(|epoch| !self.is_removed(*epoch)));
+        }
+        Ok(epochs)
+    }
+
     /// The newest point.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ pub const VERSION: u16 = 3;
 const BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// A sealed segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SealedSegment {
     /// Its number.
     pub number: u64,
@@ -67,7 +67,7 @@ impl SealedSegment {
 }
 
 /// Points of a segment, in short: what finds a point without reading every segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PointRange {
     /// The first.
     pub first: Epoch,
@@ -80,7 +80,7 @@ pub struct PointRange {
 }
 
 /// A full image at one point, readable without the journal before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Checkpoint {
     /// The point.
     pub epoch: Epoch,

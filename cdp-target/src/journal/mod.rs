@@ -8,13 +8,16 @@
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
 //!   block at a point; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
 //!   not be read; `images`: the checkpoints' packs.
+//! * `change`: what was prepared elsewhere and takes its place in the manifest.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
 pub(crate) mod bytes;
+pub mod change;
 pub mod file;
 mod images;
 pub mod index;
+pub mod lease;
 mod listing;
 pub mod manifest;
 pub mod pack;
@@ -41,6 +44,7 @@ pub use listing::Overview;
 pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
 pub(crate) use images::extents;
+pub(crate) use writer::synced_frame;
 pub(crate) use sealed::is_no_file;
 pub use unreadable::Unreadable;
 pub use view::{GroupView, Point};
@@ -159,6 +163,12 @@ pub enum JournalError {
     /// What was asked for is damaged.
     #[error("damaged: {0}")]
     Damaged(String),
+    /// A change that was prepared does not fit any more.
+    #[error("the store changed meanwhile: {0}")]
+    Stale(String),
+    /// The operator, or the server's end, stopped it.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl JournalError {

@@ -74,7 +74,9 @@ impl GroupView {
                 break;
             }
         }
-        bad.iter().for_each(|(extent, what)| canvas.paint(*extent, |_| PiecePlace::Damaged(what.clone())));
+        if self.manifest().floor.is_some() {
+            bad.iter().for_each(|(extent, what)| canvas.paint(*extent, |_| PiecePlace::Damaged(what.clone())));
+        }
         Ok(canvas.finish())
     }
 
@@ -197,6 +199,8 @@ impl GroupView {
             };
             canvas.paint_within(extent, sealed.id, &entry, *run);
         }
+        // What the image does not have was never sent.
+        canvas.paint(extent, |_| PiecePlace::NotCovered);
         Ok(None)
     }
 

@@ -18,9 +18,9 @@ pub(crate) fn reach(view: &GroupView, damage: &Damage) -> Option<Reach> {
     }
     let first = damage.first_epoch?;
     // From a checkpoint on that was made with nothing lost, nobody needs what is before it.
-    let whole = view.manifest().checkpoints.iter().find(|base| base.epoch > first && base.lost_blocks == 0);
-    let until = whole.map(|base| Epoch(base.epoch.0 - 1));
-    if view.manifest().floor.is_some_and(|floor| until.is_some_and(|until| until < floor)) {
+    let whole = view.manifest().checkpoints.iter().find(|base| base.epoch >= first && base.lost_blocks == 0);
+    let until = whole.map(|base| Epoch(base.epoch.0.saturating_sub(1)));
+    if until.is_some_and(|until| until < first || view.manifest().floor.is_some_and(|floor| until < floor)) {
         // No point is left that could.
         return None;
     }

@@ -36,6 +36,15 @@ pub struct GroupView {
     caches: Arc<Caches>,
 }
 
+/// Tells how many views of a manifest there are.
+pub(super) struct Lease(std::sync::Weak<Facts>);
+
+impl Lease {
+    pub(super) fn strong_count(&self) -> usize {
+        self.0.strong_count()
+    }
+}
+
 /// What changes only with the manifest.
 struct Facts {
     storage: Arc<dyn Storage>,
@@ -85,27 +94,27 @@ pub(crate) struct WalkedSegment {
     pub(crate) bytes: u64,
 }
 
-pub(super) enum SegmentIndex<'a> {
+pub(crate) enum SegmentIndex<'a> {
     Open(RwLockReadGuard<'a, OpenIndex>, u64),
     Sealed(Arc<Summary>, SealedSegment),
 }
 
 impl SegmentIndex<'_> {
-    pub(super) fn runs(&self) -> &[Run] {
+    pub(crate) fn runs(&self) -> &[Run] {
         match self {
             Self::Open(index, _) => &index.runs,
             Self::Sealed(summary, _) => &summary.runs,
         }
     }
 
-    pub(super) fn lost(&self) -> &[Lost] {
+    pub(crate) fn lost(&self) -> &[Lost] {
         match self {
             Self::Open(index, _) => &index.lost,
             Self::Sealed(summary, _) => &summary.lost,
         }
     }
 
-    pub(super) fn commits(&self) -> &[CommitEntry] {
+    pub(crate) fn commits(&self) -> &[CommitEntry] {
         match self {
             Self::Open(index, limit) => {
                 let shown = index.commits.partition_point(|commit| commit.offset < *limit);
@@ -132,6 +141,14 @@ impl GroupView {
     pub(super) fn advanced(&self, limit: u64) -> Self {
         let (facts, open, caches) = (Arc::clone(&self.facts), Arc::clone(&self.open), Arc::clone(&self.caches));
         Self { facts, open, limit, unproven_bytes: 0, caches }
+    }
+
+    /// The same with another manifest: what a change would come to.
+    pub(crate) fn as_if(&self, change: impl FnOnce(&mut Manifest)) -> Self {
+        let mut manifest = self.facts.manifest.clone();
+        change(&mut manifest);
+        let (storage, folder) = (Arc::clone(&self.facts.storage), self.facts.folder.as_path());
+        Self::of(storage, folder, &manifest, Arc::clone(&self.open), self.limit, Arc::clone(&self.caches))
     }
 
     /// Opens a view from the files alone, also beside a running server. Writes nothing.
@@ -195,20 +212,14 @@ impl GroupView {
         self.facts.manifest.sealed.iter().map(|segment| segment.len).sum::<u64>() + self.limit
     }
 
-    /// Where what is written to the open segment is not shown from.
-    pub(crate) const fn limit(&self) -> u64 {
-        self.limit
-    }
-
     /// The storage and the group's folder.
     pub(crate) fn place(&self) -> (&Arc<dyn Storage>, &Path) {
         (&self.facts.storage, &self.facts.folder)
     }
 
-    /// Whether the views of this manifest are gone: what only it named may be removed.
-    pub(super) fn lease(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
-        let facts: Arc<dyn std::any::Any + Send + Sync> = Arc::clone(&self.facts) as _;
-        Arc::downgrade(&facts)
+    /// Tells whether the views of this manifest are gone: what only it named may be removed then.
+    pub(super) fn lease(&self) -> Lease {
+        Lease(Arc::downgrade(&self.facts))
     }
 
     /// Point `epoch`.
@@ -458,7 +469,7 @@ impl GroupView {
         sealed.chain([self.facts.manifest.open]).filter(move |number| *number >= first)
     }
 
-    pub(super) fn index(&self, number: u64) -> Result<SegmentIndex<'_>, JournalError> {
+    pub(crate) fn index(&self, number: u64) -> Result<SegmentIndex<'_>, JournalError> {
         let sealed = &self.facts.manifest.sealed;
         if let Ok(at) = sealed.binary_search_by_key(&number, |segment| segment.number) {
             return Ok(SegmentIndex::Sealed(self.shelf().summary(&sealed[at].sealed())?, sealed[at]));

@@ -4,12 +4,13 @@
 //! nothing more until it is opened anew, and no sync is ever tried twice. Blocking calls; owned by one thread. Takes no
 //! lock: the store has one.
 
+use super::change::Change;
 use super::file::FileId;
 use super::index::OpenIndex;
 use super::manifest::{Damage, Fork, Manifest, Mark, SealedSegment};
 use super::removed::Removed;
 use super::segment::{self, Footer, Header, Place};
-use super::view::{Caches, GroupView};
+use super::view::{Caches, GroupView, Lease};
 use super::{GroupIdentity, JournalError, JournalLimits};
 use cdp_protocol::frame::{self, Encoding, Frame, Kind};
 use cdp_protocol::record::Synced;
@@ -45,6 +46,8 @@ pub struct GroupJournal {
     pub(super) open: OpenSegment,
     pub(super) caches: Arc<Caches>,
     pub(super) view: Arc<GroupView>,
+    /// Views of manifests before the present one, and by which change they go.
+    pub(super) leases: Vec<(u64, Lease)>,
     /// What failed, once something did, and whether for want of room.
     pub(super) poisoned: Option<(String, bool)>,
 }
@@ -146,7 +149,7 @@ impl GroupJournal {
             open.synced,
             Arc::clone(&caches),
         ));
-        Self { storage, folder: folder.to_owned(), limits, manifest, place, open, caches, view, poisoned: None }
+        Self { storage, folder: folder.to_owned(), limits, manifest, place, open, caches, view, leases: Vec::new(), poisoned: None }
     }
 
     /// Who the group is.
@@ -301,6 +304,27 @@ impl GroupJournal {
         let room = DAMAGES_MAX.saturating_sub(damages.len());
         damages.extend(found.iter().take(room).cloned());
         self.change(|manifest| manifest.damages = damages)
+    }
+
+    /// Gives what was prepared elsewhere its place.
+    ///
+    /// # Errors
+    /// `Stale`, and nothing changed, where it does not fit any more; or where the manifest cannot be replaced.
+    pub fn adopt(&mut self, change: &Change) -> Result<(), JournalError> {
+        self.check()?;
+        let newest = self.open.synced_head.map(|head| head.epoch);
+        let mut changed = self.manifest.clone();
+        change.apply(&mut changed, newest)?;
+        self.leases.retain(|(_, lease)| lease.strong_count() > 0);
+        self.leases.push((self.manifest.change, self.view.lease()));
+        self.change(|manifest| *manifest = changed)
+    }
+
+    /// The oldest change of the manifest that a view here may still go by; `None` where all go by the present one.
+    #[must_use]
+    pub fn oldest_lease(&self) -> Option<u64> {
+        let held = self.leases.iter().filter(|(_, lease)| lease.strong_count() > 0);
+        held.map(|(change, _)| *change).min()
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {
@@ -556,7 +580,7 @@ pub(super) fn create_segment(
 }
 
 /// The frame of a synced record.
-pub(super) fn synced_frame(group: &GroupId, generation: Generation, record: &Synced) -> Vec<u8> {
+pub(crate) fn synced_frame(group: &GroupId, generation: Generation, record: &Synced) -> Vec<u8> {
     let payload = record.encode();
     let header = frame::Header {
         kind: Kind::Synced,

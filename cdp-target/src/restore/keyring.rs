@@ -29,6 +29,12 @@ impl Keyring {
         newest.or_else(|error| opened.find_map(Result::ok).ok_or(error))
     }
 
+    /// The present key: what is sealed anew is sealed under it.
+    #[must_use]
+    pub fn present(&self) -> &DataKey {
+        &self.0[0]
+    }
+
     /// Whether `holds` is true of any of the keys.
     pub fn any(&self, holds: impl FnMut(&DataKey) -> bool) -> bool {
         self.0.iter().any(holds)

@@ -1,0 +1,276 @@
+//! Makes a checkpoint, slice by slice.
+//!
+//! A slice nobody wrote to since the checkpoint before is shared with it. Any other gets a pack of its own: with the key its
+//! blocks are sealed anew in LBA order under a fresh attempt, without it the frames that have any of them are taken over
+//! whole. A build that was interrupted is gone on with: packs are named after what they hold, and one that has its name is
+//! whole. Changes nothing but new files; that the manifest names them is the caller's to see to.
+
+use super::index::{self, SliceContent, SliceRecord, slices_of};
+use super::repack::Repack;
+use super::whole::copy_frames;
+use crate::journal::file::{FileId, SLICE_BLOCKS, Sealed, SliceId, checkpoints, packs};
+use crate::journal::index::{CommitEntry, EntryKind};
+use crate::journal::manifest::Checkpoint;
+use crate::journal::pack::{HEADER_BYTES, Header, PackWriter, Written};
+use crate::journal::segment::{FOOTER_BYTES, Footer};
+use crate::journal::{GroupView, JournalError, is_no_file};
+use crate::restore::keyring::Keyring;
+use cdp_protocol::record::Volume;
+use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot, blocks_in};
+use cdp_seams::random::Random;
+use cdp_seams::storage::{Storage, replace};
+use roaring::RoaringBitmap;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Blocks sealed before they are written: bounds what is held in memory.
+const PART_BLOCKS: u32 = 2048;
+
+/// Told of bytes read and written; `false` ends the work.
+pub type Step<'a> = dyn FnMut(u64) -> bool + 'a;
+
+/// Told of slices done and of how many there are.
+pub type Progress<'a> = dyn FnMut(u64, u64) + 'a;
+
+/// A checkpoint to be made.
+pub struct Builder<'a> {
+    /// The group.
+    pub view: &'a Arc<GroupView>,
+    /// Its keys, where they can be had.
+    pub keys: Option<&'a Keyring>,
+    /// For attempts.
+    pub random: &'a dyn Random,
+    /// The target's clock.
+    pub now: Timestamp,
+}
+
+/// What is shared with the checkpoint before.
+struct Before {
+    image: Arc<index::ImageIndex>,
+    /// Slices written to since, by volume; `None` where that cannot be told.
+    touched: Option<BTreeMap<u16, RoaringBitmap>>,
+}
+
+impl Builder<'_> {
+    /// Builds the checkpoint of point `epoch`: all its files are durable when it returns.
+    ///
+    /// # Errors
+    /// Where there is no such point, the storage fails, or `step` ends it (what was done is gone on with by the next build at
+    /// the same point).
+    pub fn build(
+        &self,
+        epoch: Epoch,
+        step: &mut Step<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Checkpoint, JournalError> {
+        let commit = self.view.listed(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
+        if commit.volumes.is_empty() {
+            return Err(JournalError::Damaged(format!("the volumes of point {epoch} cannot be told")));
+        }
+        let (storage, folder) = self.view.place();
+        for folder in [packs(folder), checkpoints(folder)] {
+            storage.create_dir_all(&folder).map_err(JournalError::io("create folder", &folder))?;
+        }
+        begin(storage.as_ref(), folder, epoch)?;
+        let before = self.before(epoch)?;
+        let slices: u64 = commit.volumes.iter().map(|volume| u64::from(slices_of(volume))).sum();
+        let mut records = Vec::new();
+        for volume in &commit.volumes {
+            for slice in 0..slices_of(volume) {
+                let shared = before.as_ref().and_then(|before| self.shared(before, volume, slice));
+                let record = match shared {
+                    Some(record) => record,
+                    None => self.slice(&commit, volume, slice, step)?,
+                };
+                records.push(record);
+                progress(records.len() as u64, slices);
+            }
+        }
+        self.finish(&commit, &records)
+    }
+
+    /// Makes the packs' names and the image index durable.
+    fn finish(&self, commit: &CommitEntry, records: &[SliceRecord]) -> Result<Checkpoint, JournalError> {
+        let (storage, folder) = self.view.place();
+        let packs = packs(folder);
+        storage.sync_dir(&packs).map_err(JournalError::io("sync folder", &packs))?;
+        let copy = index::encode(self.view.identity().group, commit, records);
+        let path = index::path(folder, commit.head.epoch);
+        // A crash leaves the packs without an index, or with it: nothing names either.
+        replace(storage.as_ref(), &path, &[copy.as_slice(), &copy].concat()).map_err(JournalError::io("write", &path))?;
+        let lost = records.iter().zip(places(commit)).filter(|(record, _)| record.lost);
+        let lost_blocks = lost.map(|(record, _)| self.lost_blocks(record)).sum::<Result<u64, _>>()?;
+        Ok(Checkpoint {
+            epoch: commit.head.epoch,
+            made: self.now,
+            index_len: copy.len() as u64,
+            index_hash: *blake3::hash(&copy).as_bytes(),
+            held_bytes: records.iter().map(SliceRecord::held_bytes).sum(),
+            needed_bytes: records.iter().map(|record| record.needed_bytes).sum(),
+            lost_blocks,
+        })
+    }
+
+    fn lost_blocks(&self, record: &SliceRecord) -> Result<u64, JournalError> {
+        let SliceContent::Pack { sealed, .. } = record.content else { return Ok(0) };
+        let (_, tables) = self.view.shelf().tables(&sealed)?;
+        let lost = tables.iter().filter(|entry| entry.kind == EntryKind::Lost);
+        Ok(lost.map(|entry| u64::from(entry.extent.count)).sum())
+    }
+
+    fn before(&self, epoch: Epoch) -> Result<Option<Before>, JournalError> {
+        let bases = self.view.manifest().checkpoints.iter().rev();
+        for base in bases.filter(|base| base.epoch <= epoch) {
+            if let Some(image) = self.view.image_index(base)? {
+                return Ok(Some(Before { image, touched: self.view.slices_touched(base.epoch).ok() }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The record of a slice that is shared, where it can be.
+    fn shared(&self, before: &Before, volume: &Volume, slice: u32) -> Option<SliceRecord> {
+        let touched = before.touched.as_ref()?;
+        if touched.get(&volume.slot.0).is_some_and(|slices| slices.contains(slice)) {
+            return None;
+        }
+        let record = before.image.record(volume.slot, slice).ok().flatten()?;
+        // What was lost may have been healed, and what was taken over whole can be sealed anew once there is a key.
+        let reusable = !record.lost
+            && match record.content {
+                SliceContent::Zero => true,
+                SliceContent::Pack { sealed, repacked } => self.is_sound(&sealed) && (repacked || self.keys.is_none()),
+            };
+        reusable.then_some(record)
+    }
+
+    fn is_sound(&self, sealed: &Sealed) -> bool {
+        let FileId::Slice(slice) = sealed.id else { return false };
+        let known = self.view.damages().iter().any(|damage| damage.is_in(sealed.id));
+        !known && !self.view.shelf().caches.is_bad(slice) && !self.view.shelf().is_missing(sealed.id)
+    }
+
+    fn slice(
+        &self,
+        commit: &CommitEntry,
+        volume: &Volume,
+        slice: u32,
+        step: &mut Step<'_>,
+    ) -> Result<SliceRecord, JournalError> {
+        let id = SliceId { slot: volume.slot, slice, epoch: commit.head.epoch };
+        if let Some(record) = self.made_before(id)? {
+            return Ok(record);
+        }
+        let extent = extent_of(volume, slice);
+        let Some(keys) = self.keys else { return copy_frames(self.view, commit, id, extent, step) };
+        let image = self.view.image_of(commit.clone(), keys)?;
+        let mut repack = Repack::new(self.view, keys, self.random, commit.head.epoch, commit.generation);
+        let (storage, folder) = self.view.place();
+        let mut writer: Option<PackWriter<'_>> = None;
+        let mut at = extent.start.0;
+        while u64::from(at) < extent.end() {
+            let count = (extent.end() - u64::from(at)).min(u64::from(PART_BLOCKS)) as u32;
+            let part = Extent::new(Block(at), count).expect("a part of the slice");
+            repack.read(&image, volume.slot, part, step)?;
+            at = part.end() as u32;
+            let is_last = part.end() == extent.end();
+            if is_last {
+                repack.flush();
+            }
+            if repack.is_zero() {
+                continue;
+            }
+            let pack = match &mut writer {
+                Some(pack) => pack,
+                none => none.insert(PackWriter::create(
+                    storage.as_ref(),
+                    folder,
+                    self.view.identity().group,
+                    FileId::Slice(id),
+                )?),
+            };
+            repack.drain().try_for_each(|frame| pack.push(&frame))?;
+        }
+        let Some(writer) = writer else {
+            return Ok(SliceRecord { content: SliceContent::Zero, unreadable: false, lost: false, needed_bytes: 0 });
+        };
+        let written = writer.finish(true)?;
+        Ok(record_of(&written, true, written.sealed.len))
+    }
+
+    /// A pack that an interrupted build has left; those with frames taken over whole are made again.
+    fn made_before(&self, id: SliceId) -> Result<Option<SliceRecord>, JournalError> {
+        let (storage, folder) = self.view.place();
+        let (file_id, path) = (FileId::Slice(id), FileId::Slice(id).path(folder));
+        let file = match storage.open(&path) {
+            Err(error) if is_no_file(&error) => return Ok(None),
+            opened => opened.map_err(JournalError::io("open", &path))?,
+        };
+        let (mut head, mut tail) = (vec![0; HEADER_BYTES], vec![0; FOOTER_BYTES]);
+        let len = file.len().map_err(JournalError::io("read", &path))?;
+        let read = file.read_at(&mut head, 0).and_then(|_| file.read_at(&mut tail, len.saturating_sub(FOOTER_BYTES as u64)));
+        read.map_err(JournalError::io("read", &path))?;
+        let (Ok(header), Ok(footer)) = (Header::decode(&head), Footer::decode(&tail, len)) else { return Ok(None) };
+        if header.group != self.view.identity().group || header.file != file_id || !header.repacked {
+            return Ok(None);
+        }
+        let (frames_end, footer_hash) = (footer.frames_end, footer.hash());
+        let sealed = Sealed { id: file_id, len, frames_end, footer_hash, points: None };
+        let (_, tables) = self.view.shelf().tables(&sealed)?;
+        let has = |kind| tables.iter().any(|entry| entry.kind == kind);
+        let (unreadable, lost) = (has(EntryKind::Unreadable), has(EntryKind::Lost));
+        let content = SliceContent::Pack { sealed, repacked: true };
+        Ok(Some(SliceRecord { content, unreadable, lost, needed_bytes: len }))
+    }
+}
+
+/// The record of a pack just written.
+pub(super) fn record_of(written: &Written, repacked: bool, needed_bytes: u64) -> SliceRecord {
+    let has = |kind| written.index.iter().any(|entry| entry.kind == kind);
+    let (unreadable, lost) = (has(EntryKind::Unreadable), has(EntryKind::Lost));
+    SliceRecord { content: SliceContent::Pack { sealed: written.sealed, repacked }, unreadable, lost, needed_bytes }
+}
+
+fn places(commit: &CommitEntry) -> impl Iterator<Item = (VolumeSlot, u32)> + '_ {
+    commit.volumes.iter().flat_map(|volume| (0..slices_of(volume)).map(|slice| (volume.slot, slice)))
+}
+
+/// The blocks of a slice of a volume.
+fn extent_of(volume: &Volume, slice: u32) -> Extent {
+    let start = u64::from(slice) * u64::from(SLICE_BLOCKS);
+    let end = (start + u64::from(SLICE_BLOCKS)).min(blocks_in(volume.size_bytes));
+    Extent::new(Block(start as u32), (end - start) as u32).expect("a slice of the volume")
+}
+
+/// Where the point is written down that a checkpoint is being built at.
+#[must_use]
+pub fn building_path(folder: &Path) -> PathBuf {
+    checkpoints(folder).join("building")
+}
+
+/// The point at which a build was begun and not ended.
+#[must_use]
+pub fn building(storage: &dyn Storage, folder: &Path) -> Option<Epoch> {
+    let bytes = cdp_seams::storage::read_all(storage, &building_path(folder), 64).ok()?;
+    std::str::from_utf8(&bytes).ok()?.trim().parse().ok().map(Epoch)
+}
+
+/// So that what an interrupted build leaves is not swept away, and is gone on with.
+fn begin(storage: &dyn Storage, folder: &Path, epoch: Epoch) -> Result<(), JournalError> {
+    let path = building_path(folder);
+    replace(storage, &path, format!("{epoch}\n").as_bytes()).map_err(JournalError::io("write", &path))
+}
+
+/// Ends a build, once the manifest names what it made.
+///
+/// # Errors
+/// As the storage says.
+pub fn end(storage: &dyn Storage, folder: &Path) -> Result<(), JournalError> {
+    let path = building_path(folder);
+    match storage.remove(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(JournalError::io("remove", &path)(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,114 @@
+//! Changes of a group's store that were prepared elsewhere: a checkpoint that was built, points to remove, segments rewritten.
+//!
+//! The files are written, synced and named before; here the manifest alone changes, on the group's own thread, in an instant.
+//! Whoever prepared it looked at an older manifest: a change that does not fit the present one is refused, and prepared anew.
+
+use super::JournalError;
+use super::manifest::{Checkpoint, Manifest, SealedSegment};
+use cdp_protocol::units::Epoch;
+use serde::{Deserialize, Serialize};
+
+/// A change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// A checkpoint was built; another one at the same point gives way.
+    Checkpoint(Checkpoint),
+    /// Points are removed.
+    Remove {
+        /// Ranges of epochs, both ends within; those that are no points are passed over.
+        removed: Vec<(Epoch, Epoch)>,
+    },
+    /// Checkpoints are given up, and the journal's content below one of the others.
+    Release {
+        /// The checkpoints.
+        checkpoints: Vec<Epoch>,
+        /// Below this checkpoint nobody reads the journal any more.
+        floor: Option<Epoch>,
+    },
+    /// Segments next to each other give way to others with what is still needed of them.
+    Rewrite {
+        /// Number and revision of those that go.
+        replaced: Vec<(u64, u64)>,
+        /// Those that take their place.
+        by: Vec<SealedSegment>,
+    },
+}
+
+impl Change {
+    /// Applies it; `newest` is the newest durable point.
+    ///
+    /// # Errors
+    /// `Stale`, and nothing changed, where it does not fit.
+    pub(super) fn apply(&self, manifest: &mut Manifest, newest: Option<Epoch>) -> Result<(), JournalError> {
+        match self {
+            Self::Checkpoint(checkpoint) => {
+                if manifest.floor.is_some_and(|floor| checkpoint.epoch < floor) {
+                    return stale("the checkpoint is below what the journal still has");
+                }
+                manifest.checkpoints.retain(|known| known.epoch != checkpoint.epoch);
+                let at = manifest.checkpoints.partition_point(|known| known.epoch < checkpoint.epoch);
+                manifest.checkpoints.insert(at, *checkpoint);
+            }
+            Self::Remove { removed } => remove(manifest, removed, newest)?,
+            Self::Release { checkpoints, floor } => release(manifest, checkpoints, *floor)?,
+            Self::Rewrite { replaced, by } => rewrite(manifest, replaced, by)?,
+        }
+        manifest.change += 1;
+        Ok(())
+    }
+}
+
+fn stale<T>(what: &str) -> Result<T, JournalError> {
+    Err(JournalError::Stale(what.to_owned()))
+}
+
+fn remove(manifest: &mut Manifest, removed: &[(Epoch, Epoch)], newest: Option<Epoch>) -> Result<(), JournalError> {
+    let hits = |epoch: Epoch| removed.iter().any(|(first, last)| (*first..=*last).contains(&epoch));
+    if removed.iter().any(|(first, last)| first > last || newest.is_none_or(|newest| *last >= newest)) {
+        return stale("the newest point is never removed");
+    }
+    let is_held = |mark: &super::manifest::Mark| mark.pinned || mark.label.as_ref().is_some_and(|label| !label.is_empty());
+    if let Some((epoch, _)) = manifest.marks.iter().find(|(epoch, mark)| hits(**epoch) && is_held(mark)) {
+        return stale(&format!("point {epoch} was pinned or labelled meanwhile"));
+    }
+    removed.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
+    manifest.marks.retain(|epoch, _| !hits(*epoch));
+    Ok(())
+}
+
+fn release(manifest: &mut Manifest, checkpoints: &[Epoch], floor: Option<Epoch>) -> Result<(), JournalError> {
+    let floor = floor.max(manifest.floor);
+    let stays = |epoch: Epoch| manifest.checkpoints.iter().any(|known| known.epoch == epoch) && !checkpoints.contains(&epoch);
+    if let Some(floor) = floor {
+        let below = floor.0.checked_sub(1).map(Epoch);
+        let kept = below.is_some_and(|below| manifest.removed.within(Epoch(0), below).collect::<Vec<_>>() != [(Epoch(0), below)]);
+        if !stays(floor) || kept {
+            return stale("a kept point needs what is below the checkpoint");
+        }
+    }
+    manifest.checkpoints.retain(|known| !checkpoints.contains(&known.epoch));
+    manifest.floor = floor;
+    Ok(())
+}
+
+fn rewrite(manifest: &mut Manifest, replaced: &[(u64, u64)], by: &[SealedSegment]) -> Result<(), JournalError> {
+    let Some(from) = manifest.sealed.iter().position(|known| Some(&(known.number, known.revision)) == replaced.first()) else {
+        return stale("a segment was rewritten meanwhile");
+    };
+    let known = manifest.sealed[from..].iter().map(|known| (known.number, known.revision));
+    if !known.take(replaced.len()).eq(replaced.iter().copied()) {
+        return stale("a segment was rewritten meanwhile");
+    }
+    let numbers = replaced.iter().map(|(number, _)| *number);
+    if manifest.damages.iter().any(|damage| damage.slice.is_none() && numbers.clone().any(|number| number == damage.segment)) {
+        return stale("a segment was found damaged meanwhile");
+    }
+    let in_order = by.windows(2).all(|pair| pair[0].number < pair[1].number);
+    let inside = by.iter().all(|new| numbers.clone().any(|number| number == new.number));
+    if !in_order || !inside {
+        return stale("the new segments do not fit where the old ones stand");
+    }
+    manifest.sealed.splice(from..from + replaced.len(), by.iter().copied());
+    Ok(())
+}

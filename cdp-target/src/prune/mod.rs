@@ -1,0 +1,333 @@
+//! Pruning: which points go, what becomes of the bytes they stood on, and what comes back.
+//!
+//! In this order, each step durable before the next, so that it may be cut off anywhere and begun again:
+//!
+//! 1. The ladder decides (`retention`); a line for every point that goes is in the audit log, then the manifest forgets it.
+//! 2. Where older points went, a checkpoint becomes the base of the oldest point that stays: nothing below it is read again.
+//! 3. Segments that hold what nobody needs any more are rewritten (`rewrite`).
+//! 4. Files that neither the manifest nor a reader needs are removed (`sweep`).
+//!
+//! Changes nothing itself but new files: the manifest is changed by the group's own writer, through `adopt`.
+
+mod audit;
+pub mod rewrite;
+pub mod sweep;
+
+use crate::checkpoint::builder::{Builder, Progress, Step};
+use crate::journal::change::Change;
+use crate::journal::manifest::Checkpoint;
+use crate::journal::{GroupJournal, GroupView, JournalError, Point};
+use crate::points::{Instant, PointTimes, point_time};
+use crate::restore::keyring::Keyring;
+use crate::retention::{Candidate, Decision, Held, Ladder, Tally, Verdict, decide};
+use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_seams::random::Random;
+use std::sync::Arc;
+
+/// The base of the oldest point is made anew where more than this share of the image was written over since.
+const BASE_WASTE_MAX: f64 = 0.10;
+
+/// What a prune works on and with.
+pub struct Prune<'a> {
+    /// The ladder.
+    pub ladder: &'a Ladder,
+    /// The clock of retention.
+    pub now: Timestamp,
+    /// The machine's, for the audit log.
+    pub wall: Timestamp,
+    /// The group's keys, where they can be had.
+    pub keys: Option<&'a Keyring>,
+    /// For attempts.
+    pub random: &'a dyn Random,
+    /// Size that a rewritten segment is filled to.
+    pub segment_bytes_max: u64,
+    /// A checkpoint between two others goes where the journal between these is less than this share of the image.
+    pub checkpoint_share: f64,
+    /// Whether nothing but the newest and what is held may be left.
+    pub keep_only_newest: bool,
+}
+
+/// A point that goes, and why.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Removed {
+    /// Its number.
+    pub epoch: Epoch,
+    /// Its time.
+    pub time: Instant,
+    /// When it was received.
+    pub received: Instant,
+    /// Why.
+    pub reason: String,
+}
+
+/// What the ladder says.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// The points that go, oldest first.
+    pub removed: Vec<Removed>,
+    /// The same as ranges of epochs, joined over points that went before.
+    pub ranges: Vec<(Epoch, Epoch)>,
+    /// The oldest point that stays.
+    pub oldest_kept: Option<Epoch>,
+    /// How many stay, and for what.
+    pub tally: Tally,
+}
+
+/// Why nothing was pruned.
+#[derive(Debug, thiserror::Error)]
+pub enum PruneError {
+    /// The settings would leave next to nothing.
+    #[error("the ladder as configured would remove all {0} points but the newest and those that are pinned or labelled")]
+    OnlyNewest(u64),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Pruned {
+    /// Points removed.
+    pub points: u64,
+    /// Points that stay.
+    pub kept: u64,
+    /// The checkpoint made as base of the oldest of them.
+    pub base: Option<Epoch>,
+    /// Segments rewritten.
+    pub rewritten_segments: u64,
+    /// Bytes of the group's files before.
+    pub bytes_before: u64,
+    /// And after.
+    pub bytes_after: u64,
+    /// Bytes that are not given back yet, because somebody reads them.
+    pub leased: bool,
+}
+
+/// Who changes the manifest: the group's own writer, wherever it runs.
+pub trait Owner {
+    /// Gives a change its place; gives a view that shows it.
+    ///
+    /// # Errors
+    /// Where it does not fit, or the manifest cannot be replaced.
+    fn adopt(&mut self, change: &Change) -> Result<Arc<GroupView>, JournalError>;
+
+    /// Whether a view in the server still goes by an older manifest.
+    ///
+    /// # Errors
+    /// Where it does not answer.
+    fn is_leased(&mut self) -> Result<bool, JournalError>;
+}
+
+impl Owner for GroupJournal {
+    fn adopt(&mut self, change: &Change) -> Result<Arc<GroupView>, JournalError> {
+        Self::adopt(self, change)?;
+        Ok(self.view())
+    }
+
+    fn is_leased(&mut self) -> Result<bool, JournalError> {
+        Ok(self.oldest_lease().is_some())
+    }
+}
+
+impl Prune<'_> {
+    /// What the ladder says about the points of `view`.
+    ///
+    /// # Errors
+    /// Where a segment cannot be read: then nobody knows what stands on it.
+    pub fn plan(&self, view: &GroupView) -> Result<Plan, JournalError> {
+        let mut failed = None;
+        let mut before = None;
+        let mut points = Vec::new();
+        let candidates = view.all_points().map_while(|point| match point {
+            Ok(point) => {
+                let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
+                before = Some(time);
+                let removed = view.is_removed(point.epoch);
+                points.push((point.epoch, time, point.received, removed));
+                let (epoch, received) = (point.epoch, point.received);
+                Some(Candidate { epoch, time, received, held: held(&point).filter(|_| !removed) })
+            }
+            Err(error) => {
+                failed = Some(error);
+                None
+            }
+        });
+        let decisions: Vec<Decision> = decide(self.ladder, candidates, self.now).collect();
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let mut plan = Plan::default();
+        for (decision, (epoch, time, received, went_before)) in decisions.iter().zip(points) {
+            if went_before {
+                extend(&mut plan.ranges, epoch);
+                continue;
+            }
+            plan.tally.add(decision);
+            match decision.verdict {
+                Verdict::Kept(_) => {
+                    plan.oldest_kept.get_or_insert(epoch);
+                    // No range goes over it.
+                    plan.ranges.push((Epoch(epoch.0 + 1), epoch));
+                }
+                Verdict::Removed(why) => {
+                    extend(&mut plan.ranges, epoch);
+                    plan.removed.push(Removed { epoch, time: Instant(time), received: Instant(received), reason: why.to_string() });
+                }
+            }
+        }
+        plan.ranges.retain(|(first, last)| first <= last);
+        if let Some(first) = plan.ranges.first_mut().filter(|(first, _)| plan.oldest_kept.is_none_or(|oldest| *first < oldest)) {
+            // Numbers below the first point there was are gone with it.
+            first.0 = Epoch(0);
+        }
+        Ok(plan)
+    }
+
+    /// Prunes.
+    ///
+    /// # Errors
+    /// Where the settings would leave next to nothing and that was not asked for, the storage fails or `step` ends it.
+    pub fn run(
+        &self,
+        mut view: Arc<GroupView>,
+        owner: &mut dyn Owner,
+        step: &mut Step<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Pruned, PruneError> {
+        let bytes_before = sweep::held_bytes(&view)?;
+        let plan = self.plan(&view)?;
+        self.check(&plan)?;
+        if !plan.removed.is_empty() {
+            let (storage, folder) = view.place();
+            // A crash before the manifest is changed leaves lines of points that stand yet: the next prune says them again.
+            audit::append(storage.as_ref(), folder, self.wall, &plan.removed)?;
+            view = owner.adopt(&Change::Remove { removed: plan.ranges.clone() })?;
+        }
+        let base = self.base(&mut view, &plan, owner, step, progress)?;
+        let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
+        let leased = !sweep::sweep(&view, owner.is_leased()?)?;
+        let bytes_after = sweep::held_bytes(&view)?;
+        Ok(Pruned {
+            points: plan.removed.len() as u64,
+            kept: plan.tally.on_a_rung + plan.tally.held + plan.tally.newest,
+            base,
+            rewritten_segments: rewritten,
+            bytes_before,
+            bytes_after,
+            leased,
+        })
+    }
+
+    /// Bytes that a prune would give back, about, once a checkpoint is the base of the oldest point that stays.
+    ///
+    /// # Errors
+    /// Where a segment cannot be read.
+    pub fn estimate(&self, view: &Arc<GroupView>, plan: &Plan) -> Result<u64, JournalError> {
+        let went = first_epoch(view)? < plan.oldest_kept.unwrap_or_default();
+        let after = view.as_if(|manifest| {
+            plan.ranges.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
+            manifest.floor = manifest.floor.max(plan.oldest_kept.filter(|_| went));
+        });
+        rewrite::estimate(self, &Arc::new(after))
+    }
+
+    /// Refuses what would leave next to nothing.
+    ///
+    /// # Errors
+    /// Where it would, and that was not asked for.
+    pub fn check(&self, plan: &Plan) -> Result<(), PruneError> {
+        if plan.tally.keeps_only_newest() && !self.keep_only_newest {
+            return Err(PruneError::OnlyNewest(plan.removed.len() as u64 + 1));
+        }
+        Ok(())
+    }
+
+    /// Makes a checkpoint the base of the oldest point that stays, and gives up those that nobody needs; the one it made.
+    fn base(
+        &self,
+        view: &mut Arc<GroupView>,
+        plan: &Plan,
+        owner: &mut dyn Owner,
+        step: &mut Step<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Option<Epoch>, JournalError> {
+        let Some(oldest) = plan.oldest_kept else { return Ok(None) };
+        let went = first_epoch(view)? < oldest;
+        let mut made = None;
+        if went && self.is_wasteful(view, oldest) {
+            let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
+            let checkpoint = builder.build(oldest, step, progress)?;
+            *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
+            let (storage, folder) = view.place();
+            crate::checkpoint::builder::end(storage.as_ref(), folder)?;
+            made = Some(oldest);
+        }
+        let floor = if went { view.manifest().checkpoint_before(oldest).map(|base| base.epoch) } else { None };
+        let checkpoints = self.surplus(view, floor);
+        if floor > view.manifest().floor || !checkpoints.is_empty() {
+            *view = owner.adopt(&Change::Release { checkpoints, floor })?;
+        }
+        Ok(made)
+    }
+
+    /// Whether the oldest point that stays has no checkpoint to stand on, or one that was mostly written over since.
+    fn is_wasteful(&self, view: &GroupView, oldest: Epoch) -> bool {
+        let Some(base) = view.manifest().checkpoint_before(oldest) else { return true };
+        base.epoch < oldest
+            && journal_bytes(view, base.epoch, oldest) as f64 > base.needed_bytes as f64 * BASE_WASTE_MAX
+    }
+
+    /// Checkpoints that can go: those below the floor, and those between two others that the journal is short between.
+    fn surplus(&self, view: &GroupView, floor: Option<Epoch>) -> Vec<Epoch> {
+        let checkpoints: &[Checkpoint] = &view.manifest().checkpoints;
+        let floor = floor.max(view.manifest().floor);
+        let mut surplus = Vec::new();
+        let mut before: Option<Epoch> = None;
+        for (at, checkpoint) in checkpoints.iter().enumerate() {
+            let is_below = floor.is_some_and(|floor| checkpoint.epoch < floor);
+            let is_base = floor == Some(checkpoint.epoch);
+            let next = checkpoints.get(at + 1);
+            let is_short = next.is_some_and(|next| {
+                let from = before.unwrap_or(Epoch(0));
+                (journal_bytes(view, from, next.epoch) as f64) < checkpoint.needed_bytes as f64 * self.checkpoint_share
+            });
+            if is_below || (!is_base && is_short) {
+                surplus.push(checkpoint.epoch);
+            } else {
+                before = Some(checkpoint.epoch);
+            }
+        }
+        surplus
+    }
+}
+
+/// Bytes of the sealed segments that hold what was written above `from` and up to `to`.
+pub(crate) fn journal_bytes(view: &GroupView, from: Epoch, to: Epoch) -> u64 {
+    let sealed = view.manifest().sealed.iter();
+    let between = sealed.filter(|sealed| {
+        sealed.newest_run > from && sealed.points.is_none_or(|points| points.first <= to)
+    });
+    between.map(|sealed| sealed.len).sum()
+}
+
+/// The first point there ever was.
+fn first_epoch(view: &GroupView) -> Result<Epoch, JournalError> {
+    let first = view.all_points().find_map(|point| point.map(|point| Some(point.epoch)).transpose());
+    Ok(first.transpose()?.unwrap_or(Epoch(1)))
+}
+
+fn held(point: &Point) -> Option<Held> {
+    if point.pinned {
+        Some(Held::Pinned)
+    } else {
+        point.label.as_ref().map(|_| Held::Labelled)
+    }
+}
+
+/// Takes a point into the last range, from where that ends.
+fn extend(ranges: &mut Vec<(Epoch, Epoch)>, epoch: Epoch) {
+    match ranges.last_mut() {
+        Some((_, last)) => *last = epoch,
+        None => ranges.push((epoch, epoch)),
+    }
+}

@@ -1,0 +1,494 @@
+//! Rewriting segments so that they hold no more than the points that stay need.
+//!
+//! Between two points that stay only the last content of a block counts, as of the later one: the blocks written since the
+//! earlier are its *section*. A pass goes from the newest segment to the oldest and keeps what was met of one section, so that
+//! it costs one reading of the indexes; the content of a section is what the point has in these blocks. Whole chunks of
+//! segments give way at once, and only where their first frame begins its attempt: how a run of frames ends is told by the
+//! next segment. With the key content is sealed anew in block order, without it frames are taken over whole. A segment that is
+//! damaged is left alone: rewriting it would make final what may yet be healed.
+
+use super::{Owner, Prune};
+use crate::checkpoint::builder::Step;
+use crate::checkpoint::repack::Repack;
+use crate::journal::change::Change;
+use crate::journal::file::FileId;
+use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
+use crate::journal::manifest::SealedSegment;
+use crate::journal::pack::PackWriter;
+use crate::journal::walk::Visit;
+use crate::journal::{GroupView, JournalError, extents, synced_frame};
+use crate::restore::keyring::Keyring;
+use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
+use cdp_protocol::record::Synced;
+use cdp_protocol::units::{AttemptId, Epoch, VolumeSlot};
+use roaring::RoaringBitmap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+/// Files are rewritten where they hold more than this much of what is needed.
+const WASTE_MAX: f64 = 1.05;
+/// Bytes of segments that give way at once: until then both the old and the new are on the disk.
+const CHUNK_BYTES_MAX: u64 = 1 << 30;
+/// A segment below this share of a full one is joined with its neighbours.
+const SMALL_SHARE: u64 = 4;
+
+type Blocks = BTreeMap<u16, RoaringBitmap>;
+
+/// Segments next to each other, and what of them is needed.
+#[derive(Default)]
+struct Chunk {
+    /// Newest first.
+    segments: Vec<SealedSegment>,
+    /// Blocks whose last content before a point that stays is here, by that point.
+    sections: BTreeMap<Epoch, Blocks>,
+    /// Frames that hold any of them, by segment and offset.
+    frames: BTreeMap<(u64, u64), u32>,
+    needed_bytes: f64,
+    whole_bytes: u64,
+    /// Of all its frames.
+    held_bytes: u64,
+    /// Whether any of them has to be rewritten, or only may be.
+    wasteful: bool,
+}
+
+/// The blocks of one section that were met so far, going back.
+struct Met {
+    point: Option<Epoch>,
+    blocks: Blocks,
+}
+
+/// Rewrites until nothing more comes of it; gives how many segments gave way.
+pub(super) fn rewrite(
+    prune: &Prune<'_>,
+    view: &mut Arc<GroupView>,
+    owner: &mut dyn Owner,
+    step: &mut Step<'_>,
+) -> Result<u64, JournalError> {
+    let kept = view.listed_epochs()?;
+    let mut rewritten = 0;
+    let mut failed = HashSet::new();
+    loop {
+        let mut found = None;
+        pass(prune, view, &kept, &failed, &mut |chunk| {
+            found = Some(chunk);
+            false
+        })?;
+        let Some(chunk) = found else { return Ok(rewritten) };
+        let numbers = chunk.segments.iter().rev().map(|sealed| (sealed.number, sealed.revision));
+        let numbers: Vec<(u64, u64)> = numbers.collect();
+        match write(prune, view, &chunk, step) {
+            // In whole frames, or in very small ones, it may be that nothing comes of it.
+            Ok(by) if by.len() >= numbers.len() && frames_bytes(&by) >= chunk.held_bytes => failed.extend(numbers),
+            Ok(by) => {
+                rewritten += numbers.len() as u64;
+                *view = owner.adopt(&Change::Rewrite { replaced: numbers, by })?;
+                // So that the disk does not have to hold old and new of everything at once.
+                super::sweep::sweep(view, owner.is_leased()?)?;
+            }
+            Err(JournalError::Damaged(what)) => {
+                tracing::error!(what, "a segment is left as it is: `cdp-target verify` names what is damaged");
+                failed.extend(numbers);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn frames_bytes(segments: &[SealedSegment]) -> u64 {
+    segments.iter().map(|sealed| sealed.frames_end).sum()
+}
+
+/// Bytes that rewriting would give back, about.
+pub(super) fn estimate(prune: &Prune<'_>, view: &Arc<GroupView>) -> Result<u64, JournalError> {
+    let mut bytes = 0;
+    pass(prune, view, &view.listed_epochs()?, &HashSet::new(), &mut |chunk| {
+        bytes += chunk.held_bytes.saturating_sub(chunk.bytes_after(view, prune.keys.is_some()) as u64);
+        true
+    })?;
+    Ok(bytes)
+}
+
+/// A segment on the way back, by its index alone.
+struct Stop {
+    number: u64,
+    /// Where it may give way.
+    movable: Option<SealedSegment>,
+    /// It holds frames of points that went, or of attempts that nothing came of.
+    wasteful: bool,
+    /// Its first frames belong to an attempt that began before.
+    continues: bool,
+}
+
+fn stop(
+    view: &GroupView,
+    number: u64,
+    kept: &[Epoch],
+    failed: &HashSet<(u64, u64)>,
+) -> Result<Stop, JournalError> {
+    let (runs, lost) = {
+        let index = view.index(number)?;
+        (index.runs().to_vec(), !index.lost().is_empty())
+    };
+    let floor = view.manifest().floor;
+    let newest = kept.last().copied().unwrap_or_default();
+    let is_damaged = view.damages().iter().any(|damage| damage.slice.is_none() && damage.segment == number);
+    // What has no end yet may still be gone on with.
+    let is_open_ended = runs.last().is_some_and(|run| run.epoch > newest);
+    let stays = is_damaged || lost || is_open_ended;
+    let movable = view.sealed_segment(number).copied().filter(|sealed| {
+        !stays && sealed.len > 0 && !failed.contains(&(sealed.number, sealed.revision))
+    });
+    let is_waste = |run: &Run| {
+        let is_kept = kept.binary_search(&run.epoch).is_ok() && run.end != RunEnd::Abandoned;
+        run.bytes > 0 && (!is_kept || floor.is_some_and(|floor| run.epoch <= floor))
+    };
+    let continues = runs.first().is_some_and(|run| run.continued);
+    Ok(Stop { number, movable, wasteful: runs.iter().any(is_waste), continues })
+}
+
+/// Goes from the newest segment to the oldest, and gives every chunk that is worth rewriting to `found` until that has enough.
+fn pass(
+    prune: &Prune<'_>,
+    view: &Arc<GroupView>,
+    kept: &[Epoch],
+    failed: &HashSet<(u64, u64)>,
+    found: &mut dyn FnMut(Chunk) -> bool,
+) -> Result<(), JournalError> {
+    let numbers: Vec<u64> = view.segments_from(0).collect();
+    let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed));
+    let stops = stops.collect::<Result<Vec<_>, _>>()?;
+    let floor = view.manifest().floor;
+    let mut met = Met { point: None, blocks: Blocks::new() };
+    let mut chunk = Chunk::default();
+    for (at, stop) in stops.iter().enumerate() {
+        let is_small = stop.movable.is_some_and(|sealed| sealed.len < prune.segment_bytes_max / SMALL_SHARE);
+        let wanted = stop.movable.filter(|_| stop.wasteful || is_small || chunk.must_go_on(view));
+        if wanted.is_none() {
+            if let Some(chunk) = chunk.close(view, prune)
+                && !found(chunk)
+            {
+                return Ok(());
+            }
+            chunk = Chunk::default();
+            let older_needs_it = stops.get(at + 1).is_some_and(|older| older.wasteful);
+            if !stop.wasteful && !stop.continues && !older_needs_it {
+                // All it holds belongs to points that stay, and none of it has to do with the segment before.
+                met = Met { point: None, blocks: Blocks::new() };
+                continue;
+            }
+        }
+        let into = wanted.map(|sealed| {
+            chunk.segments.push(sealed);
+            chunk.held_bytes += sealed.frames_end;
+            chunk.wasteful |= stop.wasteful;
+            &mut chunk
+        });
+        sift(stop.number, &view.included(stop.number)?, kept, floor, &mut met, into);
+        if chunk.held_bytes >= CHUNK_BYTES_MAX && !stop.continues {
+            if let Some(chunk) = chunk.close(view, prune)
+                && !found(chunk)
+            {
+                return Ok(());
+            }
+            chunk = Chunk::default();
+        }
+    }
+    if let Some(chunk) = chunk.close(view, prune) {
+        found(chunk);
+    }
+    Ok(())
+}
+
+/// Goes back over the entries of a segment, and puts what is needed into the chunk.
+fn sift(
+    number: u64,
+    entries: &[(Epoch, Entry)],
+    kept: &[Epoch],
+    floor: Option<Epoch>,
+    met: &mut Met,
+    mut chunk: Option<&mut Chunk>,
+) {
+    let mut needed_of: HashMap<u64, (u64, u64, u32)> = HashMap::new();
+    for (epoch, entry) in entries.iter().rev() {
+        if floor.is_some_and(|floor| *epoch <= floor) {
+            continue;
+        }
+        let Some(point) = kept.get(kept.partition_point(|point| point < epoch)).copied() else { continue };
+        if met.point != Some(point) {
+            *met = Met { point: Some(point), blocks: Blocks::new() };
+        }
+        let mut blocks = RoaringBitmap::new();
+        blocks.insert_range(entry.extent.start.0..=(entry.extent.end() - 1) as u32);
+        let covered = met.blocks.entry(entry.slot.0).or_default();
+        let needed = &blocks - &*covered;
+        *covered |= &blocks;
+        let Some(chunk) = chunk.as_deref_mut() else { continue };
+        let of = needed_of.entry(entry.frame_offset).or_insert((0, 0, entry.frame_len));
+        of.0 += needed.len();
+        of.1 += u64::from(entry.extent.count);
+        if !needed.is_empty() {
+            *chunk.sections.entry(point).or_default().entry(entry.slot.0).or_default() |= needed;
+            chunk.frames.insert((number, entry.frame_offset), entry.frame_len);
+        }
+    }
+    let Some(chunk) = chunk else { return };
+    for (needed, blocks, frame_len) in needed_of.into_values() {
+        chunk.needed_bytes += f64::from(frame_len) * needed as f64 / blocks.max(1) as f64;
+        chunk.whole_bytes += if needed > 0 { u64::from(frame_len) } else { 0 };
+    }
+}
+
+impl Chunk {
+    /// Whether its oldest segment goes on with an attempt of the one before, which then has to give way with it.
+    fn must_go_on(&self, view: &GroupView) -> bool {
+        let Some(oldest) = self.segments.last() else { return false };
+        let first = view.index(oldest.number).ok().and_then(|index| index.runs().first().copied());
+        oldest.revision == 0 && first.is_some_and(|run| run.continued)
+    }
+
+    /// The chunk, if it can be rewritten and something comes of it.
+    fn close(&mut self, view: &GroupView, prune: &Prune<'_>) -> Option<Self> {
+        // Where an attempt began in a segment that stays, that one's end is told here. What was counted of it as needed is written
+        // all the same: the same content once more.
+        while self.must_go_on(view) {
+            let segment = self.segments.pop()?;
+            self.held_bytes -= segment.frames_end;
+            self.frames.retain(|(number, _), _| *number != segment.number);
+        }
+        let after = self.bytes_after(view, prune.keys.is_some());
+        let full = prune.segment_bytes_max as f64;
+        let fewer = self.segments.len() >= 2 && (after / full).ceil() * 2.0 <= self.segments.len() as f64;
+        let worth = (self.wasteful && after * WASTE_MAX < self.held_bytes as f64) || fewer;
+        (worth && !self.segments.is_empty()).then(|| std::mem::take(self))
+    }
+
+    /// Bytes it takes once it is rewritten, about.
+    fn bytes_after(&self, view: &GroupView, with_key: bool) -> f64 {
+        let records = self.segments.iter().map(|sealed| record_bytes(view, sealed)).sum::<u64>();
+        records as f64 + if with_key { self.needed_bytes } else { self.whole_bytes as f64 }
+    }
+}
+
+/// Bytes that the commits of a segment take wherever they stand, about.
+fn record_bytes(view: &GroupView, sealed: &SealedSegment) -> u64 {
+    let Ok(index) = view.index(sealed.number) else { return 0 };
+    index.commits().iter().map(|commit| 3 * u64::from(commit.frame_len)).sum()
+}
+
+/// Collects the records that begin attempts.
+#[derive(Default)]
+struct Begins(HashMap<AttemptId, Vec<u8>>);
+
+impl Visit for Begins {
+    fn frame(&mut self, frame: &Frame<'_>, _offset: u64) {
+        if frame.header.kind == Kind::Begin {
+            self.0.insert(frame.header.attempt, frame.bytes.to_vec());
+        }
+    }
+}
+
+/// Writes what is needed of a chunk; gives the segments that take its place, durable with their names.
+fn write(
+    prune: &Prune<'_>,
+    view: &Arc<GroupView>,
+    chunk: &Chunk,
+    step: &mut Step<'_>,
+) -> Result<Vec<SealedSegment>, JournalError> {
+    let mut begins = Begins::default();
+    let mut commits: Vec<(u64, CommitEntry)> = Vec::new();
+    for sealed in chunk.segments.iter().rev() {
+        let walked = view.walk(sealed.number, &mut begins)?;
+        if let Some(damage) = walked.damages.first() {
+            return Err(JournalError::Damaged(format!("segment {} at offset {}: {}", sealed.number, damage.offset, damage.what)));
+        }
+        if !step(walked.bytes) {
+            return Err(JournalError::Interrupted);
+        }
+        commits.extend(view.index(sealed.number)?.commits().iter().map(|commit| (sealed.number, commit.clone())));
+    }
+    let mut output = Output::new(prune, view, chunk);
+    match prune.keys {
+        Some(keys) => output.repacked(keys, &commits, &begins.0, step)?,
+        None => output.whole(&commits, &begins.0, step)?,
+    }
+    output.finish()
+}
+
+/// The files that take a chunk's place.
+struct Output<'a> {
+    prune: &'a Prune<'a>,
+    view: &'a Arc<GroupView>,
+    chunk: &'a Chunk,
+    numbers: Vec<u64>,
+    writer: Option<PackWriter<'a>>,
+    done: Vec<SealedSegment>,
+}
+
+impl<'a> Output<'a> {
+    fn new(prune: &'a Prune<'a>, view: &'a Arc<GroupView>, chunk: &'a Chunk) -> Self {
+        let numbers = chunk.segments.iter().map(|sealed| sealed.number).collect();
+        Self { prune, view, chunk, numbers, writer: None, done: Vec::new() }
+    }
+
+    /// Sections sealed anew, each before its point.
+    fn repacked(
+        &mut self,
+        keys: &Keyring,
+        commits: &[(u64, CommitEntry)],
+        begins: &HashMap<AttemptId, Vec<u8>>,
+        step: &mut Step<'_>,
+    ) -> Result<(), JournalError> {
+        let mut sections = self.chunk.sections.clone();
+        for (number, commit) in commits {
+            if let Some(section) = sections.remove(&commit.head.epoch) {
+                self.section(keys, commit, &section, step)?;
+            }
+            self.commit(*number, commit, begins)?;
+        }
+        // What belongs to a point behind the chunk.
+        for (point, section) in sections {
+            let commit = self.view.commit(point)?.ok_or(JournalError::NoPoint(point))?;
+            self.section(keys, &commit, &section, step)?;
+        }
+        Ok(())
+    }
+
+    fn section(
+        &mut self,
+        keys: &Keyring,
+        commit: &CommitEntry,
+        section: &Blocks,
+        step: &mut Step<'_>,
+    ) -> Result<(), JournalError> {
+        let image = self.view.image_of(commit.clone(), keys)?;
+        let mut repack = Repack::new(self.view, keys, self.prune.random, commit.head.epoch, commit.generation);
+        let mut frames = Vec::new();
+        for (slot, blocks) in section {
+            for extent in extents(blocks) {
+                repack.read(&image, VolumeSlot(*slot), extent, step)?;
+                frames.extend(repack.drain());
+                for frame in frames.drain(..) {
+                    self.push(&frame)?;
+                }
+            }
+        }
+        repack.flush();
+        if repack.lost_blocks() > 0 {
+            return Err(JournalError::Damaged(format!("{} blocks of point {}", repack.lost_blocks(), commit.head.epoch)));
+        }
+        frames.extend(repack.drain());
+        frames.iter().try_for_each(|frame| self.push(frame))
+    }
+
+    /// Frames taken over whole, in the order they stand in.
+    fn whole(
+        &mut self,
+        commits: &[(u64, CommitEntry)],
+        begins: &HashMap<AttemptId, Vec<u8>>,
+        step: &mut Step<'_>,
+    ) -> Result<(), JournalError> {
+        let chunk = self.chunk;
+        let mut frames = chunk.frames.iter().peekable();
+        for (number, commit) in commits {
+            while let Some(((of, at), len)) = frames.next_if(|((of, at), _)| (*of, *at) < (*number, commit.offset)) {
+                self.copy(*of, *at, *len, step)?;
+            }
+            self.commit(*number, commit, begins)?;
+        }
+        for ((of, at), len) in frames {
+            self.copy(*of, *at, *len, step)?;
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, number: u64, offset: u64, len: u32, step: &mut Step<'_>) -> Result<(), JournalError> {
+        let bytes = self.frame(number, offset, len)?;
+        if !step(u64::from(len)) {
+            return Err(JournalError::Interrupted);
+        }
+        self.push(&bytes)
+    }
+
+    /// A commit with its receive time, and with what began it where the point stays.
+    fn commit(
+        &mut self,
+        number: u64,
+        commit: &CommitEntry,
+        begins: &HashMap<AttemptId, Vec<u8>>,
+    ) -> Result<(), JournalError> {
+        let mut frames = Vec::new();
+        if !self.view.is_removed(commit.head.epoch) {
+            let begin = begins.get(&commit.attempt).cloned();
+            frames.push(begin.ok_or_else(|| JournalError::Damaged(format!("the volumes of point {}", commit.head.epoch)))?);
+        }
+        let record = Synced { segment: number, offset: 0, head: None, time: commit.received };
+        frames.push(synced_frame(&self.view.identity().group, commit.generation, &record));
+        frames.push(self.frame(number, commit.offset, commit.frame_len)?);
+        // In one file: what stands before a commit is told to it.
+        let frames: Vec<&[u8]> = frames.iter().map(Vec::as_slice).collect();
+        self.push_all(&frames)
+    }
+
+    /// The bytes of a frame of the chunk, whole.
+    fn frame(&self, number: u64, offset: u64, len: u32) -> Result<Vec<u8>, JournalError> {
+        let file = self.view.file_id(number);
+        let mut bytes = vec![0; (len as usize).min(FRAME_BYTES_MAX)];
+        let path = file.path(self.view.place().1);
+        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path))?;
+        let decoded = frame::decode(&self.view.identity().group, &bytes[..read]).map(|frame| frame.bytes.len());
+        match decoded {
+            Ok(len) => {
+                bytes.truncate(len);
+                Ok(bytes)
+            }
+            Err(error) => Err(JournalError::Damaged(format!("{file} at offset {offset}: {error}"))),
+        }
+    }
+
+    fn push(&mut self, frame: &[u8]) -> Result<(), JournalError> {
+        self.push_all(&[frame])
+    }
+
+    /// Frames that belong into one file.
+    fn push_all(&mut self, frames: &[&[u8]]) -> Result<(), JournalError> {
+        let bytes: u64 = frames.iter().map(|frame| frame.len() as u64).sum();
+        let full = |writer: &PackWriter<'_>| writer.bytes() + bytes > self.prune.segment_bytes_max;
+        if self.writer.as_ref().is_some_and(full) && !self.numbers.is_empty() {
+            self.close()?;
+        }
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            none => {
+                let number = self.numbers.pop().expect("there are no more new files than old ones");
+                let id = FileId::Segment { number, revision: self.view.manifest().change + 1 };
+                let (storage, folder) = self.view.place();
+                none.insert(PackWriter::create(storage.as_ref(), folder, self.view.identity().group, id)?)
+            }
+        };
+        frames.iter().try_for_each(|frame| writer.push(frame))
+    }
+
+    fn close(&mut self) -> Result<(), JournalError> {
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let written = writer.finish(self.prune.keys.is_some())?;
+        let FileId::Segment { number, revision } = written.sealed.id else { unreachable!("it was made as a segment") };
+        self.done.push(SealedSegment {
+            number,
+            revision,
+            len: written.sealed.len,
+            frames_end: written.sealed.frames_end,
+            footer_hash: written.sealed.footer_hash,
+            points: written.sealed.points,
+            newest_run: written.index.newest_run(),
+        });
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Vec<SealedSegment>, JournalError> {
+        self.close()?;
+        let (storage, folder) = self.view.place();
+        let journal = folder.join("journal");
+        storage.sync_dir(&journal).map_err(JournalError::io("sync folder", &journal))?;
+        Ok(self.done)
+    }
+}

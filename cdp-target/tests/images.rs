@@ -1,0 +1,296 @@
+//! Checkpoints and pruning over random histories, against a model that remembers every block of every point.
+
+mod journal_support;
+
+use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_seams::random::SimRandom;
+use cdp_seams::storage::Storage;
+use cdp_seams::storage::sim::SimStorage;
+use cdp_target::checkpoint::builder::{Builder, end};
+use cdp_target::journal::change::Change;
+use cdp_target::journal::file::FileId;
+use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
+use cdp_target::prune::{Prune, PruneError, Pruned};
+use cdp_target::restore::keyring::Keyring;
+use cdp_target::retention::Ladder;
+use cdp_target::verify::verify;
+use journal_support::{Cell, ModelPoint, Source, identity, image_cells, key};
+use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
+use std::path::Path;
+use std::sync::Arc;
+
+const FOLDER: &str = "/store/branch/main";
+const HOUR_MS: i64 = 3_600_000;
+const LADDER: Ladder = Ladder { every_s: 4 * 3600, hourly_s: 12 * 3600, daily_s: 4 * 86_400, weekly_s: 6 * 86_400 };
+
+fn create(disk: &SimStorage, segment_bytes_max: u64) -> GroupJournal {
+    let limits = JournalLimits { segment_bytes_max };
+    GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), limits).expect("made")
+}
+
+fn open(disk: &SimStorage, segment_bytes_max: u64) -> GroupJournal {
+    let limits = JournalLimits { segment_bytes_max };
+    GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), limits).expect("opened").0
+}
+
+fn beside(disk: &SimStorage) -> Arc<GroupView> {
+    Arc::new(GroupView::open(Arc::new(disk.clone()), Path::new(FOLDER)).expect("a view"))
+}
+
+/// Makes a checkpoint and has the journal take it.
+fn checkpoint(journal: &mut GroupJournal, disk: &SimStorage, epoch: Epoch, keys: Option<&Keyring>) {
+    let view = journal.view();
+    let random = SimRandom::new(epoch.0 + 77);
+    let builder = Builder { view: &view, keys, random: &random, now: Timestamp(5) };
+    let made = builder.build(epoch, &mut |_| true, &mut |_, _| {}).expect("built");
+    assert!(made.needed_bytes <= made.held_bytes);
+    journal.adopt(&Change::Checkpoint(made)).expect("taken");
+    end(disk, Path::new(FOLDER)).expect("ended");
+}
+
+fn prune(journal: &mut GroupJournal, keys: Option<&Keyring>, now: i64, max: u64) -> Result<Pruned, PruneError> {
+    let random = SimRandom::new(now as u64);
+    let prune = Prune {
+        ladder: &LADDER,
+        now: Timestamp(now),
+        wall: Timestamp(now),
+        keys,
+        random: &random,
+        segment_bytes_max: max,
+        checkpoint_share: 0.5,
+        keep_only_newest: true,
+    };
+    let view = journal.view();
+    prune.run(view, journal, &mut |_| true, &mut |_, _| {})
+}
+
+/// Checks that every point that is listed is one that was sent, and reads as the model has it.
+fn check(view: &Arc<GroupView>, source: &Source, damage_allowed: bool) -> Vec<Epoch> {
+    let listed: Vec<_> = view.points().map(|point| point.expect("a point")).collect();
+    for point in &listed {
+        let model: &ModelPoint =
+            source.points.iter().find(|model| model.head.epoch == point.epoch).expect("a point that was sent");
+        assert_eq!((model.head.hash, model.received), (point.hash, point.received));
+        let cells = image_cells(view, point.epoch).expect("an image");
+        if !damage_allowed {
+            assert_eq!(point.damaged, None);
+            assert_eq!(cells, *model.cells, "point {}", point.epoch);
+            let standing = model.cells.iter().flatten().filter(|cell| **cell == Cell::Unreadable).count() as u64;
+            assert_eq!(view.unreadable().blocks(point.epoch, &journal_support::volumes()), standing);
+        } else {
+            journal_support::damaged_blocks(&cells, &model.cells);
+        }
+    }
+    let overview = view.overview().expect("an overview");
+    assert_eq!(overview.points, listed.len() as u64);
+    assert_eq!(overview.newest.map(|(point, _)| point.epoch), listed.last().map(|point| point.epoch));
+    listed.into_iter().map(|point| point.epoch).collect()
+}
+
+fn is_sound(view: &GroupView) {
+    let keys: Keyring = (&key()).into();
+    let report = verify(view, Some(&keys), None, &mut |_| {}).expect("verified");
+    assert_eq!(report.damages, vec![]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_stays_reads_as_it_was_sent(seed in any::<u64>(), max in 3000_u64..60_000, steps in 5_u64..60, with_key in any::<bool>()) {
+        let disk = SimStorage::new(seed);
+        let mut journal = create(&disk, max);
+        let mut source = Source::new(seed);
+        let keyring: Keyring = (&key()).into();
+        let mut expected: Vec<Epoch> = Vec::new();
+        for _ in 0..steps {
+            let known = source.points.len();
+            source.time += match source.below(12) {
+                0 => 60 * HOUR_MS,
+                halves => halves as i64 % 3 * HOUR_MS / 2,
+            };
+            source.step(&mut journal).expect("no fault is set");
+            expected.extend(source.points[known..].iter().map(|point| point.head.epoch));
+            // With and without the key, one after the other.
+            let keys = Some(&keyring).filter(|_| with_key || source.below(2) == 0);
+            match source.below(10) {
+                0 | 1 if !source.points.is_empty() => {
+                    source.sync(&mut journal).expect("no fault is set");
+                    let listed: Vec<Epoch> = journal.view().points().map(|point| point.expect("a point").epoch).collect();
+                    let at = listed[source.below(listed.len() as u64) as usize];
+                    if journal.view().manifest().floor.is_none_or(|floor| floor <= at) {
+                        checkpoint(&mut journal, &disk, at, keys);
+                    }
+                }
+                2 | 3 => {
+                    source.sync(&mut journal).expect("no fault is set");
+                    let pruned = prune(&mut journal, keys, source.time, max).expect("pruned");
+                    let listed = check(&journal.view(), &source, false);
+                    prop_assert!(listed.iter().all(|epoch| expected.contains(epoch)), "nothing comes back");
+                    prop_assert_eq!(expected.len() - listed.len(), pruned.points as usize);
+                    expected = listed;
+                }
+                4 => {
+                    source.sync(&mut journal).expect("no fault is set");
+                    drop(journal);
+                    journal = open(&disk, max);
+                }
+                _ => {}
+            }
+        }
+        source.sync(&mut journal).expect("no fault is set");
+        prop_assert_eq!(&check(&journal.view(), &source, false), &expected);
+        prop_assert_eq!(&check(&beside(&disk), &source, false), &expected);
+        is_sound(&beside(&disk));
+        // The chain is whole: commits are never pruned.
+        for point in &source.points {
+            prop_assert!(journal.made_in(point.head).expect("read").is_some(), "{}", point.head.epoch);
+        }
+    }
+}
+
+/// A history of 40 points over segments of a few frames.
+fn history(seed: u64, max: u64) -> (SimStorage, GroupJournal, Source) {
+    let disk = SimStorage::new(seed);
+    let mut journal = create(&disk, max);
+    let mut source = Source::new(seed);
+    for _ in 0..40 {
+        source.time += HOUR_MS;
+        source.step(&mut journal).expect("no fault is set");
+    }
+    source.sync(&mut journal).expect("no fault is set");
+    (disk, journal, source)
+}
+
+#[test]
+fn a_checkpoint_is_read_with_the_whole_journal_before_it_deleted() {
+    let keyring: Keyring = (&key()).into();
+    for (seed, keys) in (0..12).flat_map(|seed| [(seed, Some(&keyring)), (seed, None)]) {
+        let (disk, mut journal, source) = history(seed, 5000);
+        let at = source.points[source.points.len() / 2].head.epoch;
+        checkpoint(&mut journal, &disk, at, keys);
+        let manifest = journal.view().manifest().clone();
+        drop(journal);
+        let older = manifest.sealed.iter().filter(|sealed| sealed.newest_run <= at);
+        let older: Vec<FileId> = older.map(|sealed| sealed.id()).collect();
+        assert!(older.len() > 3, "there is a journal before it");
+        for file in older {
+            disk.remove(&file.path(Path::new(FOLDER))).expect("deleted");
+        }
+        let view = beside(&disk);
+        for point in source.points.iter().filter(|point| point.head.epoch >= at) {
+            assert_eq!(image_cells(&view, point.head.epoch).expect("an image"), *point.cells, "{}", point.head.epoch);
+        }
+        // The server starts too, and names what is missing, and no point that does not need it.
+        let journal = open(&disk, 5000);
+        assert!(!journal.view().damages().is_empty());
+        for point in journal.view().points().filter_map(Result::ok).filter(|point| point.epoch >= at) {
+            assert_eq!(point.damaged, None, "point {}", point.epoch);
+        }
+        let report = verify(&journal.view(), keys, None, &mut |_| {}).expect("verified");
+        let named = report.damages.iter().flat_map(|damage| &damage.points);
+        assert!(named.clone().count() > 0 && named.clone().all(|epoch| *epoch < at), "only older points need what is gone");
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_read_around_and_named_where_nothing_else_is_left() {
+    let keyring: Keyring = (&key()).into();
+    let (disk, mut journal, source) = history(3, 5000);
+    let at = source.points[source.points.len() / 2].head.epoch;
+    checkpoint(&mut journal, &disk, at, Some(&keyring));
+    let packs = journal.view().packs();
+    assert!(!packs.is_empty());
+    for pack in &packs {
+        let path = pack.id.path(Path::new(FOLDER));
+        let whole = cdp_seams::storage::read_all(&disk, &path, 1 << 30).expect("read");
+        for damaged in [None, Some(whole.len() / 3), Some(whole.len() - 30), Some(2)] {
+            let _may_be_gone = disk.remove(&path);
+            if let Some(at) = damaged {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 0x10;
+                put(&disk, &path, &bytes);
+            }
+            // The journal before it stands: all is read.
+            check(&beside(&disk), &source, false);
+            let report = verify(&beside(&disk), Some(&keyring), None, &mut |_| {}).expect("verified");
+            assert!(!report.damages.is_empty(), "{damaged:?}");
+            assert!(report.damages.iter().all(|damage| damage.points.is_empty()), "no point needs it: {report:?}");
+        }
+        let _gone = disk.remove(&path);
+        put(&disk, &path, &whole);
+    }
+    is_sound(&beside(&disk));
+    // Once what is before it is gone, its damage is the points'.
+    let now = source.time + 31 * 24 * HOUR_MS;
+    prune(&mut journal, Some(&keyring), now, 5000).expect("pruned");
+    let floor = journal.view().manifest().floor.expect("older points went");
+    let listed = check(&journal.view(), &source, false);
+    for pack in journal.view().packs() {
+        let path = pack.id.path(Path::new(FOLDER));
+        let whole = cdp_seams::storage::read_all(&disk, &path, 1 << 30).expect("read");
+        let mut bytes = whole.clone();
+        bytes[whole.len() / 3] ^= 0x10;
+        disk.remove(&path).expect("removed");
+        put(&disk, &path, &bytes);
+        check(&beside(&disk), &source, true);
+        let report = verify(&beside(&disk), Some(&keyring), None, &mut |_| {}).expect("verified");
+        let named: Vec<Epoch> = report.damages.iter().flat_map(|damage| damage.points.clone()).collect();
+        let is_base = matches!(pack.id, FileId::Slice(slice) if slice.epoch == floor);
+        assert_eq!(named.contains(&listed[0]), is_base, "{report:?}");
+        disk.remove(&path).expect("removed");
+        put(&disk, &path, &whole);
+    }
+}
+
+fn put(disk: &SimStorage, path: &Path, bytes: &[u8]) {
+    let file = disk.create_new(path).expect("made");
+    file.write_at(bytes, 0).and_then(|()| file.sync()).expect("written");
+}
+
+#[test]
+fn settings_that_would_delete_everything_are_refused() {
+    let (disk, mut journal, source) = history(5, 5000);
+    let random = SimRandom::new(1);
+    let ladder = Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 };
+    let (now, segment_bytes_max) = (Timestamp(source.time + 1), 5000);
+    let mut settings = Prune {
+        ladder: &ladder,
+        now,
+        wall: now,
+        keys: None,
+        random: &random,
+        segment_bytes_max,
+        checkpoint_share: 0.5,
+        keep_only_newest: false,
+    };
+    let view = journal.view();
+    let refused = settings.run(Arc::clone(&view), &mut journal, &mut |_| true, &mut |_, _| {});
+    assert!(matches!(refused, Err(PruneError::OnlyNewest(_))));
+    assert_eq!(check(&beside(&disk), &source, false).len(), source.points.len(), "nothing went");
+    settings.keep_only_newest = true;
+    settings.run(view, &mut journal, &mut |_| true, &mut |_, _| {}).expect("asked for");
+    assert_eq!(check(&beside(&disk), &source, false), [source.points.last().expect("points").head.epoch]);
+    is_sound(&beside(&disk));
+}
+
+#[test]
+fn a_change_that_does_not_fit_is_refused_and_changes_nothing() {
+    let (_disk, mut journal, source) = history(6, 5000);
+    let newest = source.points.last().expect("points").head.epoch;
+    let pinned = source.points[3].head.epoch;
+    journal.pin(pinned, true).expect("pinned");
+    let before = journal.view().manifest().clone();
+    for change in [
+        Change::Remove { removed: vec![(Epoch(1), newest)] },
+        Change::Remove { removed: vec![(pinned, pinned)] },
+        Change::Remove { removed: vec![(Epoch(9), Epoch(8))] },
+        Change::Release { checkpoints: vec![], floor: Some(Epoch(4)) },
+        Change::Rewrite { replaced: vec![(1, 9)], by: vec![] },
+        Change::Rewrite { replaced: vec![], by: vec![] },
+    ] {
+        let refused = journal.adopt(&change);
+        assert!(matches!(refused, Err(JournalError::Stale(_))), "{change:?}: {refused:?}");
+        assert_eq!(*journal.view().manifest(), before);
+    }
+}
