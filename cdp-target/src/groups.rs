@@ -73,7 +73,8 @@ impl StoreGroups {
         self.views.lock().get(&place).cloned()
     }
 
-    fn place(&self, office: &str, group: GroupId) -> Result<GroupPlace, StoreError> {
+    /// Where a group of an office that was admitted is.
+    pub(crate) fn place(&self, office: &str, group: GroupId) -> Result<GroupPlace, StoreError> {
         let offices = self.offices.lock().unwrap_or_else(PoisonError::into_inner);
         let office = offices.get(office).copied().ok_or_else(|| UnknownOffice(office.to_owned()));
         office.map(|office| GroupPlace { office, group }).map_err(|error| StoreError::Failed(error.into()))
@@ -276,6 +277,11 @@ impl GroupWriter for JournalWriter {
         self.journal.note_damages(segment, damages).map_err(failed)?;
         self.publish();
         Ok(())
+    }
+
+    fn look_again(&mut self) {
+        self.journal.look_again();
+        self.publish();
     }
 }
 

@@ -7,6 +7,7 @@ pub mod config;
 pub mod control;
 pub mod enroll;
 pub mod groups;
+pub mod heal;
 pub mod inspect;
 pub mod journal;
 pub mod kept;

@@ -2,7 +2,8 @@
 //!
 //! Owns the order (what was read longest ago comes first), the pace (everything once an interval, never faster than
 //! `BYTES_A_SECOND` within a segment), and the record of what was read when. What is found is handed to the group's writer,
-//! which keeps it in the manifest, so that every list of points names those that need it. Changes nothing else, and repairs nothing.
+//! which keeps it in the manifest, so that every list of points names those that need it. A damage that a repair stands for counts as
+//! none, and the repair is read again with its segment. Changes nothing else, and repairs nothing.
 
 mod record;
 
@@ -141,10 +142,15 @@ impl Scrub<'_> {
         }
         let mut paced = Paced { clock: self.clock, ended, started: self.clock.monotonic(), bytes: 0 };
         let walked = view.walk(turn.segment, &mut paced)?;
-        crate::metrics::scrubbed(walked.bytes, walked.damages.len());
+        let (healed, damaged): (Vec<_>, Vec<_>) =
+            walked.damages.iter().partition(|damage| view.repair_of(damage).is_some());
+        crate::metrics::scrubbed(walked.bytes, damaged.len());
+        let is_clean = damaged.is_empty();
+        // A repair that rotted in its turn: its damage is to be named again.
+        let are_repairs_known =
+            healed.iter().all(|damage| view.is_healed(damage)) && !damaged.iter().any(|damage| view.is_healed(damage));
         let known: Vec<&Damage> = view.damages().iter().filter(|damage| damage.segment == turn.segment).collect();
-        let is_clean = walked.damages.is_empty();
-        if !known.into_iter().eq(&walked.damages)
+        if (!known.into_iter().eq(&walked.damages) || !are_repairs_known)
             && !(self.found)(&turn.office, turn.place, turn.segment, walked.damages)
         {
             // Read again soon: nothing is recorded.

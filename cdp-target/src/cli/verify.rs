@@ -6,7 +6,7 @@ use super::output::{bytes, json};
 use super::{context, print};
 use crate::catalog::Catalog;
 use crate::points::PointName;
-use crate::verify::{VerifyReport, verify};
+use crate::verify::{Healed, VerifyReport, verify};
 use cdp_protocol::units::Epoch;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeSet;
@@ -82,6 +82,9 @@ fn text(report: &VerifyReport) -> String {
         };
         writeln!(text, "damaged: segment {} offset {}: {}; {points}", damage.segment, damage.offset, damage.what)
             .expect("text takes anything");
+    }
+    for Healed { segment, offset } in &report.healed {
+        writeln!(text, "healed: segment {segment} offset {offset}").expect("text takes anything");
     }
     if report.is_clean() {
         text.push_str("nothing is wrong\n");

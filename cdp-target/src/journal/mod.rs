@@ -5,7 +5,7 @@
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
-//!   block at a point; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
+//!   block at a point; `repairs`: what stands for damaged frames; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
 //!   not be read.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
@@ -17,6 +17,7 @@ pub mod manifest;
 pub(crate) mod pieces;
 mod reach;
 pub mod recovery;
+pub(crate) mod repairs;
 mod scan;
 mod sealed;
 pub mod segment;

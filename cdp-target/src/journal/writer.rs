@@ -290,11 +290,17 @@ impl GroupJournal {
         let (known, mut damages): (Vec<_>, Vec<_>) =
             self.manifest.damages.iter().cloned().partition(|damage| damage.segment == segment);
         if known == found {
+            self.look_again();
             return Ok(());
         }
         let room = DAMAGES_MAX.saturating_sub(damages.len());
         damages.extend(found.iter().take(room).cloned());
         self.change(|manifest| manifest.damages = damages)
+    }
+
+    /// Has readers look anew for what stands beside the manifest: repairs.
+    pub fn look_again(&mut self) {
+        self.publish();
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {

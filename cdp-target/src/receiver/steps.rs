@@ -6,7 +6,7 @@ use super::group::{Command, GroupThread, Outbox, Session};
 use super::live::LiveGroup;
 use super::store_api::{GroupStore, GroupWriter, StoreError};
 use cdp_protocol::message::{OpenGroup, TargetMessage};
-use cdp_protocol::units::{Epoch, GroupId, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, GroupId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, watch};
@@ -74,6 +74,11 @@ impl GroupSteps {
     /// The session's line is gone.
     pub fn closed(&mut self, session: u64) {
         self.0.apply(Command::Closed { session });
+    }
+
+    /// Asks whoever has the group open for blocks that are damaged here.
+    pub fn send_again(&mut self, volume: VolumeSlot, extents: Vec<Extent>) {
+        self.0.apply(Command::SendAgain { volume, extents });
     }
 
     /// Works with the group's writer, as a command of an operator does.

@@ -107,6 +107,9 @@ pub trait GroupWriter: Send {
     /// # Errors
     /// Where it cannot be stored.
     fn note_damages(&mut self, segment: u64, damages: &[Damage]) -> Result<(), StoreError>;
+
+    /// Repairs were written: readers are to look anew.
+    fn look_again(&mut self) {}
 }
 
 /// Why a store did not do what it was asked to.
