@@ -11,7 +11,7 @@ pub use record::ScrubRecord;
 
 use crate::authority::AuthorityError;
 use crate::catalog::{Catalog, open_group};
-use crate::journal::walk::Visit;
+use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, Manifest};
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
@@ -49,6 +49,14 @@ pub struct Scrub<'a> {
     pub clock: &'a dyn Clock,
     /// Everything is read once in this time.
     pub interval: Duration,
+}
+
+/// What is wrong with a segment, read at once and as fast as it can be.
+///
+/// # Errors
+/// Where the storage fails.
+pub fn read_now(view: &GroupView, segment: u64) -> Result<Vec<Damage>, JournalError> {
+    Ok(view.walk(segment, &mut Blind)?.damages)
 }
 
 /// What is to be read next.

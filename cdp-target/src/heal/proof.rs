@@ -54,7 +54,7 @@ struct Lost {
 /// # Errors
 /// Where the storage fails: it is to be tried again.
 pub fn heal(view: &GroupView, damage: &Damage, keys: &Keyring, random: &dyn Random) -> Result<Outcome, JournalError> {
-    let Some(lost) = survey(view, damage) else {
+    let Some(lost) = survey(view, damage)? else {
         return Ok(Outcome::Lost("it is no content of a point, or nothing tells of which blocks".to_owned()));
     };
     if lost.needed.is_empty() {
@@ -128,9 +128,9 @@ fn put(
     is_whole.then_some(Outcome::Healed { blocks }).ok_or_else(broken)
 }
 
-fn survey(view: &GroupView, damage: &Damage) -> Option<Lost> {
-    let (entries, run) = view.damaged_frame(damage)?;
-    let first = entries.first()?;
+fn survey(view: &GroupView, damage: &Damage) -> Result<Option<Lost>, JournalError> {
+    let Some((entries, run)) = view.damaged_frame(damage)? else { return Ok(None) };
+    let Some(first) = entries.first() else { return Ok(None) };
     let mut needed = RoaringBitmap::new();
     for entry in &entries {
         needed.insert_range(blocks(entry.extent));
@@ -156,7 +156,7 @@ fn survey(view: &GroupView, damage: &Damage) -> Option<Lost> {
             }
         }
     }
-    Some(lost)
+    Ok(Some(lost))
 }
 
 impl Lost {
@@ -183,16 +183,19 @@ impl Lost {
         keys: &Keyring,
     ) -> Result<BTreeMap<u32, Vec<u8>>, JournalError> {
         let digest_key = key.digest_key();
-        let mut found = BTreeMap::new();
+        let (mut found, mut failed) = (BTreeMap::new(), None);
         for (segment, entry) in self.since.iter().filter(|(_, entry)| entry.kind == EntryKind::Content) {
             let is_open = |block: &Block| wanted.contains_key(&block.0) && !found.contains_key(&block.0);
             if !entry.extent.blocks().any(|block| is_open(&block)) {
                 continue;
             }
-            let Some(run) = view.run_of(*segment, entry) else { continue };
+            let run = view.run_of(*segment, entry)?;
             let opened = match read_frame(view, keys, *segment, entry, &run) {
                 Ok(opened) => opened,
-                Err(LoadError::Damaged(_)) => continue,
+                Err(LoadError::Damaged(what)) => {
+                    failed = Some(format!("segment {segment} at offset {}: {what}", entry.frame_offset));
+                    continue;
+                }
                 Err(LoadError::Journal(error)) => return Err(error),
             };
             let Some(content) = opened.blocks(entry.extent) else { continue };
@@ -202,7 +205,8 @@ impl Lost {
                 }
             }
         }
-        Ok(found)
+        // What cannot be read is not known to be something else: once that is found to be damaged, it is asked for again.
+        failed.filter(|_| found.len() < wanted.len()).map_or(Ok(found), |what| Err(JournalError::Damaged(what)))
     }
 }
 

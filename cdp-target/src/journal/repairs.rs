@@ -100,26 +100,34 @@ impl GroupView {
 
     /// The repair of a damaged frame, if there is one that is whole; read anew each time.
     pub(crate) fn repair_of(&self, damage: &Damage) -> Option<Repair> {
-        let (entries, run) = self.damaged_frame(damage)?;
+        let (entries, run) = self.damaged_frame(damage).ok().flatten()?;
         let repair = self.repair(damage.segment, damage.offset, &run)?;
         entries.iter().all(|entry| entry.slot == repair.frame().header.volume).then_some(repair)
     }
 
     /// What the index has of a damaged frame of content that is part of a point; `None` where the damage is no such frame.
-    pub(crate) fn damaged_frame(&self, damage: &Damage) -> Option<(Vec<Entry>, Run)> {
+    ///
+    /// # Errors
+    /// Where the segment cannot be read.
+    pub(crate) fn damaged_frame(&self, damage: &Damage) -> Result<Option<(Vec<Entry>, Run)>, JournalError> {
         if damage.any_block || damage.first_epoch.is_none() {
-            return None;
+            return Ok(None);
         }
-        let included = self.included(damage.segment).ok()?;
+        let included = self.included(damage.segment)?;
         let entries = included.into_iter().map(|(_, entry)| entry);
         let entries: Vec<Entry> = entries.filter(|entry| entry.frame_offset == damage.offset).collect();
-        let run = self.run_of(damage.segment, entries.first()?)?;
-        Some((entries, run))
+        let Some(first) = entries.first() else { return Ok(None) };
+        let run = self.run_of(damage.segment, first)?;
+        Ok(Some((entries, run)))
     }
 
     /// The attempt that an extent of a segment belongs to.
-    pub(crate) fn run_of(&self, segment: u64, entry: &Entry) -> Option<Run> {
-        self.index(segment).ok()?.runs().get(entry.run as usize).copied()
+    ///
+    /// # Errors
+    /// Where the segment cannot be read, or its index contradicts itself.
+    pub(crate) fn run_of(&self, segment: u64, entry: &Entry) -> Result<Run, JournalError> {
+        let run = self.index(segment)?.runs().get(entry.run as usize).copied();
+        run.ok_or_else(|| JournalError::Damaged(format!("an entry of segment {segment} has no run")))
     }
 
     /// Whether a damage has a repair, as far as that can be told without the key. Looked for once in a view's life.
