@@ -211,6 +211,10 @@ impl GroupWriter for HastyWriter {
         self.0.note_damages(segment, damages)
     }
 
+    fn look_again(&mut self) {
+        self.0.look_again();
+    }
+
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {
         self.0.pin(epoch, pinned)
     }

@@ -95,7 +95,7 @@ pub(super) struct GroupThread {
     group: GroupId,
     store: Arc<dyn GroupStore>,
     clock: Arc<dyn Clock>,
-    live: Arc<Mutex<LiveGroup>>,
+    pub(super) live: Arc<Mutex<LiveGroup>>,
     writer: Option<Box<dyn GroupWriter>>,
     session: Option<Session>,
     /// The process that had the group open last, whether or not its line still stands.

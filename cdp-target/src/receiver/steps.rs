@@ -8,7 +8,7 @@ use super::store_api::{GroupStore, GroupWriter, StoreError};
 use cdp_protocol::message::{OpenGroup, TargetMessage};
 use cdp_protocol::units::{Epoch, Extent, GroupId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
 
 /// Answers that wait for a connection.
@@ -84,6 +84,12 @@ impl GroupSteps {
     /// Works with the group's writer, as a command of an operator does.
     pub fn with_writer(&mut self, work: impl FnOnce(Result<&mut dyn GroupWriter, StoreError>) + Send + 'static) {
         self.0.apply(Command::Run(Box::new(work)));
+    }
+
+    /// What is known of the group.
+    #[must_use]
+    pub fn live(&self) -> LiveGroup {
+        self.0.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether something waits for a sync to be acked.
