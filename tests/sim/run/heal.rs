@@ -34,15 +34,15 @@ pub(crate) fn rot_under_a_living_source(seed: u64) -> Result<(u64, u64), String>
     let mut simulation = Simulation::new(SimRandom::new(seed), Sabotage::None);
     (simulation.line, simulation.flips_left) = (LineFaults::default(), 0);
     simulation.target.start();
-    for _ in 0..8 {
+    for _ in 0..12 {
         simulation.source.world.set_quiet(false);
-        simulation.source.world.run(150);
+        simulation.source.world.run(25);
         simulation.settle()?;
     }
     simulation.target.check(&mut simulation.model, Depth::Everything)?;
     let (mut healed, mut lost) = (Vec::new(), 0);
-    for _ in 0..FLIPS {
-        let Some(content) = simulation.some_content(&healed) else { break };
+    for number in 0..FLIPS {
+        let Some(content) = simulation.some_content(&healed, number < FLIPS / 2) else { continue };
         let (segment, offset) = (content.segment, content.offset);
         simulation.flip_in(&content);
         if simulation.target.scrub() == 0 {
@@ -91,16 +91,16 @@ impl Simulation {
             self.round()?;
             let is_done = self.source.is_idle() && self.model.newest().is_some_and(|newest| **newest == media);
             idle = if is_done { idle + 1 } else { 0 };
-            // What is asked again makes it busy once more.
-            if idle == 8 {
+            // What is asked again makes it busy once more, and what came is looked at some time after.
+            if idle == 40 {
                 return Ok(());
             }
         }
         Err(format!("no progress: {}", self.source.standing()))
     }
 
-    /// A frame of content in a sealed segment, of which nothing is wrong yet.
-    fn some_content(&self, healed: &[(u64, u64)]) -> Option<Content> {
+    /// A frame of content in a sealed segment, of which nothing is wrong yet; `is_newest`: one whose blocks the source still has.
+    fn some_content(&self, healed: &[(u64, u64)], is_newest: bool) -> Option<Content> {
         let view = self.target.view()?;
         let is_hurt = |content: &Content| {
             let at = (content.segment, content.offset);
@@ -121,7 +121,10 @@ impl Simulation {
             }
         }
         frames.retain(|content| {
-            content.header.encoding.has_content() && sealed.contains(&content.segment) && !is_hurt(content)
+            content.header.encoding.has_content()
+                && sealed.contains(&content.segment)
+                && content.is_newest == is_newest
+                && !is_hurt(content)
         });
         let chosen = self.random.below(frames.len().max(1) as u64) as usize;
         frames.into_iter().nth(chosen)
