@@ -644,9 +644,9 @@ async fn what_rotted_is_asked_of_the_source_and_healed_by_what_it_sends() {
     let request = SourceMessage::OpenGroup(OpenGroup { generation: Some(Generation(1)), acked, ..request });
     let TargetMessage::GroupOpened(opened) = source.ask(&request).await else { panic!("the group is not opened") };
     assert_eq!(opened.verdict, Verdict::Continue);
-    let asked = source.next().await;
+    let question = source.next().await;
     let extents = vec![(Block(30), 20), (Block(BLOCKS - 1), 1)];
-    assert_eq!(asked, TargetMessage::SendAgain { group: GROUP, volume: VolumeSlot(0), extents });
+    assert_eq!(question, TargetMessage::SendAgain { group: GROUP, volume: VolumeSlot(0), extents });
     assert!(!store.run(&["verify", "paris/main"]).status.success(), "nothing came yet");
 
     let mut frames = source.line.open_frames().await.expect("open");
