@@ -306,7 +306,8 @@ impl Shared {
             TargetMessage::GroupRefused { group, .. }
             | TargetMessage::Acked { group, .. }
             | TargetMessage::PartAcked { group, .. }
-            | TargetMessage::Busy { group, .. } => group,
+            | TargetMessage::Busy { group, .. }
+            | TargetMessage::SendAgain { group, .. } => group,
         };
         if matches!(message, TargetMessage::Acked { .. } | TargetMessage::PartAcked { .. }) {
             self.acked.store(true, Ordering::Relaxed);

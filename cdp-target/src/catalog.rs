@@ -1,11 +1,12 @@
 //! The store's offices and groups by the names people use.
 //!
-//! Reads beside a running server and changes nothing; the exceptions, `write_label`, `write_pin` and `write_resolution`, say that they need the lock.
+//! Reads beside a running server and changes nothing; the exceptions, `write_label`, `write_pin`, `write_change` and `write_resolution`, say that they need the lock.
 //! Where no server runs and its last one left frames without their proof, whoever reads first recovers the group.
 //! Folders carry ids; names come from the register of offices and from each group's own manifest.
 
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
+use crate::journal::change::Change;
 use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_claim};
 use crate::points::{PointInfo, PointTimes, point_time};
 use crate::restore::image::one_line;
@@ -322,6 +323,14 @@ pub fn write_label(store: &Store, place: GroupPlace, epoch: Epoch, label: &str) 
 /// Where the group cannot be opened or written.
 pub fn write_pin(store: &Store, place: GroupPlace, epoch: Epoch, pinned: bool) -> Result<(), JournalError> {
     open_to_write(store, place)?.pin(epoch, pinned)
+}
+
+/// Gives a change that was prepared its place in the manifest. The caller holds the store's lock.
+///
+/// # Errors
+/// Where the group cannot be opened or written, or the change does not fit any more.
+pub fn write_change(store: &Store, place: GroupPlace, change: &Change) -> Result<(), JournalError> {
+    open_to_write(store, place)?.adopt(change)
 }
 
 /// Ends a fork; gives the end of the history that goes on, as people read it. The caller holds the store's lock.

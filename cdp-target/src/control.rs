@@ -3,6 +3,7 @@
 //! One connection, one request, one reply, each a line of JSON. The socket is mode 0600 in a folder of mode 0700: who
 //! reaches it may do what the commands do. The server's side answers through a `Handler`; it knows no command itself.
 
+use crate::journal::change::Change;
 use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 
-const REQUEST_BYTES_MAX: u64 = 64 * 1024;
+/// A change of a store that was prepared elsewhere is the longest.
+const REQUEST_BYTES_MAX: u64 = 4 << 20;
 const REPLY_BYTES_MAX: u64 = 256 << 20;
 const CONNECTIONS_MAX: usize = 16;
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,6 +58,22 @@ pub enum Request {
         group: String,
         /// Where the history ends that goes on.
         continue_from: String,
+    },
+    /// Gives a change that a command prepared its place in the manifest.
+    Adopt {
+        /// The office's name.
+        office: String,
+        /// The group's name.
+        group: String,
+        /// The change.
+        change: Change,
+    },
+    /// Whether a view in the server still goes by an older manifest.
+    Leased {
+        /// The office's name.
+        office: String,
+        /// The group's name.
+        group: String,
     },
     /// Makes a bundle for an office.
     Enroll {

@@ -3,6 +3,7 @@
 //! Owns which folder a group is in, and that a name is one group's within its office. The receiver keeps one thread a
 //! group, which alone calls the writer made here; the views of what is durable are shared with whoever reports.
 
+use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::{
     Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point,
@@ -74,7 +75,8 @@ impl StoreGroups {
         self.views.lock().get(&place).cloned()
     }
 
-    fn place(&self, office: &str, group: GroupId) -> Result<GroupPlace, StoreError> {
+    /// Where a group of an office that was admitted is.
+    pub(crate) fn place(&self, office: &str, group: GroupId) -> Result<GroupPlace, StoreError> {
         let offices = self.offices.lock().unwrap_or_else(PoisonError::into_inner);
         let office = offices.get(office).copied().ok_or_else(|| UnknownOffice(office.to_owned()));
         office.map(|office| GroupPlace { office, group }).map_err(|error| StoreError::Failed(error.into()))
@@ -273,10 +275,25 @@ impl GroupWriter for JournalWriter {
         Ok(())
     }
 
+    fn adopt(&mut self, change: &Change) -> Result<(), StoreError> {
+        self.journal.adopt(change).map_err(failed)?;
+        self.publish();
+        Ok(())
+    }
+
+    fn oldest_lease(&self) -> Option<u64> {
+        self.journal.oldest_lease()
+    }
+
     fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError> {
         self.journal.note_damages(file, damages).map_err(failed)?;
         self.publish();
         Ok(())
+    }
+
+    fn look_again(&mut self) {
+        self.journal.look_again();
+        self.publish();
     }
 }
 

@@ -29,11 +29,18 @@ pub const CONNECTIONS: &str = "cdp_target_connections";
 pub const SCRUBBED_BYTES: &str = "cdp_target_scrubbed_bytes_total";
 /// Damages that it met, known ones each time.
 pub const SCRUB_DAMAGES: &str = "cdp_target_scrub_damages_total";
+/// Damaged frames that were healed since the server's start.
+pub const HEALED_FRAMES: &str = "cdp_target_healed_frames_total";
 
 /// Counts a segment that was read again.
 pub fn scrubbed(bytes: u64, damages: usize) {
     counter!(SCRUBBED_BYTES).increment(bytes);
     counter!(SCRUB_DAMAGES).increment(damages as u64);
+}
+
+/// Counts damaged frames that a repair stands for.
+pub fn healed(frames: u64) {
+    counter!(HEALED_FRAMES).increment(frames);
 }
 
 /// Starts the exporter on the current runtime.
@@ -44,6 +51,7 @@ pub fn start(listen: SocketAddr) -> Result<(), BuildError> {
     PrometheusBuilder::new().with_http_listener(listen).install()?;
     // So that they are there before anything is counted.
     scrubbed(0, 0);
+    healed(0);
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use cdp_protocol::units::GroupId;
+use cdp_protocol::units::{Extent, GroupId, VolumeSlot};
 use cdp_seams::clock::Clock;
 use cdp_seams::line::Line;
 use tokio::sync::{Semaphore, mpsc};
@@ -97,6 +97,12 @@ impl Receiver {
     ) {
         // The thread ends only once its handles are gone, so the command arrives.
         let _ = self.group(office, group).commands.send(Command::Run(Box::new(work))).await;
+    }
+
+    /// Asks the source that has the group open, if one has, for blocks that are damaged here: at most as many extents as fit a
+    /// message.
+    pub async fn send_again(self: &Arc<Self>, office: &str, group: GroupId, volume: VolumeSlot, extents: Vec<Extent>) {
+        let _ = self.group(office, group).commands.send(Command::SendAgain { volume, extents }).await;
     }
 
     /// Ends the threads of all groups once they have made durable what they hold. Connections have to be gone before.

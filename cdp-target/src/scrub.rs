@@ -2,7 +2,8 @@
 //!
 //! Owns the order (what was read longest ago comes first), the pace (everything once an interval, never faster than
 //! `BYTES_A_SECOND` within a segment), and the record of what was read when. What is found is handed to the group's writer,
-//! which keeps it in the manifest, so that every list of points names those that need it. Changes nothing else, and repairs nothing.
+//! which keeps it in the manifest, so that every list of points names those that need it. A damage that a repair stands for counts as
+//! none, and the repair is read again with its segment. Changes nothing else, and repairs nothing.
 
 mod record;
 
@@ -11,8 +12,9 @@ pub use record::ScrubRecord;
 use crate::authority::AuthorityError;
 use crate::catalog::{Catalog, open_group};
 use crate::journal::file::{FileId, Sealed};
-use crate::journal::walk::Visit;
+use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, Manifest};
+use crate::pace::Pace;
 use crate::restore::image::one_line;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::frame::Frame;
@@ -29,8 +31,6 @@ const BYTES_A_SECOND: u64 = 16 << 20;
 const PAUSE_MAX: Duration = Duration::from_secs(3600);
 /// How soon it is looked again where nothing is due.
 const LOOK_EVERY: Duration = Duration::from_secs(600);
-/// A wait within a segment that is shorter is not worth its call.
-const WAIT_MIN: Duration = Duration::from_millis(10);
 
 /// Takes office, group, file and what is wrong with it.
 pub type Found<'a> = dyn Fn(&str, GroupPlace, FileId, Vec<Damage>) -> bool + 'a;
@@ -49,6 +49,14 @@ pub struct Scrub<'a> {
     pub clock: &'a dyn Clock,
     /// Everything is read once in this time.
     pub interval: Duration,
+}
+
+/// What is wrong with a segment, read at once and as fast as it can be.
+///
+/// # Errors
+/// Where the storage fails.
+pub fn read_now(view: &GroupView, segment: u64) -> Result<Vec<Damage>, JournalError> {
+    Ok(view.walk(segment, &mut Blind)?.damages)
 }
 
 /// What is to be read next.
@@ -143,12 +151,18 @@ impl Scrub<'_> {
             // It went while it was waited for.
             return Ok(());
         };
-        let mut paced = Paced { clock: self.clock, ended, started: self.clock.monotonic(), bytes: 0 };
+        let mut paced = Paced(Pace::new(self.clock, ended, BYTES_A_SECOND));
         let walked = view.walk_file(file, &mut paced)?;
-        crate::metrics::scrubbed(walked.bytes, walked.damages.len());
+        let (healed, damaged): (Vec<_>, Vec<_>) =
+            walked.damages.iter().partition(|damage| view.repair_of(damage).is_some());
+        crate::metrics::scrubbed(walked.bytes, damaged.len());
+        let is_clean = damaged.is_empty();
+        // A repair that rotted in its turn: its damage is to be named again.
+        let are_repairs_known =
+            healed.iter().all(|damage| view.is_healed(damage)) && !damaged.iter().any(|damage| view.is_healed(damage));
         let known: Vec<&Damage> = view.damages().iter().filter(|damage| damage.is_in(turn.file)).collect();
-        let is_clean = walked.damages.is_empty();
-        if !known.into_iter().eq(&walked.damages) && !(self.found)(&turn.office, turn.place, turn.file, walked.damages)
+        if (!known.into_iter().eq(&walked.damages) || !are_repairs_known)
+            && !(self.found)(&turn.office, turn.place, turn.file, walked.damages)
         {
             // Read again soon: nothing is recorded.
             return Ok(());
@@ -184,23 +198,13 @@ fn choose(candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> Opt
     Some(Turn { office, place, file, pause })
 }
 
-/// Keeps the reading of a segment to its pace.
-struct Paced<'a> {
-    clock: &'a dyn Clock,
-    ended: &'a Receiver<()>,
-    started: Duration,
-    bytes: u64,
-}
+/// Keeps the reading of a file to its pace.
+struct Paced<'a>(Pace<'a>);
 
 impl Visit for Paced<'_> {
     fn frame(&mut self, frame: &Frame<'_>, _offset: u64) {
-        self.bytes += frame.bytes.len() as u64;
-        let due = self.started + Duration::from_secs_f64(self.bytes as f64 / BYTES_A_SECOND as f64);
-        let ahead = due.saturating_sub(self.clock.monotonic());
-        if ahead >= WAIT_MIN {
-            // Where the end has come there is no wait any more, and the segment is soon over.
-            let _ = self.ended.recv_timeout(ahead);
-        }
+        // Where the end has come there is no wait any more, and the file is soon over.
+        self.0.spend(frame.bytes.len() as u64);
     }
 }
 

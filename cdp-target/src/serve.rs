@@ -5,23 +5,26 @@
 //! sources send again.
 
 use crate::authority::{Authority, AuthorityError};
-use crate::catalog::{Catalog, CatalogError, open_group};
+use crate::catalog::{Catalog, CatalogError, Group, open_group};
 use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
 use crate::groups::StoreGroups;
+use crate::heal::{Healer, OpenGroup, Tools};
 use crate::journal::file::FileId;
 use crate::journal::{Damage, JournalError, short_claim};
 use crate::listener::{ListenError, Listener, ListenerLimits, Serve};
+use crate::maintenance::Maintenance;
 use crate::metrics;
 use crate::receiver::{GroupWriter, Receiver, StoreError};
 use crate::restore::image::one_line;
+use crate::restore::keyring::Keyring;
 use crate::scrub::Scrub;
 use crate::status::{KnownGroups, Live, LiveGroup, StatusReport, Watermarks, report};
 use crate::store::{GroupPlace, Store, StoreLock};
 use anyhow::Context as _;
 use cdp_protocol::join::KnownGroup;
-use cdp_protocol::units::{Epoch, OfficeId, Timestamp};
+use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::line::{BoxFuture, Line};
 use cdp_seams::random::SystemRandom;
@@ -130,6 +133,8 @@ impl Server {
         let recovering = Arc::clone(&desk);
         tokio::task::spawn_blocking(move || recovering.recover_unproven());
         let end_scrub = Arc::clone(&desk).start_scrub();
+        let end_maintenance = Arc::clone(&desk).start_maintenance();
+        let end_healer = Arc::clone(&desk).start_healer();
         eprintln!("listening on {address}");
         tell_systemd(&[NotifyState::Ready]);
         tokio::select! {
@@ -139,7 +144,7 @@ impl Server {
             name = signals.next() => tracing::info!(signal = name, "ending"),
         }
         tell_systemd(&[NotifyState::Stopping]);
-        drop((control, end_scrub));
+        drop((control, end_scrub, end_maintenance, end_healer));
         desk.end(running).await;
         Ok(())
     }
@@ -262,6 +267,16 @@ impl Desk {
                 self.on_thread(&office, place, move |writer| writer.pin(Epoch(epoch), pinned))?;
                 Ok(serde_json::Value::Null)
             }
+            Request::Adopt { office, group, change } => {
+                let place = self.catalog()?.group(&office, &group)?.place();
+                self.on_thread(&office, place, move |writer| writer.adopt(&change))?;
+                Ok(serde_json::Value::Null)
+            }
+            Request::Leased { office, group } => {
+                let place = self.catalog()?.group(&office, &group)?.place();
+                let oldest = self.on_thread(&office, place, |writer| Ok(writer.oldest_lease()))?;
+                Ok(oldest.is_some().into())
+            }
             Request::Resolve { office, group, continue_from } => {
                 let place = self.catalog()?.group(&office, &group)?.place();
                 let head = short_claim(self.on_thread(&office, place, move |writer| writer.resolve(&continue_from))?);
@@ -292,7 +307,13 @@ impl Desk {
 
     fn recover_if_unproven(&self, office: &str, place: GroupPlace) -> anyhow::Result<()> {
         let group = open_group(&self.store, place)?;
-        if group.view().unproven_bytes() > 0 {
+        if group.view().unproven_bytes() == 0 {
+            // One that is open can be healed, with its source or without.
+            let is_healed = group.view().damages().iter().all(|damage| group.view().is_healed(damage));
+            if !is_healed {
+                self.on_thread(office, place, |_| Ok(()))?;
+            }
+        } else {
             self.on_thread(office, place, |_| Ok(()))?;
             tracing::info!(office, group = group.name(), "recovered what the last server left without its proof");
         }
@@ -318,6 +339,73 @@ impl Desk {
             scrub.run(&ended);
         });
         Some(end)
+    }
+
+    /// Heals what is damaged in the groups that are open, until what is given back is dropped.
+    fn start_healer(self: Arc<Self>) -> mpsc::Sender<()> {
+        let (end, ended) = mpsc::channel();
+        tokio::task::spawn_blocking(move || {
+            let tools = Tools {
+                open: &|| self.open_groups(),
+                keys: &|group| self.keys(group).map_err(|error| one_line(&error)),
+                ask: &|group, volume, extents| {
+                    let (office, id) = (&group.office, group.place.group);
+                    Handle::current().block_on(self.receiver.send_again(office, id, volume, extents));
+                },
+                healed: &|group| self.look_again(group),
+                clock: &*self.clock,
+                random: &SystemRandom,
+            };
+            Healer::default().run(&tools, &ended);
+        });
+        end
+    }
+
+    fn open_groups(&self) -> Vec<OpenGroup> {
+        let open = |(office, group, live): (String, GroupId, crate::receiver::LiveGroup)| {
+            let place = self.groups.place(&office, group).ok()?;
+            let view = self.groups.view(place)?;
+            Some(OpenGroup { office, place, view, connected_since: live.connected_since })
+        };
+        self.receiver.live().into_iter().filter_map(open).collect()
+    }
+
+    fn keys(&self, group: &OpenGroup) -> Result<Keyring, CatalogError> {
+        self.catalog()?.keys(&Group::served(group.place, Arc::clone(&group.view)))
+    }
+
+    fn look_again(&self, group: &OpenGroup) {
+        let looked = self.on_thread(&group.office, group.place, |writer| {
+            writer.look_again();
+            Ok(())
+        });
+        if let Err(error) = looked {
+            let error = format!("{error:#}");
+            tracing::error!(office = group.office, group = %group.place.group, error, "repairs are not seen before the next start");
+        }
+    }
+
+    /// Makes checkpoints and prunes, until what is given back is dropped.
+    fn start_maintenance(self: Arc<Self>) -> mpsc::Sender<()> {
+        let (end, ended) = mpsc::channel();
+        tokio::task::spawn_blocking(move || {
+            let maintenance = Maintenance {
+                store: &self.store,
+                catalog: &|| self.catalog(),
+                change: &|office, place, change| {
+                    let change = change.clone();
+                    self.on_thread(office, place, move |writer| writer.adopt(&change))
+                },
+                is_leased: &|office, place| {
+                    let oldest = self.on_thread(office, place, |writer| Ok(writer.oldest_lease()))?;
+                    Ok(oldest.is_some())
+                },
+                clock: &*self.clock,
+                random: &SystemRandom,
+            };
+            maintenance.run(&ended);
+        });
+        end
     }
 
     /// Keeps what the scrub found in a file; whether it is kept.

@@ -2,7 +2,7 @@
 //!
 //! Checks every frame's checksums and that the frames follow one another, every index against its hash; with the key also
 //! that records were made by its holder and that every seal opens. Names each damage with its place and the points that
-//! need it. Never writes.
+//! need it; where a repair stands for it, and opens, it is told apart and nothing is wrong. Never writes.
 
 use crate::journal::file::FileId;
 use crate::journal::walk::Visit;
@@ -54,6 +54,17 @@ pub struct VerifyReport {
     pub points: u64,
     /// What is wrong.
     pub damages: Vec<Damage>,
+    /// Damaged frames that a repair stands for.
+    pub healed: Vec<Healed>,
+}
+
+/// A damaged frame that can be read all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Healed {
+    /// The segment.
+    pub segment: u64,
+    /// Where in its file.
+    pub offset: u64,
 }
 
 impl VerifyReport {
@@ -114,6 +125,11 @@ pub fn verify(
             found.push(known.clone());
         }
     }
+    let (healed, found): (Vec<_>, Vec<_>) = found.into_iter().partition(|damage| is_healed(view, keys, damage));
+    report.healed = healed
+        .iter()
+        .map(|FoundDamage { segment, offset, .. }| Healed { segment: *segment, offset: *offset })
+        .collect();
     let mut epochs: Vec<Epoch> = view.points().filter_map(Result::ok).map(|point| point.epoch).collect();
     report.points = epochs.len() as u64;
     // Of points that cannot be listed any more, the manifest knows the first and the last of each segment.
@@ -125,6 +141,12 @@ pub fn verify(
         report.damages.retain(|damage| damage.points.contains(&at));
     }
     Ok(report)
+}
+
+/// Whether what stands for a damage is whole, and opens where there are keys.
+fn is_healed(view: &GroupView, keys: Option<&Keyring>, damage: &FoundDamage) -> bool {
+    let repair = view.repair_of(damage);
+    repair.is_some_and(|repair| keys.is_none_or(|keys| keys.open(&repair.frame()).is_ok()))
 }
 
 fn named(view: &GroupView, damage: &FoundDamage, epochs: &[Epoch]) -> Damage {

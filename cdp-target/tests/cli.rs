@@ -15,7 +15,8 @@ use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::Step;
 use cdp_protocol::session::lineage::Line as GenerationLine;
 use cdp_protocol::units::{
-    AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, KeyId, Sequence, Timestamp, VolumeSlot,
+    AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, Head, KeyId, Sequence, Timestamp,
+    VolumeSlot,
 };
 use cdp_seams::clock::SystemClock;
 use cdp_seams::line::{Control, Line, read_packet, write_packet};
@@ -125,6 +126,11 @@ impl Store {
 
 /// One epoch: 20 blocks from ten times its number, and the last block; the first epoch covers all, as holes.
 fn epoch_frames(key: &DataKey, epoch: u8, predecessor: Option<Predecessor>) -> Vec<Vec<u8>> {
+    epoch_frames_like(key, epoch, epoch, predecessor)
+}
+
+/// The same with the blocks and the content of epoch `like`.
+fn epoch_frames_like(key: &DataKey, epoch: u8, like: u8, predecessor: Option<Predecessor>) -> Vec<Vec<u8>> {
     let attempt = AttemptId([epoch; 16]);
     let sealer = Sealer::new(GROUP, Epoch(epoch.into()), Generation(1), attempt, key);
     let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: vec![volume()] })];
@@ -133,8 +139,8 @@ fn epoch_frames(key: &DataKey, epoch: u8, predecessor: Option<Predecessor>) -> V
         let holes = vec![extent(0, 10), extent(30, BLOCKS - 31)];
         frames.push(sealer.bare(Encoding::Hole, VolumeSlot(0), Sequence(1), holes));
     }
-    let extents = vec![extent(u32::from(epoch) * 10, 20), extent(BLOCKS - 1, 1)];
-    let content = vec![epoch; 21 * BLOCK_BYTES];
+    let extents = vec![extent(u32::from(like) * 10, 20), extent(BLOCKS - 1, 1)];
+    let content = vec![like; 21 * BLOCK_BYTES];
     frames.push(sealer.content(VolumeSlot(0), Sequence(frames.len() as u64), extents, &content));
     let mut list = FrameListHasher::default();
     for bytes in &frames {
@@ -603,6 +609,72 @@ async fn a_point_that_was_acked_is_listed_beside_the_server_and_outlives_its_kil
     assert!(std::fs::read(&output).expect("exported") == image, "the acked point differs");
     let server = Server::start(&store);
     assert_eq!(store.json(&["status", "--json"])["offices"][0]["groups"][0]["points"], 1);
+    server.end();
+}
+
+/// The whole way: the server finds the damage when it starts, asks the source that comes, and heals with what it sends.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_rotted_is_asked_of_the_source_and_healed_by_what_it_sends() {
+    let store = Store::new();
+    let images = store.fill();
+    let bundle = Bundle::parse(&std::fs::read(store.path("paris.bundle")).expect("written")).expect("a bundle");
+    let journal = store.data().join(format!("offices/{}/groups/{GROUP}/journal", bundle.office));
+    let segment = std::fs::read_dir(journal).expect("listed").next().expect("one").expect("entry").path();
+    let described = store.json(&["inspect", segment.to_str().expect("text"), "--json"]);
+    let mut frames = described["frames"].as_array().expect("frames").iter();
+    let lost = frames.rfind(|frame| frame["blocks"] == 21 && frame["epoch"] == 3).expect("the content of point 3");
+    let offset = lost["offset"].as_u64().expect("a number");
+    let mut bytes = std::fs::read(&segment).expect("there");
+    bytes[offset as usize + 120] ^= 1;
+    std::fs::write(&segment, bytes).expect("written");
+
+    let server = Server::start(&store);
+    let state = store.path("state");
+    std::fs::create_dir(&state).expect("made");
+    let mut source = Source::connect(&bundle, &server, &state).await;
+    let key = DataKey::new([3; 32]);
+    let mut head = None;
+    for epoch in 1..=3 {
+        let frames = epoch_frames(&key, epoch, head);
+        let hash = frame::hash(frames.last().expect("a commit"));
+        head = Some(Predecessor { head: Head { epoch: Epoch(epoch.into()), hash }, attempt: AttemptId([epoch; 16]) });
+    }
+    let SourceMessage::OpenGroup(request) = open_group(GROUP, &key, &bundle) else { panic!("another message") };
+    let acked = head.map(|before| before.head).into_iter().collect();
+    let request = SourceMessage::OpenGroup(OpenGroup { generation: Some(Generation(1)), acked, ..request });
+    let TargetMessage::GroupOpened(opened) = source.ask(&request).await else { panic!("the group is not opened") };
+    assert_eq!(opened.verdict, Verdict::Continue);
+    let question = source.next().await;
+    let extents = vec![(Block(30), 20), (Block(BLOCKS - 1), 1)];
+    assert_eq!(question, TargetMessage::SendAgain { group: GROUP, volume: VolumeSlot(0), extents });
+    assert!(!store.run(&["verify", "paris/main"]).status.success(), "nothing came yet");
+
+    let mut frames = source.line.open_frames().await.expect("open");
+    let bytes = [GROUP.0.to_vec(), epoch_frames_like(&key, 4, 3, head).concat()].concat();
+    frames.write_all(&bytes).await.expect("sent");
+    frames.flush().await.expect("sent");
+    let acked = source.next().await;
+    assert!(matches!(acked, TargetMessage::Acked { head, .. } if head.epoch == Epoch(4)), "{acked:?}");
+    let start = std::time::Instant::now();
+    let healed = format!("healed: segment 1 offset {offset}\nnothing is wrong\n");
+    loop {
+        let output = store.run(&["verify", "paris/main"]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() && text.ends_with(&healed) {
+            break;
+        }
+        assert!(start.elapsed().as_secs() < 30, "healing is waited for in vain: {output:?}");
+        std::thread::park_timeout(std::time::Duration::from_millis(200));
+    }
+    let report = store.json(&["verify", "paris/main", "--json"]);
+    assert_eq!(report["healed"], serde_json::json!([{ "segment": 1, "offset": offset }]));
+    let listed = store.json(&["points", "paris/main", "--json"]);
+    assert!(listed["points"].as_array().expect("points").iter().all(|point| point["warning"].is_null()), "{listed}");
+    for (epoch, image) in ["1", "2", "3"].iter().zip(&images) {
+        let file = store.path(&format!("{epoch}.raw"));
+        store.done(&["export", "paris/main/root", "--at", epoch, "--output", file.to_str().expect("text")]);
+        assert!(std::fs::read(&file).expect("exported") == *image, "point {epoch} differs");
+    }
     server.end();
 }
 

@@ -6,7 +6,7 @@ use crate::frame::{self, Encoding, Frame, FrameError, Header, Kind};
 use crate::limits::{CONTENT_BLOCKS_MAX, CONTENT_BYTES_MAX};
 use crate::packer::Packer;
 use crate::record::{Begin, FrameList, MAC_BYTES};
-use crate::seal::{AttemptKey, DIGEST_BYTES, DataKey, DigestKey, SealBroken, Section, TAG_BYTES};
+use crate::seal::{AttemptKey, DIGEST_BYTES, DataKey, Digest, DigestKey, SealBroken, Section, TAG_BYTES};
 use crate::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, FrameHash, Generation, GroupId, Sequence, VolumeSlot};
 use bytes::Bytes;
 
@@ -252,6 +252,23 @@ pub fn open_content(frame: &Frame<'_>, key: &AttemptKey) -> Result<Vec<u8>, Cont
     }
 }
 
+/// Opens the digests of the blocks of a frame with content, in the order of its blocks. They stand apart from the content, so they
+/// may be had where that is damaged. `key` is that of the frame's attempt.
+///
+/// # Errors
+/// Where there are none, the seal does not hold, or they are not one a block.
+pub fn open_digests(frame: &Frame<'_>, key: &AttemptKey) -> Result<Vec<Digest>, ContentError> {
+    let header = &frame.header;
+    if header.kind != Kind::Extents || !header.encoding.has_content() {
+        return Err(ContentError::Kind(header.kind));
+    }
+    let mut sealed = frame.payload[(header.payload_len - header.digests_len) as usize..].to_vec();
+    let plain = key.open(header.sequence, Section::Digests, frame.associated_data(), &mut sealed)?;
+    let (digests, rest) = plain.as_chunks::<DIGEST_BYTES>();
+    let is_one_a_block = rest.is_empty() && digests.len() as u64 == header.blocks();
+    if is_one_a_block { Ok(digests.to_vec()) } else { Err(ContentError::Compression) }
+}
+
 /// Whether a record frame was made by a holder of `key`; `mac_at` is where its keyed hash begins.
 #[must_use]
 pub fn is_authentic(frame: &Frame<'_>, mac_at: usize, key: &DataKey) -> bool {
@@ -329,6 +346,32 @@ mod tests {
         }
         let bytes = sealer().bare(Encoding::Hole, VolumeSlot(1), Sequence(2), extents);
         assert_eq!(open(&bytes), Ok(vec![]));
+    }
+
+    #[test]
+    fn digests_are_had_without_the_content_and_the_content_without_them() {
+        let (key, content) = (DataKey::new([1; 32]), [[7; BLOCK_BYTES], [8; BLOCK_BYTES]].concat());
+        let extents = vec![Extent { start: Block(5), count: 2 }];
+        let whole = sealer().content(VolumeSlot(1), Sequence(1), extents.clone(), &content);
+        let read = |at: usize| {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1;
+            let frame = frame::decode_damaged(&GroupId([2; 16]), &bytes).expect("the header is intact");
+            let attempt = key.attempt_key(&frame.header.attempt);
+            (open_content(&frame, &attempt).ok(), open_digests(&frame, &attempt).ok())
+        };
+        let digests = key.digest_key().digests(&content);
+        let header = frame::decode_header(&GroupId([2; 16]), &whole).expect("a header");
+        let digests_at = header.header_len() + (header.payload_len - header.digests_len) as usize;
+        for at in header.header_len()..digests_at {
+            assert_eq!(read(at), (None, Some(digests.clone())), "byte {at}");
+        }
+        for at in digests_at..whole.len() - 4 {
+            assert_eq!(read(at), (Some(content.clone()), None), "byte {at}");
+        }
+        let bare = sealer().bare(Encoding::Hole, VolumeSlot(1), Sequence(2), extents);
+        let frame = frame::decode(&GroupId([2; 16]), &bare).expect("a frame");
+        assert!(open_digests(&frame, &key.attempt_key(&frame.header.attempt)).is_err(), "a hole has none");
     }
 
     #[test]

@@ -313,6 +313,18 @@ pub fn decode<'a>(group: &GroupId, bytes: &'a [u8]) -> Result<Frame<'a>, FrameEr
     Ok(Frame { header, payload, bytes })
 }
 
+/// Parses the frame at the start of `bytes` and verifies its header alone: of the payload only what its seals prove may be
+/// believed.
+///
+/// # Errors
+/// As `decode`, but for the payload's checksum.
+pub fn decode_damaged<'a>(group: &GroupId, bytes: &'a [u8]) -> Result<Frame<'a>, FrameError> {
+    let header = decode_header(group, bytes)?;
+    let bytes = bytes.get(..header.frame_len()).ok_or(FrameError::Short { needed: header.frame_len() })?;
+    let payload = &bytes[header.header_len()..][..header.payload_len as usize];
+    Ok(Frame { header, payload, bytes })
+}
+
 fn decode_extents(bytes: &[u8]) -> Result<Vec<Extent>, FrameError> {
     let mut extents = Vec::with_capacity(bytes.len() / EXTENT_BYTES);
     let mut end = 0;
@@ -438,6 +450,19 @@ mod tests {
                 other => panic!("prefix of {len}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_damaged_frame_is_its_header_and_whatever_stands_behind() {
+        let mut bytes = sample();
+        let at = bytes.len() - 60;
+        bytes[at] ^= 1;
+        let frame = decode_damaged(&GROUP, &bytes).expect("the header is intact");
+        assert_eq!((frame.bytes, frame.payload.len()), (&bytes[..], 100));
+        assert_eq!(decode(&GROUP, &bytes).err(), Some(FrameError::PayloadCrc));
+        assert!(decode_damaged(&GROUP, &bytes[..bytes.len() - 1]).is_err());
+        bytes[20] ^= 1;
+        assert_eq!(decode_damaged(&GROUP, &bytes).err(), Some(FrameError::HeaderCrc));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use crate::escrow::Envelope;
 use crate::limits::MESSAGE_BYTES_MAX;
 use crate::record::{PartChain, Volume};
-use crate::units::{AttemptId, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp};
+use crate::units::{AttemptId, Block, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Version of the protocol: both sides have to speak the same.
@@ -153,6 +153,16 @@ pub enum TargetMessage {
     },
     /// Answers a `Ping`.
     Pong,
+    /// What the target holds of these blocks is damaged: the next epoch is to carry them, changed or not. Nothing is taken back
+    /// by it, and a source that does not have the volume any more passes over it.
+    SendAgain {
+        /// The group.
+        group: GroupId,
+        /// The volume.
+        volume: VolumeSlot,
+        /// First block and number of blocks; at most `SEND_AGAIN_EXTENTS_MAX`, the rest in further messages.
+        extents: Vec<(Block, u32)>,
+    },
 }
 
 /// How the source's history stands to the target's.
@@ -290,6 +300,7 @@ fn config() -> impl bincode::config::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::SEND_AGAIN_EXTENTS_MAX;
 
     #[test]
     fn hello_is_these_bytes_for_ever() {
@@ -298,6 +309,21 @@ mod tests {
         assert_eq!(encode(&hello), bytes);
         assert_eq!(decode::<SourceMessage>(&bytes).expect("hello"), hello);
         assert_eq!(hello_version(&bytes), Some(1));
+    }
+
+    #[test]
+    fn send_again_is_these_bytes_and_fits_a_message_when_it_is_full() {
+        let ask = |extents| TargetMessage::SendAgain { group: GroupId([0xab; 16]), volume: VolumeSlot(3), extents };
+        let mut bytes = vec![9, 0, 0, 0, 32, 0, 0, 0, 0, 0, 0, 0];
+        bytes.extend_from_slice("ab".repeat(16).as_bytes());
+        bytes.extend_from_slice(&[
+            3, 0, 2, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0,
+        ]);
+        let two = ask(vec![(Block(7), 1), (Block(u32::MAX), 2)]);
+        assert_eq!(encode(&two), bytes);
+        assert_eq!(decode::<TargetMessage>(&bytes).expect("a message"), two);
+        let full = ask(vec![(Block(u32::MAX), u32::MAX); SEND_AGAIN_EXTENTS_MAX]);
+        assert_eq!(decode::<TargetMessage>(&encode(&full)).expect("a message"), full);
     }
 
     #[test]

@@ -11,7 +11,8 @@ use cdp_protocol::message::{
 use cdp_protocol::record::{PartChain, Volume};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::units::{
-    AttemptId, Class, Epoch, FrameHash, Generation, GroupId, Head, KeyId, OfficeId, Sequence, Timestamp, VolumeSlot,
+    AttemptId, Block, Class, Epoch, FrameHash, Generation, GroupId, Head, KeyId, OfficeId, Sequence, Timestamp,
+    VolumeSlot,
 };
 use cdp_seams::storage::{Storage, replace, sim::SimStorage};
 use cdp_source::state::{GroupState, StateFolder};
@@ -122,6 +123,11 @@ impl Format for TargetWords {
             TargetMessage::Busy { group: GROUP, reason: "full".into(), retry_after_ms: 5000 },
             TargetMessage::Points { request: 1, points: vec![point.clone(), point], more: true },
             TargetMessage::Pong,
+            TargetMessage::SendAgain {
+                group: GROUP,
+                volume: VolumeSlot(3),
+                extents: vec![(Block(7), 2), (Block(90), 1)],
+            },
         ]
         .map(|message| message::encode(&message))
         .to_vec()

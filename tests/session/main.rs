@@ -128,7 +128,7 @@ fn capture(handle: &GroupHandle, random: &SimRandom, mut memo: Memo) -> (Vec<Hea
                 memo.acked(head);
                 acked.push(head);
             }
-            SourceEvent::PartAcked { .. } | SourceEvent::Busy { .. } => {}
+            SourceEvent::PartAcked { .. } | SourceEvent::Busy { .. } | SourceEvent::SendAgain { .. } => {}
             SourceEvent::Refused(reason) => panic!("refused: {reason:?}"),
         }
     }

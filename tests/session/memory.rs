@@ -9,6 +9,8 @@ use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
+use cdp_target::journal::change::Change;
+use cdp_target::journal::file::FileId;
 use cdp_target::journal::{Damage, Fork};
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
 
@@ -220,6 +222,14 @@ impl GroupWriter for MemoryWriter {
 
     fn points(&self, _after: Option<Epoch>, _max: usize) -> Result<Vec<PointSummary>, StoreError> {
         Ok(Vec::new())
+    }
+
+    fn adopt(&mut self, _change: &Change) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn oldest_lease(&self) -> Option<u64> {
+        None
     }
 
     fn note_damages(&mut self, _file: FileId, _damages: &[Damage]) -> Result<(), StoreError> {

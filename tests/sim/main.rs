@@ -15,7 +15,7 @@ mod tally;
 mod target;
 mod trace;
 
-use run::{found, replay};
+use run::{found, replay, rot_under_a_living_source};
 use sabotage::Sabotage;
 use tally::Tally;
 
@@ -43,6 +43,17 @@ fn seeds() {
     // The run means something only if everything happened in it.
     let each = [total.target_ends, total.source_ends, total.line_cuts, total.recoveries, total.points];
     assert!(count < 100 || each.iter().all(|events| *events > count), "{total:?}");
+}
+
+#[test]
+fn what_rots_is_asked_again_and_healed_where_the_source_still_has_it() {
+    let mut total = (0, 0);
+    for seed in 1..=100 {
+        let (healed, lost) = rot_under_a_living_source(seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        total = (total.0 + healed, total.1 + lost);
+    }
+    println!("{} frames healed, {} whose blocks had been changed", total.0, total.1);
+    assert!(total.0 > 50 && total.1 > 50, "{total:?}: both happen");
 }
 
 #[test]

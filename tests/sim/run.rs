@@ -3,6 +3,8 @@
 //! The seed chooses the next event among all that could happen: a message arrives, the group hears of it, a cut is made, a
 //! sync returns, somebody dies. Nothing runs beside it, so a seed is a history that can be had again.
 
+mod heal;
+
 use std::panic::catch_unwind;
 use std::time::Duration;
 
@@ -19,6 +21,8 @@ use super::sabotage::Sabotage;
 use super::source::Source;
 use super::tally::Tally;
 use super::target::Target;
+
+pub(crate) use heal::rot_under_a_living_source;
 
 /// Rounds of rest within which everything has to be acked.
 const ROUNDS_MAX: u32 = 400;
@@ -224,6 +228,10 @@ impl Simulation {
             return Ok(());
         }
         self.target.sync(&mut self.wires, &mut self.model)?;
+        if self.target.is_hurt {
+            self.target.scrub();
+            self.target.heal(&mut self.wires, &mut self.model)?;
+        }
         self.after_target()
     }
 

@@ -16,6 +16,8 @@ use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, StorageFile};
 use cdp_source::sim;
+use cdp_target::journal::change::Change;
+use cdp_target::journal::file::FileId;
 use cdp_target::journal::{Damage, Fork};
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
 
@@ -209,6 +211,16 @@ impl GroupWriter for HastyWriter {
     }
     fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError> {
         self.0.note_damages(file, damages)
+    }
+    fn adopt(&mut self, change: &Change) -> Result<(), StoreError> {
+        self.0.adopt(change)
+    }
+    fn oldest_lease(&self) -> Option<u64> {
+        self.0.oldest_lease()
+    }
+
+    fn look_again(&mut self) {
+        self.0.look_again();
     }
 
     fn pin(&mut self, epoch: Epoch, pinned: bool) -> Result<(), StoreError> {

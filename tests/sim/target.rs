@@ -3,24 +3,31 @@
 //! Store, group and journal are the product's; this stands for the connections (`receiver/connection.rs`) and for the queue of
 //! the group's thread. Answers count as given the moment they leave the group.
 
-use std::path::Path;
+use std::cell::{Cell, RefCell};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cdp_protocol::message::{self, GroupOpened, TargetMessage, Verdict};
 use cdp_protocol::session::target::{TargetAction, TargetSession};
 use cdp_protocol::units::{Head, OfficeId, Timestamp};
 use cdp_seams::clock::{Clock, SimClock};
+use cdp_seams::random::SimRandom;
 use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::SimStorage;
 use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::groups::StoreGroups;
-use cdp_target::journal::{GroupView, JournalLimits};
+use cdp_target::heal::{Healer, OpenGroup, Tools};
+use cdp_target::journal::file::FileId;
+use cdp_target::journal::{Damage, GroupView, JournalLimits};
+use cdp_target::receiver::GroupWriter;
 use cdp_target::receiver::steps::{Answers, GroupSteps};
+use cdp_target::restore::keyring::Keyring;
+use cdp_target::scrub::read_now;
 use cdp_target::store::{self, GroupPlace, Store, StoreError};
 
 use super::check::{Depth, check};
 use super::line::{OnStream, Wire};
-use super::model::{GROUP, Model};
+use super::model::{GROUP, Model, key};
 use super::sabotage::Sabotage;
 use super::trace::trace;
 
@@ -35,6 +42,8 @@ pub(crate) struct Target {
     /// Bits were flipped at rest.
     pub(crate) is_hurt: bool,
     sabotage: Sabotage,
+    /// Attempts of repairs.
+    random: SimRandom,
     limits: JournalLimits,
     process: Option<Process>,
 }
@@ -43,6 +52,7 @@ pub(crate) struct Target {
 struct Process {
     groups: Arc<StoreGroups>,
     steps: GroupSteps,
+    healer: Healer,
     connections: Vec<Connection>,
     /// Sessions so far.
     sessions: u64,
@@ -68,7 +78,7 @@ impl Target {
             store::init(&storage, Path::new(FOLDER), &config, Timestamp(0), |_| Ok::<_, StoreError>("5".repeat(32)));
         made.expect("no fault is set");
         let clock = Arc::new(SimClock::new(1_700_000_000_000));
-        Self { disk, clock, is_hurt: false, sabotage, limits, process: None }
+        Self { disk, clock, is_hurt: false, sabotage, random: SimRandom::new(seed ^ 0x4ea1), limits, process: None }
     }
 
     pub(crate) const fn is_up(&self) -> bool {
@@ -90,7 +100,7 @@ impl Target {
         trace(|| "target starts".into());
         // As an operator's command would: opens the group, if there is one.
         steps.with_writer(|_| {});
-        self.process = Some(Process { groups, steps, connections: Vec::new(), sessions: 0 });
+        self.process = Some(Process { groups, steps, healer: Healer::default(), connections: Vec::new(), sessions: 0 });
     }
 
     /// The server's process is gone, with its connections; gives their wires.
@@ -128,6 +138,17 @@ impl Target {
         check(&Arc::new(view), model, Depth::Sample(0), false, self.is_hurt).map(drop)
     }
 
+    /// What is durable of the group.
+    pub(crate) fn view(&self) -> Option<Arc<GroupView>> {
+        self.process.as_ref()?.groups.view(Self::place())
+    }
+
+    /// Where the group's files are.
+    pub(crate) fn folder(&self) -> PathBuf {
+        let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
+        Store::open(storage, Path::new(FOLDER)).expect("a sound store").group_folder(Self::place())
+    }
+
     /// A file of the group's journal, by a number that is drawn; for a bit to be flipped in.
     pub(crate) fn hurt(&mut self, drawn: u64) -> bool {
         let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
@@ -143,6 +164,56 @@ impl Target {
             self.is_hurt = true;
         }
         bits > 0
+    }
+
+    /// Reads all sealed segments again and keeps what is wrong with them; gives how many damages of points nothing stands for.
+    pub(crate) fn scrub(&mut self) -> usize {
+        let Some(process) = &mut self.process else { return 0 };
+        let Some(view) = process.groups.view(Self::place()) else { return 0 };
+        for segment in view.manifest().sealed.iter().map(|sealed| sealed.number) {
+            let Ok(found) = read_now(&view, segment) else { continue };
+            let file = FileId::Segment { number: segment, revision: 0 };
+            // A fault that is set may keep it from being kept; then the next scrub finds it.
+            process
+                .steps
+                .with_writer(move |writer| drop(writer.and_then(|writer| writer.note_damages(file, &found))));
+        }
+        let Some(view) = process.groups.view(Self::place()) else { return 0 };
+        let hurts = |damage: &&Damage| damage.first_epoch.is_some() && !view.is_healed(damage);
+        view.damages().iter().filter(hurts).count()
+    }
+
+    /// Heals what can be healed, and asks the source for the rest.
+    pub(crate) fn heal(&mut self, wires: &mut [Wire], model: &mut Model) -> Result<(), String> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let connected_since = process.steps.live().connected_since;
+        let (asked, healed) = (RefCell::new(Vec::new()), Cell::new(false));
+        let tools = Tools {
+            open: &|| {
+                let view = process.groups.view(Self::place());
+                let group = view.map(|view| OpenGroup {
+                    office: OFFICE_NAME.into(),
+                    place: Self::place(),
+                    view,
+                    connected_since,
+                });
+                group.into_iter().collect()
+            },
+            keys: &|_| Ok(Keyring::from(&key())),
+            ask: &|_, volume, extents| asked.borrow_mut().push((volume, extents)),
+            healed: &|_| healed.set(true),
+            clock: &*self.clock,
+            random: &self.random,
+        };
+        process.healer.look(&tools);
+        if healed.get() {
+            trace(|| "target has healed".into());
+            process.steps.with_writer(|writer| drop(writer.map(GroupWriter::look_again)));
+        }
+        for (volume, extents) in asked.into_inner() {
+            process.steps.send_again(volume, extents);
+        }
+        self.answer(wires, model)
     }
 
     /// One control message.

@@ -3,7 +3,7 @@
 //! Invariant: a block that the tracker gave is in `carry` or in a captured attempt until the target has acked it. Their
 //! union is what the tracker has to keep as `unacked`. Knows no tracker and no line.
 
-use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Epoch, Timestamp};
+use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, Timestamp};
 use roaring::RoaringBitmap;
 use std::collections::VecDeque;
 
@@ -64,6 +64,21 @@ impl Ledger {
         for (carry, more) in self.carry.iter_mut().zip(blocks) {
             *carry |= more;
         }
+    }
+
+    /// Carries blocks of a volume once more, acked or not: the target has lost them. Gives how many lie beyond the volume's end,
+    /// which are passed over.
+    pub fn carry_again(&mut self, volume: usize, extents: &[Extent]) -> u64 {
+        let end = self.volume_blocks[volume];
+        let mut beyond = 0;
+        for extent in extents {
+            let (from, to) = (u64::from(extent.start.0), extent.end().min(end));
+            if from < to {
+                self.carry[volume].insert_range(extent.start.0..=(to - 1) as u32);
+            }
+            beyond += extent.end() - to.max(from);
+        }
+        beyond
     }
 
     /// Carries the blocks that could not be read: it is time to try them again.
@@ -279,6 +294,16 @@ mod tests {
         ledger.capture(captured(2, 2, false, RoaringBitmap::from_iter([9])), &none);
         ledger.acked(Epoch(2));
         assert_eq!(ledger.unacked(), none);
+    }
+
+    #[test]
+    fn what_is_carried_again_ends_with_its_volume() {
+        let extent = |start, count| Extent::new(cdp_protocol::units::Block(start), count).expect("an extent");
+        let mut ledger = Ledger::new(vec![5, 10, 0]);
+        assert_eq!(ledger.carry_again(1, &[extent(0, 2), extent(8, 5), extent(u32::MAX, 1)]), 4);
+        assert_eq!(ledger.carry_again(2, &[extent(0, 1)]), 1);
+        let carried: Vec<Vec<u32>> = ledger.carry.iter().map(|blocks| blocks.iter().collect()).collect();
+        assert_eq!(carried, [vec![], vec![0, 1, 8, 9], vec![]]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::output::{bytes, json};
 use super::{context, print};
 use crate::catalog::Catalog;
 use crate::points::PointName;
-use crate::verify::{Damage, VerifyReport, verify};
+use crate::verify::{Damage, Healed, VerifyReport, verify};
 use cdp_protocol::units::Epoch;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeSet;
@@ -97,6 +97,9 @@ fn text(report: &VerifyReport) -> String {
         };
         let (file, offset, what) = (&damage.file, damage.offset, &damage.what);
         writeln!(text, "damaged: {file} offset {offset}: {what}{}; {points}", blocks(damage)).expect("text takes anything");
+    }
+    for Healed { segment, offset } in &report.healed {
+        writeln!(text, "healed: segment {segment} offset {offset}").expect("text takes anything");
     }
     if report.is_clean() {
         text.push_str("nothing is wrong\n");

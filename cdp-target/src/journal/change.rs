@@ -101,14 +101,13 @@ fn rewrite(manifest: &mut Manifest, replaced: &[(u64, u64)], by: &[SealedSegment
         return stale("a segment was rewritten meanwhile");
     }
     let numbers = replaced.iter().map(|(number, _)| *number);
-    if manifest.damages.iter().any(|damage| damage.slice.is_none() && numbers.clone().any(|number| number == damage.segment)) {
-        return stale("a segment was found damaged meanwhile");
-    }
     let in_order = by.windows(2).all(|pair| pair[0].number < pair[1].number);
     let inside = by.iter().all(|new| numbers.clone().any(|number| number == new.number));
     if !in_order || !inside {
         return stale("the new segments do not fit where the old ones stand");
     }
+    // Every frame that is needed was read and verified: what was damaged had a repair, or nobody needs it.
+    manifest.damages.retain(|damage| damage.slice.is_some() || !numbers.clone().any(|number| number == damage.segment));
     manifest.sealed.splice(from..from + replaced.len(), by.iter().copied());
     Ok(())
 }

@@ -6,7 +6,7 @@
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
 //! * `writer`: the one writer. `recovery`: what it does before the first append.
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
-//!   block at a point; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
+//!   block at a point; `repairs`: what stands for damaged frames; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
 //!   not be read; `images`: the checkpoints' packs.
 //! * `change`: what was prepared elsewhere and takes its place in the manifest.
 //!
@@ -25,6 +25,7 @@ pub(crate) mod pieces;
 mod reach;
 pub mod recovery;
 pub mod removed;
+pub(crate) mod repairs;
 mod scan;
 mod sealed;
 pub mod segment;
@@ -166,6 +167,9 @@ pub enum JournalError {
     /// A change that was prepared does not fit any more.
     #[error("the store changed meanwhile: {0}")]
     Stale(String),
+    /// The group's writer did not take a change.
+    #[error("the group's writer did not take a change: {0}")]
+    Refused(String),
     /// The operator, or the server's end, stopped it.
     #[error("interrupted")]
     Interrupted,

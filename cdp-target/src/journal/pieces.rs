@@ -26,8 +26,8 @@ pub(crate) struct Piece {
 /// See [`Piece`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum PiecePlace {
-    /// In a frame; the first block's place within its content.
-    Frame { file: FileId, entry: Entry, run: Run, content_block: u32 },
+    /// In a frame.
+    Frame { file: FileId, entry: Entry, run: Run },
     /// Zeros of a checkpoint.
     Zero,
     /// Behind damage.
@@ -75,7 +75,7 @@ impl GroupView {
             }
         }
         if self.manifest().floor.is_some() {
-            bad.iter().for_each(|(extent, what)| canvas.paint(*extent, |_| PiecePlace::Damaged(what.clone())));
+            bad.iter().for_each(|(extent, what)| canvas.paint(*extent, || PiecePlace::Damaged(what.clone())));
         }
         Ok(canvas.finish())
     }
@@ -96,7 +96,7 @@ impl GroupView {
             if let Err(error) = self.paint(canvas, number, wanted) {
                 match error {
                     JournalError::Io { .. } | JournalError::Damaged(_) => {
-                        canvas.paint(wanted.extent, |_| PiecePlace::Damaged(format!("segment {number}: {error}")));
+                        canvas.paint(wanted.extent, || PiecePlace::Damaged(format!("segment {number}: {error}")));
                     }
                     other => return Err(other),
                 }
@@ -124,7 +124,7 @@ impl GroupView {
             }
             match (entry, run) {
                 (Some(entry), Some((_, run, _))) => canvas.paint_entry(file, &entry, run),
-                _ => canvas.paint(wanted.extent, |_| {
+                _ => canvas.paint(wanted.extent, || {
                     PiecePlace::Damaged(format!("segment {number} is damaged at offset {offset}: any block may be hit"))
                 }),
             }
@@ -154,7 +154,7 @@ impl GroupView {
             let what = match record.map(|record| record.content) {
                 None => Some(format!("the record of slice {slice} in checkpoint {} is damaged", base.epoch)),
                 Some(SliceContent::Zero) => {
-                    canvas.paint(extent, |_| PiecePlace::Zero);
+                    canvas.paint(extent, || PiecePlace::Zero);
                     None
                 }
                 Some(SliceContent::Pack { sealed, .. }) => {
@@ -200,7 +200,7 @@ impl GroupView {
             canvas.paint_within(extent, sealed.id, &entry, *run);
         }
         // What the image does not have was never sent.
-        canvas.paint(extent, |_| PiecePlace::NotCovered);
+        canvas.paint(extent, || PiecePlace::NotCovered);
         Ok(None)
     }
 
@@ -303,16 +303,13 @@ impl Canvas {
         if u64::from(start) >= end {
             return;
         }
-        self.paint(to_extent(u64::from(start), end), |start| match entry.kind {
+        self.paint(to_extent(u64::from(start), end), || match entry.kind {
             EntryKind::Lost => PiecePlace::Damaged("they were lost before they were sealed anew".to_owned()),
-            _ => {
-                let content_block = entry.content_block + (start - entry.extent.start.0);
-                PiecePlace::Frame { file, entry: *entry, run, content_block }
-            }
+            _ => PiecePlace::Frame { file, entry: *entry, run },
         });
     }
 
-    fn paint(&mut self, extent: Extent, place: impl Fn(u32) -> PiecePlace) {
+    fn paint(&mut self, extent: Extent, place: impl Fn() -> PiecePlace) {
         let (start, end) = (u64::from(extent.start.0), extent.end());
         let first = self.free.partition_point(|(_, free_end)| *free_end <= start);
         let last = self.free.partition_point(|(free_start, _)| *free_start < end);
@@ -323,7 +320,7 @@ impl Canvas {
         for &(free_start, free_end) in &self.free[first..last] {
             let (from, to) = (free_start.max(start), free_end.min(end));
             let painted = to_extent(from, to);
-            self.pieces.push(Piece { extent: painted, place: place(painted.start.0) });
+            self.pieces.push(Piece { extent: painted, place: place() });
             left.extend([(free_start, from), (to, free_end)].into_iter().filter(|(from, to)| from < to));
         }
         self.free.splice(first..last, left);

@@ -19,9 +19,9 @@ use crate::scrub::ScrubRecord;
 use cdp_protocol::record::{Meters, Volume};
 use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 pub(super) use super::sealed::Caches;
 
@@ -50,6 +50,8 @@ struct Facts {
     storage: Arc<dyn Storage>,
     folder: PathBuf,
     manifest: Manifest,
+    /// Damages that have a repair, once that was looked for.
+    healed: OnceLock<BTreeSet<(u64, u64)>>,
 }
 
 /// A recovery point.
@@ -134,7 +136,7 @@ impl GroupView {
         limit: u64,
         caches: Arc<Caches>,
     ) -> Self {
-        let facts = Facts { storage, folder: folder.to_owned(), manifest: manifest.clone() };
+        let facts = Facts { storage, folder: folder.to_owned(), manifest: manifest.clone(), healed: OnceLock::new() };
         Self { facts: Arc::new(facts), open, limit, unproven_bytes: 0, caches }
     }
 
@@ -198,6 +200,10 @@ impl GroupView {
     #[must_use]
     pub fn damages(&self) -> &[Damage] {
         &self.facts.manifest.damages
+    }
+
+    pub(super) fn healed(&self) -> &OnceLock<BTreeSet<(u64, u64)>> {
+        &self.facts.healed
     }
 
     /// When which sealed segment was read again.
@@ -432,7 +438,7 @@ impl GroupView {
 
     /// Points that need what each damage took.
     pub(super) fn reaches(&self) -> Vec<(Reach, &Damage)> {
-        let damages = self.facts.manifest.damages.iter();
+        let damages = self.facts.manifest.damages.iter().filter(|damage| !self.is_healed(damage));
         damages.filter_map(|damage| Some((self.reach(damage)?, damage))).collect()
     }
 

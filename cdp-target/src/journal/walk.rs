@@ -46,7 +46,7 @@ pub(crate) trait Visit {
 }
 
 /// Looks at nothing.
-pub(super) struct Blind;
+pub(crate) struct Blind;
 
 impl Visit for Blind {
     fn frame(&mut self, _frame: &Frame<'_>, _offset: u64) {}

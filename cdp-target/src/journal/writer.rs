@@ -299,6 +299,7 @@ impl GroupJournal {
         let (known, mut damages): (Vec<_>, Vec<_>) =
             self.manifest.damages.iter().cloned().partition(|damage| damage.is_in(file));
         if known == found {
+            self.look_again();
             return Ok(());
         }
         let room = DAMAGES_MAX.saturating_sub(damages.len());
@@ -325,6 +326,11 @@ impl GroupJournal {
     pub fn oldest_lease(&self) -> Option<u64> {
         let held = self.leases.iter().filter(|(_, lease)| lease.strong_count() > 0);
         held.map(|(change, _)| *change).min()
+    }
+
+    /// Has readers look anew for what stands beside the manifest: repairs.
+    pub fn look_again(&mut self) {
+        self.publish();
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {

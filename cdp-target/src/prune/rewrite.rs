@@ -5,7 +5,7 @@
 //! it costs one reading of the indexes; the content of a section is what the point has in these blocks. Whole chunks of
 //! segments give way at once, and only where their first frame begins its attempt: how a run of frames ends is told by the
 //! next segment. With the key content is sealed anew in block order, without it frames are taken over whole. A segment that is
-//! damaged is left alone: rewriting it would make final what may yet be healed.
+//! damaged and not healed is left alone: rewriting it would make final what may yet be healed.
 
 use super::{Owner, Prune};
 use crate::checkpoint::builder::Step;
@@ -16,7 +16,7 @@ use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
 use crate::journal::manifest::SealedSegment;
 use crate::journal::pack::PackWriter;
 use crate::journal::walk::Visit;
-use crate::journal::{GroupView, JournalError, extents, synced_frame};
+use crate::journal::{Damage, GroupView, JournalError, extents, synced_frame};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
@@ -124,6 +124,7 @@ fn stop(
     number: u64,
     kept: &[Epoch],
     failed: &HashSet<(u64, u64)>,
+    with_key: bool,
 ) -> Result<Stop, JournalError> {
     let (runs, lost) = {
         let index = view.index(number)?;
@@ -131,7 +132,8 @@ fn stop(
     };
     let floor = view.manifest().floor;
     let newest = kept.last().copied().unwrap_or_default();
-    let is_damaged = view.damages().iter().any(|damage| damage.slice.is_none() && damage.segment == number);
+    let mut damages = view.damages().iter().filter(|damage| damage.slice.is_none() && damage.segment == number);
+    let is_damaged = damages.any(|damage| !with_key || !view.is_healed(damage));
     // What has no end yet may still be gone on with.
     let is_open_ended = runs.last().is_some_and(|run| run.epoch > newest);
     let stays = is_damaged || lost || is_open_ended;
@@ -155,7 +157,7 @@ fn pass(
     found: &mut dyn FnMut(Chunk) -> bool,
 ) -> Result<(), JournalError> {
     let numbers: Vec<u64> = view.segments_from(0).collect();
-    let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed));
+    let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed, prune.keys.is_some()));
     let stops = stops.collect::<Result<Vec<_>, _>>()?;
     let floor = view.manifest().floor;
     let mut met = Met { point: None, blocks: Blocks::new() };
@@ -298,7 +300,8 @@ fn write(
     let mut commits: Vec<(u64, CommitEntry)> = Vec::new();
     for sealed in chunk.segments.iter().rev() {
         let walked = view.walk(sealed.number, &mut begins)?;
-        if let Some(damage) = walked.damages.first() {
+        let healed = |damage: &&Damage| prune.keys.is_some() && view.repair_of(damage).is_some();
+        if let Some(damage) = walked.damages.iter().find(|damage| !healed(damage)) {
             return Err(JournalError::Damaged(format!("segment {} at offset {}: {}", sealed.number, damage.offset, damage.what)));
         }
         if !step(walked.bytes) {

@@ -6,7 +6,7 @@
 use crate::checkpoint::builder::building;
 use crate::checkpoint::index;
 use crate::journal::file::{FileId, checkpoints, packs};
-use crate::journal::{GroupView, JournalError, Manifest, lease};
+use crate::journal::{GroupView, JournalError, Manifest, lease, repairs};
 use cdp_seams::storage::Storage;
 use std::collections::HashSet;
 use std::io;
@@ -25,6 +25,9 @@ pub fn sweep(view: &GroupView, leased: bool) -> Result<bool, JournalError> {
     let oldest = lease::oldest(storage, folder).map_err(JournalError::io("look at", &leases))?;
     if leased || oldest.is_some_and(|oldest| oldest < manifest.change) {
         return Ok(false);
+    }
+    for stale in repairs::stale(storage, folder, &manifest.damages).map_err(JournalError::io("look at repairs of", folder))? {
+        storage.remove(&stale).map_err(JournalError::io("remove", &stale))?;
     }
     sweep_folder(storage, &folder.join("journal"), &|name| is_stale_segment(name, &manifest))?;
     if let Some(named) = named_packs(view, &manifest)? {

@@ -10,7 +10,7 @@ use cdp_protocol::frame;
 use cdp_protocol::message::{GroupOpened, Instance, OpenGroup, RefusalReason, Resume, TargetMessage, Verdict};
 use cdp_protocol::session::chain::Step;
 use cdp_protocol::session::target::{Claim, Judgement, Standing, judge};
-use cdp_protocol::units::{Epoch, Generation, GroupId, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tracing::{error, info, warn};
@@ -46,6 +46,8 @@ pub(super) enum Command {
     Unchanged { session: u64, epoch: Epoch, as_of: Timestamp },
     /// A page of points.
     Points { request: u64, after: Option<Epoch>, outbox: Outbox },
+    /// Blocks that are damaged here: whoever has the group open is asked for them.
+    SendAgain { volume: VolumeSlot, extents: Vec<Extent> },
     /// The session's line is gone.
     Closed { session: u64 },
     /// Something else that needs the writer.
@@ -93,7 +95,7 @@ pub(super) struct GroupThread {
     group: GroupId,
     store: Arc<dyn GroupStore>,
     clock: Arc<dyn Clock>,
-    live: Arc<Mutex<LiveGroup>>,
+    pub(super) live: Arc<Mutex<LiveGroup>>,
     writer: Option<Box<dyn GroupWriter>>,
     session: Option<Session>,
     /// The process that had the group open last, whether or not its line still stands.
@@ -181,6 +183,12 @@ impl GroupThread {
                 }
             }
             Command::Points { request, after, outbox } => self.points(request, after, &outbox),
+            Command::SendAgain { volume, extents } => {
+                if let Some(session) = &self.session {
+                    let extents = extents.iter().map(|extent| (extent.start, extent.count)).collect();
+                    session.outbox.send(TargetMessage::SendAgain { group: self.group, volume, extents });
+                }
+            }
             Command::Closed { session } => {
                 if self.holds(session) {
                     self.session = None;

@@ -6,9 +6,9 @@ use super::group::{Command, GroupThread, Outbox, Session};
 use super::live::LiveGroup;
 use super::store_api::{GroupStore, GroupWriter, StoreError};
 use cdp_protocol::message::{OpenGroup, TargetMessage};
-use cdp_protocol::units::{Epoch, GroupId, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, GroupId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
 
 /// Answers that wait for a connection.
@@ -76,9 +76,20 @@ impl GroupSteps {
         self.0.apply(Command::Closed { session });
     }
 
+    /// Asks whoever has the group open for blocks that are damaged here.
+    pub fn send_again(&mut self, volume: VolumeSlot, extents: Vec<Extent>) {
+        self.0.apply(Command::SendAgain { volume, extents });
+    }
+
     /// Works with the group's writer, as a command of an operator does.
     pub fn with_writer(&mut self, work: impl FnOnce(Result<&mut dyn GroupWriter, StoreError>) + Send + 'static) {
         self.0.apply(Command::Run(Box::new(work)));
+    }
+
+    /// What is known of the group.
+    #[must_use]
+    pub fn live(&self) -> LiveGroup {
+        self.0.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether something waits for a sync to be acked.

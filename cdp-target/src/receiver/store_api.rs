@@ -3,6 +3,7 @@
 //! All of it blocks and is called on a group's own thread. The journal stands behind it in the program, a history in
 //! memory in tests.
 
+use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::{Damage, Fork};
 use cdp_protocol::message::{OpenGroup, PointSummary};
@@ -108,6 +109,18 @@ pub trait GroupWriter: Send {
     /// # Errors
     /// Where it cannot be stored.
     fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError>;
+
+    /// Gives a change that was prepared elsewhere its place, durably.
+    ///
+    /// # Errors
+    /// Where it does not fit any more, or cannot be stored.
+    fn adopt(&mut self, change: &Change) -> Result<(), StoreError>;
+
+    /// The oldest change of the manifest that a view here may still go by, where any goes by an older one than the present.
+    fn oldest_lease(&self) -> Option<u64>;
+
+    /// Repairs were written: readers are to look anew.
+    fn look_again(&mut self) {}
 }
 
 /// Why a store did not do what it was asked to.

@@ -35,6 +35,11 @@ impl Keyring {
         &self.0[0]
     }
 
+    /// What `find` gives for one of the keys, the newest first.
+    pub fn find<T>(&self, find: impl FnMut(&DataKey) -> Option<T>) -> Option<T> {
+        self.0.iter().find_map(find)
+    }
+
     /// Whether `holds` is true of any of the keys.
     pub fn any(&self, holds: impl FnMut(&DataKey) -> bool) -> bool {
         self.0.iter().any(holds)

@@ -1,14 +1,15 @@
 //! A recovery point's content, block by block.
 //!
 //! Invariant: what is handed out was verified frame by frame (checksum, seal); a block that is damaged or was never sent
-//! is an error, never zeros and never older content. Nothing is loaded whole: a few decoded frames are kept.
+//! is an error, never zeros and never older content. Where a frame is damaged and has a repair, that is verified and handed out.
+//! Nothing is loaded whole: a few decoded frames are kept.
 
 use crate::journal::file::FileId;
-use crate::journal::index::{CommitEntry, EntryKind};
+use crate::journal::index::{CommitEntry, Entry, EntryKind, Run};
 use crate::journal::pieces::{Piece, PiecePlace};
 use crate::journal::{GroupView, JournalError};
 use crate::restore::keyring::Keyring;
-use cdp_protocol::frame;
+use cdp_protocol::frame::{self, Frame};
 use cdp_protocol::record::Volume;
 use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, VolumeSlot};
 use std::collections::VecDeque;
@@ -19,8 +20,31 @@ const FRAMES_MAX: usize = 64;
 /// Blocks that are looked up at once: 32 MiB.
 const WINDOW_BLOCKS: u32 = 8192;
 
-/// File and offset of a frame, and its content.
-type DecodedFrame = (FileId, u64, Arc<Vec<u8>>);
+/// File and offset of a frame, and what it holds.
+type DecodedFrame = (FileId, u64, Arc<Opened>);
+
+/// What a frame holds, verified.
+#[derive(Default)]
+pub(crate) struct Opened {
+    extents: Vec<Extent>,
+    /// Nothing where the blocks have no content.
+    content: Vec<u8>,
+}
+
+impl Opened {
+    /// The content of blocks that lie within one of its extents.
+    pub(crate) fn blocks(&self, wanted: Extent) -> Option<&[u8]> {
+        let mut before = 0;
+        for extent in &self.extents {
+            if extent.start <= wanted.start && wanted.end() <= extent.end() {
+                let from = before + (wanted.start.0 - extent.start.0) as usize;
+                return self.content.get(from * BLOCK_BYTES..(from + wanted.count as usize) * BLOCK_BYTES);
+            }
+            before += extent.count as usize;
+        }
+        None
+    }
+}
 
 /// A recovery point, open to be read.
 pub struct PointImage {
@@ -158,7 +182,7 @@ impl PointImage {
         out: &mut dyn FnMut(Extent, Content<'_>),
     ) -> Result<(), ReadError> {
         let (epoch, extent) = (self.epoch(), piece.extent);
-        let content_block = match &piece.place {
+        match &piece.place {
             PiecePlace::NotCovered => return Err(ReadError::NotCovered { epoch, slot, extent }),
             PiecePlace::Damaged(what) => {
                 return Err(ReadError::Damaged { epoch, slot, extent, what: what.clone() });
@@ -167,10 +191,10 @@ impl PointImage {
                 out(extent, Content::Zero);
                 return Ok(());
             }
-            PiecePlace::Frame { content_block, .. } => *content_block as usize,
-        };
+            PiecePlace::Frame { .. } => {}
+        }
         let PiecePlace::Frame { entry, .. } = &piece.place else { return Ok(()) };
-        let content = self.frame(slot, piece)?;
+        let opened = self.frame(slot, piece)?;
         match entry.kind {
             EntryKind::Hole => out(extent, Content::Zero),
             EntryKind::Unreadable => out(extent, Content::Unreadable),
@@ -179,8 +203,7 @@ impl PointImage {
                 return Err(ReadError::Damaged { epoch, slot, extent, what });
             }
             EntryKind::Content => {
-                let from = content_block * BLOCK_BYTES;
-                let bytes = content.get(from..from + extent.count as usize * BLOCK_BYTES);
+                let bytes = opened.blocks(extent);
                 let what = || "the index does not fit the frame".to_owned();
                 let bytes = bytes.ok_or_else(|| ReadError::Damaged { epoch, slot, extent, what: what() })?;
                 out(extent, Content::Bytes(bytes));
@@ -189,51 +212,79 @@ impl PointImage {
         Ok(())
     }
 
-    /// The opened content of a piece's frame, verified.
-    fn frame(&self, slot: VolumeSlot, piece: &Piece) -> Result<Arc<Vec<u8>>, ReadError> {
-        let PiecePlace::Frame { file, entry, .. } = &piece.place else {
+    /// What a piece's frame holds, verified.
+    fn frame(&self, slot: VolumeSlot, piece: &Piece) -> Result<Arc<Opened>, ReadError> {
+        let PiecePlace::Frame { file, entry, run } = &piece.place else {
             return Ok(Arc::default());
         };
         let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
         let known = frames.iter().find(|(of, at, _)| (of, at) == (file, &entry.frame_offset));
-        if let Some((_, _, content)) = known {
-            return Ok(Arc::clone(content));
+        if let Some((_, _, opened)) = known {
+            return Ok(Arc::clone(opened));
         }
-        let content = Arc::new(self.load(piece).map_err(|error| match error {
-            LoadError::Journal(error) => ReadError::Journal(error),
-            LoadError::Damaged(what) => ReadError::Damaged {
-                epoch: self.epoch(),
-                slot,
-                extent: piece.extent,
-                what: format!("{file} at offset {}: {what}", entry.frame_offset),
-            },
-        })?);
+        let opened =
+            Arc::new(read_frame(&self.view, &self.keys, *file, entry, run).map_err(|error| match error {
+                LoadError::Journal(error) => ReadError::Journal(error),
+                LoadError::Damaged(what) => ReadError::Damaged {
+                    epoch: self.epoch(),
+                    slot,
+                    extent: piece.extent,
+                    what: format!("{file} at offset {}: {what}", entry.frame_offset),
+                },
+            })?);
         if frames.len() >= FRAMES_MAX {
             frames.pop_front();
         }
-        frames.push_back((*file, entry.frame_offset, Arc::clone(&content)));
-        Ok(content)
-    }
-
-    fn load(&self, piece: &Piece) -> Result<Vec<u8>, LoadError> {
-        let PiecePlace::Frame { file, entry, run, .. } = &piece.place else { return Ok(Vec::new()) };
-        let file = self.view.file(*file).map_err(LoadError::Journal)?;
-        let mut bytes = vec![0; (entry.frame_len as usize).min(frame::FRAME_BYTES_MAX)];
-        let read = file.read_at(&mut bytes, entry.frame_offset);
-        let read = read.map_err(|error| LoadError::Damaged(format!("read: {error}")))?;
-        let group = self.view.identity().group;
-        let frame = frame::decode(&group, &bytes[..read]).map_err(|error| LoadError::Damaged(error.to_string()))?;
-        let header = &frame.header;
-        let fits =
-            header.volume == entry.slot && header.attempt == run.attempt && header.extents.contains(&entry.extent);
-        if !fits {
-            return Err(LoadError::Damaged("another frame than the index says".to_owned()));
-        }
-        self.keys.open(&frame).map_err(|error| LoadError::Damaged(error.to_string()))
+        frames.push_back((*file, entry.frame_offset, Arc::clone(&opened)));
+        Ok(opened)
     }
 }
 
-enum LoadError {
+/// Reads and verifies the frame that holds an extent; where it is damaged, what stands for it.
+pub(crate) fn read_frame(
+    view: &GroupView,
+    keys: &Keyring,
+    file: FileId,
+    entry: &Entry,
+    run: &Run,
+) -> Result<Opened, LoadError> {
+    read_journal(view, keys, file, entry, run).or_else(|error| match error {
+        LoadError::Damaged(what) => read_repair(view, keys, file, entry, run).ok_or(LoadError::Damaged(what)),
+        error @ LoadError::Journal(_) => Err(error),
+    })
+}
+
+fn read_journal(view: &GroupView, keys: &Keyring, file: FileId, entry: &Entry, run: &Run) -> Result<Opened, LoadError> {
+    let file = view.file(file).map_err(LoadError::Journal)?;
+    let mut bytes = vec![0; (entry.frame_len as usize).min(frame::FRAME_BYTES_MAX)];
+    let read = file.read_at(&mut bytes, entry.frame_offset);
+    let read = read.map_err(|error| LoadError::Damaged(format!("read: {error}")))?;
+    let group = view.identity().group;
+    let frame = frame::decode(&group, &bytes[..read]).map_err(|error| LoadError::Damaged(error.to_string()))?;
+    let header = &frame.header;
+    let fits = header.volume == entry.slot && header.attempt == run.attempt && header.extents.contains(&entry.extent);
+    if !fits {
+        return Err(LoadError::Damaged("another frame than the index says".to_owned()));
+    }
+    open(keys, frame)
+}
+
+/// Only of content: nothing else has a repair. One that does not have all of the blocks asked for is found out by `Opened::blocks`.
+fn read_repair(view: &GroupView, keys: &Keyring, file: FileId, entry: &Entry, run: &Run) -> Option<Opened> {
+    let FileId::Segment { number, .. } = file else { return None };
+    let repair = view.repair(number, entry.frame_offset, run)?;
+    let frame = repair.frame();
+    let fits = entry.kind == EntryKind::Content && frame.header.volume == entry.slot;
+    if fits { open(keys, frame).ok() } else { None }
+}
+
+fn open(keys: &Keyring, frame: Frame<'_>) -> Result<Opened, LoadError> {
+    let content = keys.open(&frame).map_err(|error| LoadError::Damaged(error.to_string()))?;
+    Ok(Opened { extents: frame.header.extents, content })
+}
+
+/// Why a frame cannot be had.
+pub(crate) enum LoadError {
     Journal(JournalError),
     Damaged(String),
 }

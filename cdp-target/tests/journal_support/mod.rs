@@ -171,6 +171,24 @@ impl Source {
         self.attempt = Some(self.ended(&sealer, (epoch, attempt), frames, cells.to_vec(), is_part));
     }
 
+    /// Makes the frames of an attempt of content, each the blocks of a volume from one on, filled with these numbers.
+    pub fn make_runs(&mut self, is_part: bool, runs: &[(usize, u32, &[u64])]) {
+        let epoch =
+            self.parts_epoch.unwrap_or_else(|| Epoch(self.points.last().map_or(0, |point| point.head.epoch.0) + 1));
+        let attempt = AttemptId(array(&self.random));
+        let sealer = Sealer::new(GROUP, epoch, self.generation, attempt, &key());
+        let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: volumes() })];
+        let mut delta = Delta::new();
+        for (at, (volume, block, fills)) in runs.iter().enumerate() {
+            let (slot, sequence) = (VolumeSlot(*volume as u16), Sequence(at as u64 + 1));
+            let extents = vec![Extent { start: Block(*block), count: fills.len() as u32 }];
+            let content: Vec<u8> = fills.iter().flat_map(|fill| block_of(*fill)).collect();
+            frames.push(sealer.content(slot, sequence, extents, &content));
+            delta.extend((*block..).zip(*fills).map(|(block, fill)| (*volume, block, Cell::Filled(*fill))));
+        }
+        self.attempt = Some(self.ended(&sealer, (epoch, attempt), frames, delta, is_part));
+    }
+
     fn ended(
         &self,
         sealer: &Sealer,

@@ -18,7 +18,7 @@ use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
 use crate::message::{GroupOpened, Instance, OpenGroup, RefusalReason, TargetMessage, Verdict};
 use crate::record::{Commit, FrameList, Meters, PartChain, PartEnd, Predecessor, Volume};
-use crate::units::{AttemptId, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp};
+use crate::units::{AttemptId, Class, Epoch, Extent, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
 
 /// What a group is, as its source tells the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,6 +117,14 @@ pub enum SourceEvent {
     },
     /// The target does not take the group. The sender asks again now and then, but not once another process took it over.
     Refused(RefusalReason),
+    /// What the target holds of these blocks is damaged: the next capture is to hold them, changed or not. None of them need
+    /// be of the volume, and the volume need not be of the group.
+    SendAgain {
+        /// The volume.
+        volume: VolumeSlot,
+        /// The blocks.
+        extents: Vec<Extent>,
+    },
     /// Nothing that was submitted will be acked: cut it again. `Opened` with the new generation follows at once; nothing
     /// is to be submitted between the two.
     Voided,
@@ -339,6 +347,11 @@ impl SourceSession {
             TargetMessage::GroupRefused { reason, .. } => {
                 self.line_down();
                 events.push(SourceEvent::Refused(reason.clone()));
+            }
+            TargetMessage::SendAgain { volume, extents, .. } => {
+                // What is no extent is no block of any volume.
+                let extents = extents.iter().filter_map(|(start, count)| Extent::new(*start, *count)).collect();
+                events.push(SourceEvent::SendAgain { volume: *volume, extents });
             }
             TargetMessage::Welcome { .. }
             | TargetMessage::Refused { .. }

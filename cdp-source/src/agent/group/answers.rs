@@ -9,7 +9,7 @@ use crate::control::{PointReply, Reply};
 use cdp_protocol::message::{RefusalReason, Verdict};
 use cdp_protocol::record::PartChain;
 use cdp_protocol::session::source::SourceEvent;
-use cdp_protocol::units::{Epoch, Generation, Head};
+use cdp_protocol::units::{Epoch, Extent, Generation, Head, VolumeSlot};
 use tokio::sync::oneshot;
 
 impl Group {
@@ -52,6 +52,7 @@ impl Group {
                 self.wanted.drain(..).for_each(|request| refuse(request, &text));
                 self.refused = Some(text);
             }
+            SourceEvent::SendAgain { volume, extents } => self.send_again(volume, &extents),
             SourceEvent::Voided => {
                 tracing::info!(group = self.setup.facts.name, "what was under way is void and captured again");
                 self.ledger.void();
@@ -127,6 +128,22 @@ impl Group {
         let done: Vec<(PointReply, oneshot::Sender<Reply>)> = done;
         for (point, reply) in done {
             let _ = reply.send(Reply::Point(PointReply { acked: true, ..point }));
+        }
+    }
+
+    /// The target has lost what it held of these blocks: the next capture has them, whatever is known of them. Not kept for a
+    /// next start: the target asks again whenever the group is opened.
+    fn send_again(&mut self, slot: VolumeSlot, extents: &[Extent]) {
+        let group = &self.setup.facts.name;
+        let blocks: u64 = extents.iter().map(|extent| u64::from(extent.count)).sum();
+        let Some(volume) = self.setup.facts.volumes.iter().position(|volume| volume.slot == slot) else {
+            tracing::warn!(group, %slot, blocks, "the target asks for blocks of a volume that is not in the group any more");
+            return;
+        };
+        let beyond = self.ledger.carry_again(volume, extents);
+        tracing::info!(group, %slot, blocks, "the target asks for blocks that are damaged there: the next point has them again");
+        if beyond > 0 {
+            tracing::warn!(group, %slot, beyond, "the target asks for blocks beyond the volume's end, which are passed over");
         }
     }
 

@@ -18,7 +18,7 @@ use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{GroupFacts, Next, Outgoing, SourceEvent, SourceSession};
-use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
 use cdp_seams::clock::SystemClock;
 use cdp_seams::random::SystemRandom;
 use cdp_seams::storage::SystemStorage;
@@ -60,6 +60,8 @@ struct Target {
     parts: Vec<Vec<u8>>,
     image: Vec<u8>,
     points: Vec<(Head, Commit, Vec<u8>)>,
+    /// The blocks that the newest point brought.
+    brought: Vec<u32>,
     parts_acked: usize,
     unchanged: Vec<Epoch>,
     /// Frames are held back: nothing is acked.
@@ -154,8 +156,10 @@ impl Target {
             Step::Committed(head, commit) => {
                 self.image.resize(SIZE_BYTES, 0);
                 let frames: Vec<Vec<u8>> = self.parts.drain(..).chain(self.open.drain(..)).collect();
+                self.brought.clear();
                 for frame in &frames {
                     apply(&mut self.image, frame);
+                    self.brought.extend(blocks_of(frame));
                 }
                 self.points.push((head, *commit, self.image.clone()));
                 self.hear(&TargetMessage::Acked { group: GROUP, head });
@@ -163,6 +167,11 @@ impl Target {
             Step::Duplicate | Step::Synced => {}
         }
     }
+}
+
+fn blocks_of(bytes: &[u8]) -> Vec<u32> {
+    let header = frame::decode_header(&GROUP, bytes).expect("a frame");
+    header.extents.iter().flat_map(|extent| extent.blocks()).map(|block| block.0).collect()
 }
 
 fn apply(image: &mut [u8], bytes: &[u8]) {
@@ -365,6 +374,30 @@ fn an_idle_group_says_so_and_makes_no_points_but_those_asked_for() {
     assert_eq!(target.points[1].1.meters.dirty_blocks, 0);
     drop(target);
     assert_eq!(running.status().state, GroupPhase::Continuous);
+    running.stop();
+}
+
+#[test]
+fn what_the_target_has_lost_is_carried_once_more_though_nothing_was_written() {
+    let bench = Bench::new();
+    bench.answer(Verdict::New);
+    let running = bench.start();
+    running.acked_point(None);
+    drop(bench.target.until("nothing changes", |target| target.unchanged == [Epoch(1)]));
+    let ask = |volume, extents| TargetMessage::SendAgain { group: GROUP, volume, extents };
+    let blocks = (SIZE_BYTES / BLOCK_BYTES) as u32;
+    bench.target.change(|target| {
+        target.hear(&ask(SLOT, vec![(Block(3), 2), (Block(900), 1), (Block(blocks - 1), 5), (Block(7), 0)]));
+        target.hear(&ask(VolumeSlot(9), vec![(Block(1), 1)]));
+    });
+    let target = bench.target.until("they come again", |target| target.points.len() > 1);
+    let (head, commit, image) = &target.points[1];
+    assert_eq!((head.epoch, target.brought.as_slice()), (Epoch(2), [3, 4, 900, blocks - 1].as_slice()));
+    assert_eq!(commit.meters.dirty_blocks, 4, "these and no others");
+    assert!(*image == bench.image() && commit.parts.is_none());
+    drop(target);
+    let point = running.acked_point(None);
+    assert_eq!((point.epoch, bench.target.lock().brought.len()), (Epoch(3), 0), "and only once");
     running.stop();
 }
 
