@@ -5,6 +5,7 @@
 //! they are rare.
 
 use super::GroupView;
+use super::file::SLICE_BLOCKS;
 use super::index::EntryKind;
 use super::view::SegmentIndex;
 use crate::checkpoint::index::SliceContent;
@@ -85,12 +86,16 @@ impl GroupView {
         let floor = self.manifest().floor;
         let base = self.manifest().checkpoints.iter().find(|base| Some(base.epoch) == floor);
         let Some(Ok(Some(image))) = base.map(|base| self.image_index(base)) else { return standing };
-        for (slot, _, record) in image.records().flatten() {
+        for (slot, slice, record) in image.records().flatten() {
             let Some(record) = record.filter(|record| record.unreadable) else { continue };
             let SliceContent::Pack { sealed, .. } = record.content else { continue };
             let Ok((_, tables)) = self.shelf().tables(&sealed) else { continue };
-            for entry in tables.iter().filter(|entry| entry.slot == slot) {
-                let blocks = entry.extent.start.0..=(entry.extent.end() - 1) as u32;
+            // A frame that was taken over whole has blocks of other slices too, and a later one may have written over it.
+            let (first, last) = (slice * SLICE_BLOCKS, slice * SLICE_BLOCKS + (SLICE_BLOCKS - 1));
+            let mut entries: Vec<_> = tables.iter().filter(|entry| entry.slot == slot).collect();
+            entries.sort_unstable_by_key(|entry| entry.frame_offset);
+            for entry in entries {
+                let blocks = entry.extent.start.0.max(first)..=((entry.extent.end() - 1) as u32).min(last);
                 let bitmap = standing.entry(slot.0).or_default();
                 if entry.kind == EntryKind::Unreadable { bitmap.insert_range(blocks) } else { bitmap.remove_range(blocks) };
             }

@@ -166,7 +166,12 @@ impl Prune<'_> {
             match decision.verdict {
                 Verdict::Kept(_) => {
                     plan.oldest_kept.get_or_insert(epoch);
-                    // No range goes over it.
+                    // Up to it, so that numbers that were never points do not part ranges; and none goes over it.
+                    if let (Some((first, last)), Some(below)) = (plan.ranges.last_mut(), epoch.0.checked_sub(1))
+                        && *first <= *last
+                    {
+                        *last = Epoch(below);
+                    }
                     plan.ranges.push((Epoch(epoch.0 + 1), epoch));
                 }
                 Verdict::Removed(why) => {
