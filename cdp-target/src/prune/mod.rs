@@ -10,6 +10,7 @@
 //! Changes nothing itself but new files: the manifest is changed by the group's own writer, through `adopt`.
 
 mod audit;
+pub mod measure;
 pub mod rewrite;
 pub mod sweep;
 
