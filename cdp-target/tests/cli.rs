@@ -5,36 +5,29 @@
 mod cli_support;
 
 use cdp_protocol::bundle::Bundle;
-use cdp_protocol::codec::{FrameListHasher, Sealer};
 use cdp_protocol::escrow;
-use cdp_protocol::frame::{self, Encoding, Kind};
+use cdp_protocol::frame;
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{
     self, Instance, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict,
 };
-use cdp_protocol::record::{Begin, Commit, Meters, Predecessor, Volume};
+use cdp_protocol::record::Predecessor;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::session::chain::Step;
-use cdp_protocol::session::lineage::Line as GenerationLine;
-use cdp_protocol::units::{
-    AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, Head, KeyId, Sequence, Timestamp,
-    VolumeSlot,
-};
+use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
 use cdp_seams::clock::SystemClock;
 use cdp_seams::line::{Control, Line, read_packet, write_packet};
 use cdp_seams::storage::SystemStorage;
 use cdp_source::connect::{Identity, QuicConnector};
 use cdp_source::join::join;
-use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
+use cdp_target::journal::JournalLimits;
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
-use cli_support::{BLOCKS, GROUP, SIZE_BYTES, START_MS, Server, Store, append, epoch_frames, epoch_frames_like, program, refused, volume};
+use cli_support::{BLOCKS, GROUP, SIZE_BYTES, Server, Store, epoch_frames, epoch_frames_like, program, refused, volume};
 
 #[test]
 fn a_command_line_that_is_wrong_is_said_in_two_lines() {

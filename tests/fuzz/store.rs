@@ -9,8 +9,9 @@ use cdp_target::kept;
 
 pub(crate) const SEALED: &[u8] = include_bytes!("../testdata/segment/1/sealed.seg");
 pub(crate) const OPEN: &[u8] = include_bytes!("../testdata/segment/1/open.seg");
-pub(crate) const MANIFEST: &[u8] = include_bytes!("../testdata/manifest/2/manifest");
-const OLD_MANIFEST: &[u8] = include_bytes!("../testdata/manifest/1/manifest");
+pub(crate) const MANIFEST: &[u8] = include_bytes!("../testdata/manifest/3/manifest");
+const OLD_MANIFESTS: [&[u8]; 2] =
+    [include_bytes!("../testdata/manifest/1/manifest"), include_bytes!("../testdata/manifest/2/manifest")];
 
 /// The first bytes of a segment.
 pub(crate) struct SegmentHeader;
@@ -137,7 +138,7 @@ impl Format for ManifestCopy {
     const ONE_FORM: bool = true;
 
     fn specimens() -> Vec<Vec<u8>> {
-        let (old, _) = Manifest::decode_file(OLD_MANIFEST).expect("a manifest");
+        let (old, _) = Manifest::decode_file(OLD_MANIFESTS[0]).expect("a manifest");
         vec![MANIFEST[..MANIFEST.len() / 2].to_vec(), old.encode()]
     }
 
@@ -161,7 +162,7 @@ impl Format for ManifestFile {
     const ONE_FORM: bool = false;
 
     fn specimens() -> Vec<Vec<u8>> {
-        vec![MANIFEST.to_vec(), OLD_MANIFEST.to_vec()]
+        [&[MANIFEST][..], &OLD_MANIFESTS].concat().into_iter().map(<[u8]>::to_vec).collect()
     }
 
     fn mend(bytes: &mut [u8]) {

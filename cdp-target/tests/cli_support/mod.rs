@@ -226,7 +226,7 @@ pub(crate) fn refused(output: &Output, arguments: &[&str], words: &[&str]) {
 
 /// A server of a store.
 pub(crate) struct Server {
-    child: Child,
+    pub(crate) child: Child,
     pub(crate) address: String,
 }
 
