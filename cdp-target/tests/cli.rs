@@ -217,7 +217,7 @@ fn a_flipped_bit_is_found_named_and_not_exported() {
     expected[len - 2048..].fill(0);
     assert!(std::fs::read(&file).expect("exported") == expected, "all but what is damaged");
     let store_json = store.data().join("store.json");
-    store.refused(&["inspect", store_json.to_str().expect("text")], &["neither a segment nor a manifest"]);
+    store.refused(&["inspect", store_json.to_str().expect("text")], &["no segment, pack, image index or manifest"]);
 }
 
 #[test]

@@ -39,7 +39,9 @@ fn made() -> (SimStorage, Source) {
 fn made_and_pruned() -> SimStorage {
     let (disk, source) = made();
     let (mut journal, _) = GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), LIMITS).expect("opened");
-    [1, 3].map(|at: usize| journal.pin(source.points[at].head.epoch, true).expect("pinned"));
+    for at in [1, 3] {
+        journal.pin(source.points[at].head.epoch, true).expect("pinned");
+    }
     journal.label(source.points[0].head.epoch, None).expect("unlabelled");
     let (keys, random) = (Keyring::from(&key()), SimRandom::new(78));
     let ladder = Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 };
@@ -93,7 +95,9 @@ fn a_newer_pack_or_image_index_is_refused_with_both_versions() {
         let mut bytes = cdp_seams::storage::read_all(&disk, &path, 1 << 20).expect("read");
         // An image index has two copies.
         let second = if kind == "image" { bytes.len() / 2 } else { 0 };
-        [0, second].map(|at| bytes[at + 8] = 9);
+        for at in [0, second] {
+            bytes[at + 8] = 9;
+        }
         cdp_seams::storage::replace(&disk, &path, &bytes).expect("replaced");
         let error = inspect(&disk, &path).expect_err("refused");
         let source = std::error::Error::source(&error).expect("a source").to_string();

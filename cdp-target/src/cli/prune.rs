@@ -103,7 +103,7 @@ fn preview(arguments: &Arguments, store: &Store, group: &Group, prune: &Prune<'_
     let forecast = forecast_of(group.view(), prune.ladder, prune.now, free_bytes)?;
     let Forecast { full_at, ladder_bytes, fits, .. } = forecast;
     let full_at = full_at.map(Instant);
-    let kept = plan.tally.on_a_rung + plan.tally.held + plan.tally.newest;
+    let kept = plan.kept();
     print(&if arguments.json {
         json(&Preview { removed: &plan.removed, kept, bytes_back, full_at, ladder_bytes, fits })
     } else {
