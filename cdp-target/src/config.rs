@@ -57,7 +57,7 @@ pub struct Config {
     /// How often points that are too old are removed, in seconds; 0: never without a command.
     #[serde(default = "prune_interval_default")]
     pub prune_interval_s: u64,
-    /// Bytes that pruning, checkpoints and scrubbing together may read and write per second.
+    /// Bytes that pruning and checkpoints in the background may read and write per second. The scrub has a pace of its own.
     #[serde(default = "maintenance_default")]
     pub maintenance_bytes_per_s: u64,
     /// Address and TCP port of the metrics exporter; none runs unless set.
