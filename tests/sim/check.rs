@@ -1,7 +1,8 @@
 //! What is checked of a target's store after every recovery, against the model.
 //!
-//! Every promised point is listed; nothing is listed that was not committed; numbers rise and the chain is unbroken; what is
-//! read of a point is what it has to hold, block for block. Damage has to be named where it takes something.
+//! Every promised point is listed that the ladder did not let go; nothing is listed that was not committed or that was removed;
+//! numbers rise and the chain is unbroken; what is read of a point is what it has to hold, block for block. Damage has to be
+//! named where it takes something.
 
 use std::sync::Arc;
 
@@ -24,10 +25,10 @@ pub(crate) enum Depth {
 }
 
 /// Checks a view; `is_whole`: whether all that was promised has to be in it (a reader's own view may lag behind). `is_hurt`:
-/// whether bits were flipped, so that points may be damaged: gives those that are missing.
+/// whether bits were flipped, so that points may be damaged: gives those that are missing then.
 pub(crate) fn check(
     view: &Arc<GroupView>,
-    model: &Model,
+    model: &mut Model,
     depth: Depth,
     is_whole: bool,
     is_hurt: bool,
@@ -39,10 +40,18 @@ pub(crate) fn check(
     let listed: Vec<Point> = listed.into_iter().filter(|point| !is_nameless(point)).collect();
     check_chain(&listed, model, is_hurt)?;
     let missing = if is_whole { missing(&listed, model) } else { Vec::new() };
+    let may_be_gone = |head: &Head| model.kept.may_be_gone(head) || is_hurt && view.is_removed(head.epoch);
+    let missing: Vec<Head> = missing.into_iter().filter(|head| !may_be_gone(head)).collect();
     // Rot in the newest epoch, before anything proves that it was durable, looks like a torn tail: the source has to notice.
     let is_suffix = model.acked.ends_with(&missing);
     if let Some(lost) = missing.first().filter(|_| !is_hurt || view.damages().is_empty() && !is_suffix) {
         return Err(format!("point {} was acked and is lost", lost.epoch));
+    }
+    if !is_hurt {
+        listed.iter().try_for_each(|point| model.kept.listed(point, is_whole))?;
+    }
+    if is_whole {
+        model.kept.seen(&listed);
     }
     let is_chosen = |at: usize| match depth {
         Depth::Everything => true,
@@ -66,11 +75,13 @@ fn check_chain(listed: &[Point], model: &Model, is_hurt: bool) -> Result<(), Str
         if before.is_some_and(|before| before.epoch >= point.epoch) {
             return Err(format!("{} stands behind a higher number", point.epoch));
         }
-        if !is_hurt && known.predecessor != before {
-            return Err(format!(
-                "the chain is broken before {}: {:?} instead of {before:?}",
-                point.epoch, known.predecessor
-            ));
+        let mut expected = known.predecessor;
+        // Over those that were removed.
+        while let Some(gone) = expected.filter(|head| Some(*head) != before && model.kept.may_be_gone(head)) {
+            expected = model.point(&gone).and_then(|gone| gone.predecessor);
+        }
+        if !is_hurt && expected != before {
+            return Err(format!("the chain is broken before {}: {expected:?} instead of {before:?}", point.epoch));
         }
         if let Some(damage) = point.damaged.as_ref().filter(|_| !is_hurt) {
             return Err(format!("{} is called damaged and nothing was: {damage}", point.epoch));
