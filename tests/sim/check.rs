@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use cdp_protocol::units::{BLOCK_BYTES, BLOCK_SECTORS, Block, Extent, FrameHash, Head, VolumeSlot, blocks_in};
+use cdp_protocol::units::{self, BLOCK_BYTES, BLOCK_SECTORS, Block, FrameHash, Head, VolumeSlot, blocks_in};
 use cdp_source::sim::{Image, fill_sector};
 use cdp_target::journal::{GroupView, JournalError, Point};
 use cdp_target::restore::point::{Content, PointImage, ReadError};
@@ -24,13 +24,23 @@ pub(crate) enum Depth {
     Everything,
 }
 
-/// Checks a view; `is_whole`: whether all that was promised has to be in it (a reader's own view may lag behind). `is_hurt`:
-/// whether bits were flipped, so that points may be damaged: gives those that are missing then.
+/// How far a view can be believed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// A reader's own: it may lag behind.
+    Beside,
+    /// All that was promised is in it; a change that failed may come to be once the group is opened anew.
+    Unsure,
+    /// All that was promised is in it, and nothing else will be.
+    Whole,
+}
+
+/// Checks a view. `is_hurt`: whether bits were flipped, so that points may be damaged: gives those that are missing then.
 pub(crate) fn check(
     view: &Arc<GroupView>,
     model: &mut Model,
     depth: Depth,
-    is_whole: bool,
+    extent: Extent,
     is_hurt: bool,
 ) -> Result<Vec<Head>, String> {
     let listed: Result<Vec<Point>, _> = view.points().collect();
@@ -39,7 +49,7 @@ pub(crate) fn check(
     let is_nameless = |point: &Point| is_hurt && point.damaged.is_some() && point.hash == FrameHash([0; 32]);
     let listed: Vec<Point> = listed.into_iter().filter(|point| !is_nameless(point)).collect();
     check_chain(&listed, model, is_hurt)?;
-    let missing = if is_whole { missing(&listed, model) } else { Vec::new() };
+    let missing = if extent == Extent::Beside { Vec::new() } else { missing(&listed, model) };
     let may_be_gone = |head: &Head| model.kept.may_be_gone(head) || is_hurt && view.is_removed(head.epoch);
     let missing: Vec<Head> = missing.into_iter().filter(|head| !may_be_gone(head)).collect();
     // Rot in the newest epoch, before anything proves that it was durable, looks like a torn tail: the source has to notice.
@@ -48,9 +58,9 @@ pub(crate) fn check(
         return Err(format!("point {} was acked and is lost", lost.epoch));
     }
     if !is_hurt {
-        listed.iter().try_for_each(|point| model.kept.listed(point, is_whole))?;
+        listed.iter().try_for_each(|point| model.kept.listed(point, extent == Extent::Whole))?;
     }
-    if is_whole {
+    if extent == Extent::Whole {
         model.kept.seen(&listed);
     }
     let is_chosen = |at: usize| match depth {
@@ -122,7 +132,7 @@ fn check_content(view: &Arc<GroupView>, point: &Point, expected: &Image, is_hurt
 /// Gives the error that ended the reading; a wrong block is one of ours.
 fn check_volume(image: &PointImage, volume: usize, sectors: &[u64]) -> Result<Option<ReadError>, String> {
     let blocks = blocks_in((sectors.len() * SECTOR_BYTES) as u64) as u32;
-    let whole = Extent::new(Block(0), blocks).expect("a volume has blocks");
+    let whole = units::Extent::new(Block(0), blocks).expect("a volume has blocks");
     let (mut next, mut wrong) = (0, None);
     let read = image.read_blocks(VolumeSlot(volume as u16), whole, &mut |extent, content| {
         for (index, block) in extent.blocks().enumerate() {

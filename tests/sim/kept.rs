@@ -72,7 +72,7 @@ impl Kept {
         self.marks.entry(hash).or_default()
     }
 
-    /// A listed point: is what it was. `is_whole`: what the view shows is durable.
+    /// A listed point: is what it was. `is_whole`: what the view shows is durable, and nothing else may yet be.
     pub(crate) fn listed(&mut self, point: &Point, is_whole: bool) -> Result<(), String> {
         let epoch = point.epoch;
         if self.gone.contains(&point.hash) {
@@ -118,7 +118,7 @@ pub(crate) struct Due {
     pub(crate) unsure: Vec<Head>,
     /// Those that no prune before was to remove.
     anew: Vec<FrameHash>,
-    /// Whether a rung keeps any that are not the newest.
+    /// Whether a rung keeps any that nothing else does.
     pub(crate) keeps_some: bool,
 }
 
@@ -147,7 +147,7 @@ impl Model {
             if *head == newest || marks.is_surely_held() || !is_listed {
                 continue;
             }
-            due.keeps_some |= stays;
+            due.keeps_some |= stays && !marks.may_be_held();
             if !stays {
                 due.go.push(*head);
                 due.unsure.extend(Some(*head).filter(|_| marks.may_be_held()));

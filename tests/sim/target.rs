@@ -29,7 +29,7 @@ use cdp_target::restore::keyring::Keyring;
 use cdp_target::scrub::read_now;
 use cdp_target::store::{self, GroupPlace, Store, StoreError};
 
-use super::check::{Depth, check};
+use super::check::{Depth, Extent, check};
 use super::line::{OnStream, Wire};
 use super::model::{GROUP, Model, key};
 use super::sabotage::Sabotage;
@@ -64,6 +64,8 @@ struct Process {
     connections: Vec<Connection>,
     /// Sessions so far.
     sessions: u64,
+    /// A change failed: whether it came to be the next recovery tells.
+    is_unsure: bool,
     /// A checkpoint that was built and is not taken yet.
     built: Option<Checkpoint>,
 }
@@ -117,6 +119,7 @@ impl Target {
             healer: Healer::default(),
             connections: Vec::new(),
             sessions: 0,
+            is_unsure: false,
             built: None,
         });
     }
@@ -138,7 +141,8 @@ impl Target {
             // The server could not open it: a fault was set.
             None => return self.check_beside(model),
         };
-        let missing = check(&view, model, depth, true, self.is_hurt)?;
+        let extent = if process.is_unsure { Extent::Unsure } else { Extent::Whole };
+        let missing = check(&view, model, depth, extent, self.is_hurt)?;
         model.lost(&missing);
         if self.is_hurt { Ok(()) } else { process.check_lineage(model, depth) }
     }
@@ -153,7 +157,7 @@ impl Target {
             Store::open(Arc::clone(&storage), Path::new(FOLDER)).map(|store| store.group_folder(Self::place()));
         let folder = folder.map_err(|error| format!("the store cannot be opened: {error}"))?;
         let view = GroupView::open(storage, &folder).map_err(|error| format!("the group cannot be read: {error}"))?;
-        check(&Arc::new(view), model, Depth::Sample(0), false, self.is_hurt).map(drop)
+        check(&Arc::new(view), model, Depth::Sample(0), Extent::Beside, self.is_hurt).map(drop)
     }
 
     /// What is durable of the group.

@@ -145,7 +145,7 @@ impl Target {
         }
         if let Some(built) = process.built.take() {
             let mut writer = Writer { process, is_beside: false };
-            let taken = writer.adopt(&Change::Checkpoint(built)).and_then(|view| self.end_build(&view));
+            let taken = writer.adopt(&Change::Checkpoint(built)).and_then(|_| self.end_build());
             return self.excuse("a checkpoint is taken", taken, false).map(|_| Care::default());
         }
         match upkeep.random.below(10) {
@@ -155,13 +155,16 @@ impl Target {
         }
     }
 
-    fn end_build(&self, _view: &Arc<GroupView>) -> Result<(), JournalError> {
+    fn end_build(&self) -> Result<(), JournalError> {
         let process = self.process.as_ref().expect("it is up");
         end(process.storage.as_ref(), &Self::group_folder())
     }
 
     /// A failure that the disk explains, or being interrupted, is none.
-    fn excuse<T>(&self, what: &str, done: Result<T, JournalError>, interrupted: bool) -> Result<Option<T>, String> {
+    fn excuse<T>(&mut self, what: &str, done: Result<T, JournalError>, interrupted: bool) -> Result<Option<T>, String> {
+        if let (Err(_), Some(process)) = (&done, &mut self.process) {
+            process.is_unsure = true;
+        }
         match done {
             Ok(done) => Ok(Some(done)),
             Err(JournalError::Io { .. } | JournalError::Full { .. } | JournalError::Poisoned { .. }) => Ok(None),
@@ -174,13 +177,13 @@ impl Target {
     /// A checkpoint at a listed point; where one was begun mostly that one is gone on with.
     fn checkpoint(&mut self, upkeep: &Upkeep) -> Result<Care, String> {
         let process = self.process.as_ref().expect("it is up");
-        let (random, folder) = (&upkeep.random, Self::group_folder());
+        let (random, storage, folder) = (&upkeep.random, Arc::clone(&process.storage), Self::group_folder());
         let view = process.upkeep_view(random.below(2) == 0);
         let Some(view) = self.excuse("the group is opened", view, false)? else { return Ok(Care::default()) };
         let epochs: Vec<Epoch> = view.points().filter_map(|point| Some(point.ok()?.epoch)).collect();
         let Some(drawn) = epochs.get(random.below(epochs.len().max(1) as u64) as usize) else { return Ok(Care::default()) };
-        let Ok(Some(_hold)) = hold(process.storage.as_ref(), &folder) else { return Ok(Care::default()) };
-        let begun = building(process.storage.as_ref(), &folder).filter(|begun| epochs.contains(begun));
+        let Ok(Some(_hold)) = hold(storage.as_ref(), &folder) else { return Ok(Care::default()) };
+        let begun = building(storage.as_ref(), &folder).filter(|begun| epochs.contains(begun));
         let epoch = begun.filter(|_| random.below(4) > 0).unwrap_or(*drawn);
         let keyring = Keyring::from(&key());
         let keys = Some(&keyring).filter(|_| random.below(4) > 0);
@@ -197,7 +200,7 @@ impl Target {
             process.built = Some(built);
         } else {
             let taken = Writer { process, is_beside: false }.adopt(&Change::Checkpoint(built));
-            let taken = taken.and_then(|view| self.end_build(&view));
+            let taken = taken.and_then(|_| self.end_build());
             self.excuse("a checkpoint is taken", taken, false)?;
         }
         Ok(Care { checkpoints: 1, prunes: 0 })
