@@ -76,6 +76,7 @@ impl Builder<'_> {
             storage.create_dir_all(&folder).map_err(JournalError::io("create folder", &folder))?;
         }
         let resumes = begin(storage.as_ref(), folder, commit.head)? || self.is_made(epoch)?;
+        let failed_before = self.view.shelf().caches.failed_reads();
         let before = self.before(epoch)?;
         let slices: u64 = commit.volumes.iter().map(|volume| u64::from(slices_of(volume))).sum();
         let mut records = Vec::new();
@@ -84,13 +85,26 @@ impl Builder<'_> {
                 let shared = before.as_ref().and_then(|before| self.shared(before, volume, slice));
                 let record = match shared {
                     Some(record) => record,
-                    None => self.slice(&commit, volume, slice, resumes, step)?,
+                    None => {
+                        let record = self.slice(&commit, volume, slice, resumes, step)?;
+                        self.is_believed(&record, failed_before)?;
+                        record
+                    }
                 };
                 records.push(record);
                 progress(records.len() as u64, slices);
             }
         }
         self.finish(&commit, &records)
+    }
+
+    /// Refuses to call lost what the storage only failed to read: another time it may not.
+    fn is_believed(&self, record: &SliceRecord, failed_before: u64) -> Result<(), JournalError> {
+        let SliceContent::Pack { sealed, .. } = record.content else { return Ok(()) };
+        if !record.lost || self.view.shelf().caches.failed_reads() == failed_before {
+            return Ok(());
+        }
+        Err(JournalError::NotRead(format!("blocks that {} is made of", sealed.id)))
     }
 
     /// Makes the packs' names and the image index durable.
@@ -169,7 +183,8 @@ impl Builder<'_> {
         step: &mut Step<'_>,
     ) -> Result<SliceRecord, JournalError> {
         let id = SliceId { slot: volume.slot, slice, epoch: commit.head.epoch };
-        if resumes && let Some(record) = self.made_before(id)? {
+        // What was lost may have been healed, or only not been read then.
+        if resumes && let Some(record) = self.made_before(id)?.filter(|record| !record.lost || self.is_named(id)) {
             return Ok(record);
         }
         let extent = extent_of(volume, slice);
@@ -207,6 +222,11 @@ impl Builder<'_> {
         };
         let written = writer.finish(true)?;
         Ok(record_of(&written, true, written.sealed.len))
+    }
+
+    /// Whether a checkpoint may have the pack already: it is not to be written over.
+    fn is_named(&self, id: SliceId) -> bool {
+        self.view.manifest().checkpoints.iter().any(|made| made.epoch == id.epoch)
     }
 
     /// A pack that an interrupted build has left; those with frames taken over whole are made again.

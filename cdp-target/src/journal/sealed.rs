@@ -18,6 +18,7 @@ use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Memory for summaries and for extent tables, each, in bytes.
@@ -55,6 +56,8 @@ pub(crate) struct Caches {
     images: Mutex<HashMap<Epoch, Arc<ImageIndex>>>,
     /// Packs in which a frame was met that is not what was written: read past where anything else has the content.
     bad_slices: Mutex<HashSet<SliceId>>,
+    /// How often the storage failed a read that was then told as damage: it may succeed another time.
+    failed_reads: AtomicU64,
 }
 
 impl Caches {
@@ -84,6 +87,18 @@ impl Caches {
 
     pub(crate) fn note_bad(&self, slice: SliceId) {
         locked(&self.bad_slices).insert(slice);
+    }
+
+    pub(crate) fn forget_bad(&self, slice: SliceId) {
+        locked(&self.bad_slices).remove(&slice);
+    }
+
+    pub(crate) fn note_failed_read(&self) {
+        self.failed_reads.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn failed_reads(&self) -> u64 {
+        self.failed_reads.load(Ordering::Relaxed)
     }
 
     pub(super) fn keep_part_bytes(&self, epoch: Epoch, bytes: u64) {

@@ -167,7 +167,7 @@ impl Target {
         }
         match done {
             Ok(done) => Ok(Some(done)),
-            Err(JournalError::Io { .. } | JournalError::Full { .. } | JournalError::Poisoned { .. }) => Ok(None),
+            Err(JournalError::Io { .. } | JournalError::Full { .. } | JournalError::Poisoned { .. } | JournalError::NotRead(_)) => Ok(None),
             Err(JournalError::Interrupted) if interrupted => Ok(None),
             Err(_) if self.is_hurt || self.disk.is_down() => Ok(None),
             Err(error) => Err(format!("{what}: {error}")),
