@@ -71,7 +71,8 @@ fn listed(view: &GroupView) -> BTreeSet<Epoch> {
 /// A small history; `seed` decides what comes of a cut, the history is always the same.
 fn group(seed: u64, operation: Operation, with_key: bool) -> Group {
     let disk = SimStorage::new(seed);
-    let mut journal = GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), LIMITS).expect("made");
+    let mut journal =
+        GroupJournal::create(Arc::new(disk.clone()), Path::new(FOLDER), identity(), LIMITS).expect("made");
     let mut source = Source::new(42);
     grow(&mut source, &mut journal, POINTS);
     if matches!(operation, Operation::SecondPrune) {
@@ -82,7 +83,9 @@ fn group(seed: u64, operation: Operation, with_key: bool) -> Group {
     let after = match operation {
         Operation::Checkpoint => before.clone(),
         _ => {
-            let plan = settings(source.time, None, &SimRandom::new(1), &mut |prune| prune.plan(&journal.view()).expect("planned"));
+            let plan = settings(source.time, None, &SimRandom::new(1), &mut |prune| {
+                prune.plan(&journal.view()).expect("planned")
+            });
             before.iter().copied().filter(|epoch| plan.removed.iter().all(|removed| removed.epoch != *epoch)).collect()
         }
     };

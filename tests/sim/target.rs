@@ -90,7 +90,16 @@ impl Target {
             store::init(&storage, Path::new(FOLDER), &config, Timestamp(0), |_| Ok::<_, StoreError>("5".repeat(32)));
         made.expect("no fault is set");
         let clock = Arc::new(SimClock::new(1_700_000_000_000));
-        Self { disk, clock, is_hurt: false, sabotage, random: SimRandom::new(seed ^ 0x4ea1), limits, upkeep: None, process: None }
+        Self {
+            disk,
+            clock,
+            is_hurt: false,
+            sabotage,
+            random: SimRandom::new(seed ^ 0x4ea1),
+            limits,
+            upkeep: None,
+            process: None,
+        }
     }
 
     pub(crate) const fn is_up(&self) -> bool {
@@ -201,9 +210,7 @@ impl Target {
             let Ok(found) = read_now(&view, segment) else { continue };
             let file = FileId::Segment { number: segment, revision: 0 };
             // A fault that is set may keep it from being kept; then the next scrub finds it.
-            process
-                .steps
-                .with_writer(move |writer| drop(writer.and_then(|writer| writer.note_damages(file, &found))));
+            process.steps.with_writer(move |writer| drop(writer.and_then(|writer| writer.note_damages(file, &found))));
         }
         let Some(view) = process.groups.view(Self::place()) else { return 0 };
         let hurts = |damage: &&Damage| damage.first_epoch.is_some() && !view.is_healed(damage);

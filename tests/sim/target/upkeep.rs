@@ -167,7 +167,12 @@ impl Target {
         }
         match done {
             Ok(done) => Ok(Some(done)),
-            Err(JournalError::Io { .. } | JournalError::Full { .. } | JournalError::Poisoned { .. } | JournalError::NotRead(_)) => Ok(None),
+            Err(
+                JournalError::Io { .. }
+                | JournalError::Full { .. }
+                | JournalError::Poisoned { .. }
+                | JournalError::NotRead(_),
+            ) => Ok(None),
             Err(JournalError::Interrupted) if interrupted => Ok(None),
             Err(_) if self.is_hurt || self.disk.is_down() => Ok(None),
             Err(error) => Err(format!("{what}: {error}")),
@@ -181,7 +186,9 @@ impl Target {
         let view = process.upkeep_view(random.below(2) == 0);
         let Some(view) = self.excuse("the group is opened", view, false)? else { return Ok(Care::default()) };
         let epochs: Vec<Epoch> = view.points().filter_map(|point| Some(point.ok()?.epoch)).collect();
-        let Some(drawn) = epochs.get(random.below(epochs.len().max(1) as u64) as usize) else { return Ok(Care::default()) };
+        let Some(drawn) = epochs.get(random.below(epochs.len().max(1) as u64) as usize) else {
+            return Ok(Care::default());
+        };
         let Ok(Some(_hold)) = hold(storage.as_ref(), &folder) else { return Ok(Care::default()) };
         let begun = building(storage.as_ref(), &folder).filter(|begun| epochs.contains(begun));
         let epoch = begun.filter(|_| random.below(4) > 0).unwrap_or(*drawn);
@@ -190,7 +197,11 @@ impl Target {
         let mut left = if random.below(4) == 0 { random.below(12) } else { u64::MAX };
         let now = Timestamp(self.clock.wall_ms());
         trace(|| format!("target builds a checkpoint at {epoch}, {} steps, with the key: {}", left, keys.is_some()));
-        let built = Builder { view: &view, keys, random: &self.random, now }.build(epoch, &mut steps(&mut left), &mut |_, _| {});
+        let built = Builder { view: &view, keys, random: &self.random, now }.build(
+            epoch,
+            &mut steps(&mut left),
+            &mut |_, _| {},
+        );
         let Some(built) = self.excuse(&format!("checkpoint at {epoch}"), built, left == 0)? else {
             return Ok(Care::default());
         };
@@ -223,7 +234,8 @@ impl Target {
         if keep_clock(&view, clock).is_err() {
             return Ok(Care::default());
         }
-        let due = if self.is_hurt { None } else { Some(model.prune(&upkeep.ladder, &listed, head(newest), clock.now.0)?) };
+        let due =
+            if self.is_hurt { None } else { Some(model.prune(&upkeep.ladder, &listed, head(newest), clock.now.0)?) };
         let keyring = Keyring::from(&key());
         let keep_only_newest = random.below(2) == 0;
         let prune = Prune {
