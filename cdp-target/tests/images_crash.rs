@@ -204,12 +204,13 @@ impl Group {
 fn cut(call: u64, seed: u64, fault: Fault, operation: Operation, with_key: bool) -> bool {
     let what = format!("{operation:?}, with the key: {with_key}, {fault:?} at call {call}, seed {seed}");
     let mut group = group(seed, operation, with_key);
-    group.disk.fault_at(group.disk.calls() + call, fault);
+    let first = group.disk.calls() + call;
+    group.disk.fault_at(first, fault);
     let worked = group.work(operation, with_key);
-    let came_to_it = group.disk.is_down();
-    assert!(came_to_it || worked.is_ok(), "{what}: {worked:?}");
+    let (came_to_it, is_down) = (group.disk.calls() > first, group.disk.is_down());
+    assert!(is_down || worked.is_ok(), "{what}: {worked:?}");
     group.disk.clear_faults();
-    if !came_to_it {
+    if !is_down {
         group.disk.power_cut();
     }
     group.disk.restart();

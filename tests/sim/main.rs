@@ -31,10 +31,11 @@ const KNOWN_BAD: [(u64, &str); 5] = [
 ];
 
 /// The same, of those in which somebody does.
-const KNOWN_BAD_TENDED: [(u64, &str); 3] = [
+const KNOWN_BAD_TENDED: [(u64, &str); 4] = [
     (1624, "a point was lost with rot, another was given its number and read from the checkpoint of the first"),
     (7558, "the same, in another place"),
     (6126, "two reads failed while a checkpoint was built, and it called their blocks lost"),
+    (10165, "a part of a pack was not read once, and older frames of the journal were put behind the pack's in the next"),
 ];
 
 fn env(name: &str, default: u64) -> u64 {

@@ -187,6 +187,7 @@ impl Builder<'_> {
         if resumes && let Some(record) = self.made_before(id)?.filter(|record| !record.lost || self.is_named(id)) {
             return Ok(record);
         }
+        self.view.shelf().caches.forget(FileId::Slice(id));
         let extent = extent_of(volume, slice);
         let Some(keys) = self.keys else { return copy_frames(self.view, commit, id, extent, step) };
         let image = self.view.image_of(commit.clone(), keys)?;

@@ -190,7 +190,12 @@ impl GroupView {
             return Ok(Some(format!("the {slice} is damaged")));
         }
         let (summary, tables) = match self.shelf().tables(sealed) {
-            Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => return Ok(Some(format!("{slice}: {error}"))),
+            Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => {
+                if matches!(error, JournalError::Io { .. }) {
+                    self.shelf().caches.note_failed_read();
+                }
+                return Ok(Some(format!("{slice}: {error}")));
+            }
             other => other?,
         };
         if let Some(lost) = summary.lost.first() {

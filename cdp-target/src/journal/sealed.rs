@@ -89,6 +89,14 @@ impl Caches {
         locked(&self.bad_slices).insert(slice);
     }
 
+    /// A file of this name is written anew: nothing that was read of the one before is good for it.
+    pub(crate) fn forget(&self, file: FileId) {
+        locked(&self.summaries).remove(file);
+        locked(&self.tables).remove(file);
+        locked(&self.files).remove(file);
+        locked(&self.distrusted).remove(&file);
+    }
+
     pub(crate) fn forget_bad(&self, slice: SliceId) {
         locked(&self.bad_slices).remove(&slice);
     }
@@ -129,6 +137,10 @@ impl<T> Cache<T> {
         let (used, _, value) = self.values.get_mut(&file)?;
         *used = self.uses;
         Some(Arc::clone(value))
+    }
+
+    fn remove(&mut self, file: FileId) {
+        self.bytes -= self.values.remove(&file).map_or(0, |(_, bytes, _)| bytes);
     }
 
     fn keep(&mut self, file: FileId, value: &Arc<T>, bytes: usize, bytes_max: usize) {

@@ -165,6 +165,9 @@ impl Target {
         if let (Err(_), Some(process)) = (&done, &mut self.process) {
             process.is_unsure = true;
         }
+        if let Err(error) = &done {
+            trace(|| format!("{what}: {error}"));
+        }
         match done {
             Ok(done) => Ok(Some(done)),
             Err(
@@ -205,6 +208,7 @@ impl Target {
         let Some(built) = self.excuse(&format!("checkpoint at {epoch}"), built, left == 0)? else {
             return Ok(Care::default());
         };
+        trace(|| format!("target has built {built:?}"));
         drop(view);
         let process = self.process.as_mut().expect("it is up");
         if random.below(3) == 0 {
