@@ -1,11 +1,12 @@
 //! What is checked of a target's store after every recovery, against the model.
 //!
-//! Every promised point is listed; nothing is listed that was not committed; numbers rise and the chain is unbroken; what is
-//! read of a point is what it has to hold, block for block. Damage has to be named where it takes something.
+//! Every promised point is listed that the ladder did not let go; nothing is listed that was not committed or that was removed;
+//! numbers rise and the chain is unbroken; what is read of a point is what it has to hold, block for block. Damage has to be
+//! named where it takes something.
 
 use std::sync::Arc;
 
-use cdp_protocol::units::{BLOCK_BYTES, BLOCK_SECTORS, Block, Extent, FrameHash, Head, VolumeSlot, blocks_in};
+use cdp_protocol::units::{self, BLOCK_BYTES, BLOCK_SECTORS, Block, FrameHash, Head, VolumeSlot, blocks_in};
 use cdp_source::sim::{Image, fill_sector};
 use cdp_target::journal::{GroupView, JournalError, Point};
 use cdp_target::restore::point::{Content, PointImage, ReadError};
@@ -23,13 +24,23 @@ pub(crate) enum Depth {
     Everything,
 }
 
-/// Checks a view; `is_whole`: whether all that was promised has to be in it (a reader's own view may lag behind). `is_hurt`:
-/// whether bits were flipped, so that points may be damaged: gives those that are missing.
+/// How far a view can be believed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// A reader's own: it may lag behind.
+    Beside,
+    /// All that was promised is in it; a change that failed may come to be once the group is opened anew.
+    Unsure,
+    /// All that was promised is in it, and nothing else will be.
+    Whole,
+}
+
+/// Checks a view. `is_hurt`: whether bits were flipped, so that points may be damaged: gives those that are missing then.
 pub(crate) fn check(
     view: &Arc<GroupView>,
-    model: &Model,
+    model: &mut Model,
     depth: Depth,
-    is_whole: bool,
+    extent: Extent,
     is_hurt: bool,
 ) -> Result<Vec<Head>, String> {
     let listed: Result<Vec<Point>, _> = view.points().collect();
@@ -38,11 +49,19 @@ pub(crate) fn check(
     let is_nameless = |point: &Point| is_hurt && point.damaged.is_some() && point.hash == FrameHash([0; 32]);
     let listed: Vec<Point> = listed.into_iter().filter(|point| !is_nameless(point)).collect();
     check_chain(&listed, model, is_hurt)?;
-    let missing = if is_whole { missing(&listed, model) } else { Vec::new() };
+    let missing = if extent == Extent::Beside { Vec::new() } else { missing(&listed, model) };
+    let may_be_gone = |head: &Head| model.kept.may_be_gone(head) || is_hurt && view.is_removed(head.epoch);
+    let missing: Vec<Head> = missing.into_iter().filter(|head| !may_be_gone(head)).collect();
     // Rot in the newest epoch, before anything proves that it was durable, looks like a torn tail: the source has to notice.
     let is_suffix = model.acked.ends_with(&missing);
     if let Some(lost) = missing.first().filter(|_| !is_hurt || view.damages().is_empty() && !is_suffix) {
         return Err(format!("point {} was acked and is lost", lost.epoch));
+    }
+    if !is_hurt {
+        listed.iter().try_for_each(|point| model.kept.listed(point, extent == Extent::Whole))?;
+    }
+    if extent == Extent::Whole {
+        model.kept.seen(&listed);
     }
     let is_chosen = |at: usize| match depth {
         Depth::Everything => true,
@@ -66,11 +85,13 @@ fn check_chain(listed: &[Point], model: &Model, is_hurt: bool) -> Result<(), Str
         if before.is_some_and(|before| before.epoch >= point.epoch) {
             return Err(format!("{} stands behind a higher number", point.epoch));
         }
-        if !is_hurt && known.predecessor != before {
-            return Err(format!(
-                "the chain is broken before {}: {:?} instead of {before:?}",
-                point.epoch, known.predecessor
-            ));
+        let mut expected = known.predecessor;
+        // Over those that were removed.
+        while let Some(gone) = expected.filter(|head| Some(*head) != before && model.kept.may_be_gone(head)) {
+            expected = model.point(&gone).and_then(|gone| gone.predecessor);
+        }
+        if !is_hurt && expected != before {
+            return Err(format!("the chain is broken before {}: {expected:?} instead of {before:?}", point.epoch));
         }
         if let Some(damage) = point.damaged.as_ref().filter(|_| !is_hurt) {
             return Err(format!("{} is called damaged and nothing was: {damage}", point.epoch));
@@ -111,7 +132,7 @@ fn check_content(view: &Arc<GroupView>, point: &Point, expected: &Image, is_hurt
 /// Gives the error that ended the reading; a wrong block is one of ours.
 fn check_volume(image: &PointImage, volume: usize, sectors: &[u64]) -> Result<Option<ReadError>, String> {
     let blocks = blocks_in((sectors.len() * SECTOR_BYTES) as u64) as u32;
-    let whole = Extent::new(Block(0), blocks).expect("a volume has blocks");
+    let whole = units::Extent::new(Block(0), blocks).expect("a volume has blocks");
     let (mut next, mut wrong) = (0, None);
     let read = image.read_blocks(VolumeSlot(volume as u16), whole, &mut |extent, content| {
         for (index, block) in extent.blocks().enumerate() {

@@ -14,6 +14,8 @@ use cdp_protocol::session::source::{End, Outgoing};
 use cdp_protocol::units::{AttemptId, BLOCK_BYTES, BLOCK_SECTORS, Epoch, FrameHash, GroupId, Head, VolumeSlot};
 use cdp_source::sim::{Image, Instant, sectors_of};
 
+use super::kept::Kept;
+
 /// The group.
 pub(crate) const GROUP: GroupId = GroupId([0x5c; 16]);
 /// What no write has put there: a sector that no point covers.
@@ -39,6 +41,8 @@ pub(crate) struct Model {
     promised: HashSet<FrameHash>,
     /// Points that a store that was hurt has lost.
     gone: Vec<Head>,
+    /// What pruning may have removed.
+    pub(crate) kept: Kept,
 }
 
 struct Attempt {
@@ -51,6 +55,8 @@ struct Attempt {
 pub(crate) struct ModelPoint {
     epoch: Epoch,
     pub(crate) predecessor: Option<Head>,
+    /// By the source's clock.
+    pub(crate) cut_time: i64,
     pub(crate) image: Arc<Image>,
 }
 
@@ -117,7 +123,8 @@ impl Model {
         instant
             .explain(&image)
             .map_err(|why| format!("point {} was never a state of the volumes: {why}", head.epoch))?;
-        self.points.insert(head.hash, ModelPoint { epoch: head.epoch, predecessor, image: Arc::new(image) });
+        let (epoch, cut_time) = (head.epoch, commit.cut_time.0);
+        self.points.insert(head.hash, ModelPoint { epoch, predecessor, cut_time, image: Arc::new(image) });
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! One simulation: everything from one seed, step by step, with whatever can go wrong; then rest, and the whole checked.
 //!
 //! The seed chooses the next event among all that could happen: a message arrives, the group hears of it, a cut is made, a
-//! sync returns, somebody dies. Nothing runs beside it, so a seed is a history that can be had again.
+//! sync returns, a checkpoint is built, points are removed, somebody dies. Nothing runs beside it, so a seed is a history that can be had again.
 
 mod heal;
 
@@ -20,12 +20,14 @@ use super::model::Model;
 use super::sabotage::Sabotage;
 use super::source::Source;
 use super::tally::Tally;
-use super::target::Target;
+use super::target::{Care, Target, Upkeep};
 
 pub(crate) use heal::rot_under_a_living_source;
 
 /// Rounds of rest within which everything has to be acked.
 const ROUNDS_MAX: u32 = 400;
+/// How many of 1000 events are of those who look after the points.
+const UPKEEP_PERMILLE: u64 = 15;
 /// Wires that may be half alive beside the newest.
 const WIRES_MAX: usize = 3;
 
@@ -48,15 +50,17 @@ struct Simulation {
     is_frozen: bool,
     /// Events until the target's disk answers again.
     stalled: u64,
+    /// When the target's points are looked after; none where they never are. Apart, so that the rest of a seed's history is its own.
+    upkeep: Option<SimRandom>,
     tally: Tally,
 }
 
-/// What a seed finds; a panic of the product is a find too.
+/// What a seed finds; a panic of the product is a find too. `is_tended`: whether anybody looks after the points.
 ///
 /// # Errors
 /// What was lost.
-pub(crate) fn found(seed: u64, sabotage: Sabotage) -> Result<Tally, String> {
-    catch_unwind(|| run(seed, sabotage)).unwrap_or_else(|why| {
+pub(crate) fn found(seed: u64, sabotage: Sabotage, is_tended: bool) -> Result<Tally, String> {
+    catch_unwind(|| run(seed, sabotage, is_tended)).unwrap_or_else(|why| {
         let text = why.downcast_ref::<String>().map(String::as_str).or_else(|| why.downcast_ref::<&str>().copied());
         Err(format!("panicked: {}", text.unwrap_or("without a word")))
     })
@@ -69,15 +73,18 @@ pub(crate) fn replay(seed: u64) -> String {
     )
 }
 
-/// Simulates what `seed` says, wrong in the way of `sabotage`.
+/// Simulates what `seed` says, wrong in the way of `sabotage`, with its points looked after or not.
 ///
 /// # Errors
 /// What was lost or never can be.
-fn run(seed: u64, sabotage: Sabotage) -> Result<Tally, String> {
+fn run(seed: u64, sabotage: Sabotage, is_tended: bool) -> Result<Tally, String> {
     #[cfg(feature = "sabotage")]
     cdp_protocol::session::chain::sabotage::set_unchecked(sabotage == Sabotage::ChainUnchecked);
     let random = SimRandom::new(seed);
     let mut simulation = Simulation::new(random, sabotage);
+    if is_tended {
+        simulation.look_after(seed);
+    }
     let steps = 300 + simulation.random.below(900);
     for step in 0..steps {
         simulation.step().map_err(|why| format!("step {step}: {why}"))?;
@@ -128,6 +135,7 @@ impl Simulation {
             flips_left,
             is_frozen: false,
             stalled: 0,
+            upkeep: None,
             tally,
         }
     }
@@ -136,6 +144,9 @@ impl Simulation {
     fn step(&mut self) -> Result<(), String> {
         self.tally.steps += 1;
         self.stalled = self.stalled.saturating_sub(1);
+        if self.upkeep.as_ref().is_some_and(|random| random.below(1000) < UPKEEP_PERMILLE) {
+            self.care()?;
+        }
         if self.random.below(1000) < self.harm_permille {
             return self.harm();
         }
@@ -150,6 +161,36 @@ impl Simulation {
             _ => return self.connect(),
         }
         Ok(())
+    }
+
+    /// The target's points are looked after, from now on.
+    fn look_after(&mut self, seed: u64) {
+        let random = SimRandom::new(seed ^ 0x1add_e500);
+        self.target.look_after(Upkeep::new(random.next(), 1500 + random.below(20_000)));
+        self.upkeep = Some(random);
+    }
+
+    /// Hours pass, or somebody looks after the points.
+    fn care(&mut self) -> Result<(), String> {
+        let random = self.upkeep.as_ref().expect("it is looked after");
+        if random.below(4) == 0 {
+            let time = Duration::from_secs(60 * random.below([60, 24 * 60, 5 * 24 * 60][random.below(3) as usize]));
+            self.source.world.pass(time);
+            self.target.clock.advance(time);
+            return Ok(());
+        }
+        if !self.target_works() {
+            return Ok(());
+        }
+        let cared = self.target.care(&mut self.model)?;
+        self.count(cared);
+        self.target.answer(&mut self.wires, &mut self.model)?;
+        self.after_target()
+    }
+
+    const fn count(&mut self, cared: Care) {
+        self.tally.checkpoints += cared.checkpoints;
+        self.tally.prunes += cared.prunes;
     }
 
     fn harm(&mut self) -> Result<(), String> {
@@ -401,7 +442,7 @@ impl Simulation {
             }
             self.target.end();
         }
-        self.target.check_beside(&self.model)?;
+        self.target.check_beside(&mut self.model)?;
         self.target.start();
         if !self.target.is_up() {
             return Err("a server does not start on a sound disk".into());
@@ -442,6 +483,9 @@ impl Simulation {
             }
             if self.source.is_idle() && self.model.newest().is_some_and(|newest| **newest == media) {
                 self.tally.points += self.model.acked.len() as u64;
+                let cared = self.target.care_at_last(&mut self.model)?;
+                self.count(cared);
+                self.tally.removed += self.model.kept.gone() as u64;
                 return self.target.check(&mut self.model, Depth::Everything);
             }
         }

@@ -18,8 +18,10 @@ use cdp_seams::storage::{Storage, StorageFile};
 use cdp_source::sim;
 use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
-use cdp_target::journal::{Damage, Fork};
+use cdp_target::journal::{Damage, Fork, GroupView};
+use cdp_target::prune::Prune;
 use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
+use cdp_target::retention::{Candidate, Decision, Held, Verdict, decide, keeps_only_newest};
 
 /// What is done wrong.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,10 +44,12 @@ pub(crate) enum Sabotage {
     BarrierLeftOut,
     /// What was read is not held against the marks of writes issued meanwhile.
     ValidationLeftOut,
+    /// A point's age is counted from its cut, by the source's clock.
+    PruneBySourceClock,
 }
 
 impl Sabotage {
-    /// Everything the simulation has to find. A prune that goes by the source's clock joins this list with prune itself.
+    /// Everything the simulation has to find.
     pub(crate) const ALL: &[Self] = &[
         Self::SyncLeftOut,
         Self::FolderSyncLeftOut,
@@ -55,6 +59,7 @@ impl Sabotage {
         Self::ChainUnchecked,
         Self::BarrierLeftOut,
         Self::ValidationLeftOut,
+        Self::PruneBySourceClock,
     ];
 
     /// What is wrong with the source's tracker.
@@ -64,6 +69,24 @@ impl Sabotage {
             Self::ValidationLeftOut => sim::Sabotage::SkipValidation,
             _ => sim::Sabotage::None,
         }
+    }
+
+    /// What is removed by the wrong clock, as far as settings do not forbid it.
+    pub(crate) fn removes(self, view: &GroupView, prune: &Prune<'_>) -> Option<Change> {
+        if self != Self::PruneBySourceClock {
+            return None;
+        }
+        let points = view.points().filter_map(Result::ok).map(|point| Candidate {
+            epoch: point.epoch,
+            time: point.cut_time,
+            received: point.cut_time,
+            held: (point.pinned || point.label.is_some()).then_some(Held::Pinned),
+        });
+        let decisions: Vec<Decision> = decide(prune.ladder, points, prune.now).collect();
+        let goes = |decision: &&Decision| matches!(decision.verdict, Verdict::Removed(_));
+        let removed: Vec<_> = decisions.iter().filter(goes).map(|decision| (decision.epoch, decision.epoch)).collect();
+        let is_refused = keeps_only_newest(decisions) && !prune.keep_only_newest;
+        (!removed.is_empty() && !is_refused).then_some(Change::Remove { removed })
     }
 
     /// The target's disk, as its programs see it.

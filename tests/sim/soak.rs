@@ -3,6 +3,8 @@
 //! Prints crashes simulated and losses found, at the end, at Ctrl-C and now and then; a loss with the command that repeats it.
 
 mod check;
+mod kept;
+mod ladder;
 mod line;
 mod model;
 mod run;
@@ -107,7 +109,7 @@ impl Soak {
     fn work(&self) {
         while !self.is_over() {
             let seed = self.next_seed.fetch_add(1, Ordering::Relaxed);
-            let found = found(seed, self.until.sabotage).and_then(|tally| match self.until.sabotage {
+            let found = found(seed, self.until.sabotage, true).and_then(|tally| match self.until.sabotage {
                 Sabotage::None => rot_under_a_living_source(seed).map(|_| tally),
                 _ => Ok(tally),
             });

@@ -21,6 +21,12 @@ pub(crate) struct Tally {
     pub(crate) recoveries: u64,
     /// Points that were acked.
     pub(crate) points: u64,
+    /// Checkpoints that were built.
+    pub(crate) checkpoints: u64,
+    /// Prunes that came to their end.
+    pub(crate) prunes: u64,
+    /// Points that the ladder let go.
+    pub(crate) removed: u64,
 }
 
 impl Tally {
@@ -40,5 +46,8 @@ impl AddAssign for Tally {
         self.frozen += other.frozen;
         self.recoveries += other.recoveries;
         self.points += other.points;
+        self.checkpoints += other.checkpoints;
+        self.prunes += other.prunes;
+        self.removed += other.removed;
     }
 }

@@ -3,10 +3,13 @@
 //! Store, group and journal are the product's; this stands for the connections (`receiver/connection.rs`) and for the queue of
 //! the group's thread. Answers count as given the moment they leave the group.
 
+mod upkeep;
+
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use cdp_protocol::frame::{self, Kind};
 use cdp_protocol::message::{self, GroupOpened, TargetMessage, Verdict};
 use cdp_protocol::session::target::{TargetAction, TargetSession};
 use cdp_protocol::units::{Head, OfficeId, Timestamp};
@@ -18,6 +21,7 @@ use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::groups::StoreGroups;
 use cdp_target::heal::{Healer, OpenGroup, Tools};
 use cdp_target::journal::file::FileId;
+use cdp_target::journal::manifest::Checkpoint;
 use cdp_target::journal::{Damage, GroupView, JournalLimits};
 use cdp_target::receiver::GroupWriter;
 use cdp_target::receiver::steps::{Answers, GroupSteps};
@@ -25,11 +29,12 @@ use cdp_target::restore::keyring::Keyring;
 use cdp_target::scrub::read_now;
 use cdp_target::store::{self, GroupPlace, Store, StoreError};
 
-use super::check::{Depth, check};
+use super::check::{Depth, Extent, check};
 use super::line::{OnStream, Wire};
 use super::model::{GROUP, Model, key};
 use super::sabotage::Sabotage;
 use super::trace::trace;
+pub(crate) use upkeep::{Care, Upkeep};
 
 const FOLDER: &str = "/store";
 const OFFICE: OfficeId = OfficeId([4; 16]);
@@ -45,17 +50,24 @@ pub(crate) struct Target {
     /// Attempts of repairs.
     random: SimRandom,
     limits: JournalLimits,
+    /// Looks after the points; none where nobody does.
+    upkeep: Option<Upkeep>,
     process: Option<Process>,
 }
 
 /// A server's process.
 struct Process {
+    storage: Arc<dyn Storage>,
     groups: Arc<StoreGroups>,
     steps: GroupSteps,
     healer: Healer,
     connections: Vec<Connection>,
     /// Sessions so far.
     sessions: u64,
+    /// A change failed: whether it came to be the next recovery tells.
+    is_unsure: bool,
+    /// A checkpoint that was built and is not taken yet.
+    built: Option<Checkpoint>,
 }
 
 struct Connection {
@@ -78,7 +90,16 @@ impl Target {
             store::init(&storage, Path::new(FOLDER), &config, Timestamp(0), |_| Ok::<_, StoreError>("5".repeat(32)));
         made.expect("no fault is set");
         let clock = Arc::new(SimClock::new(1_700_000_000_000));
-        Self { disk, clock, is_hurt: false, sabotage, random: SimRandom::new(seed ^ 0x4ea1), limits, process: None }
+        Self {
+            disk,
+            clock,
+            is_hurt: false,
+            sabotage,
+            random: SimRandom::new(seed ^ 0x4ea1),
+            limits,
+            upkeep: None,
+            process: None,
+        }
     }
 
     pub(crate) const fn is_up(&self) -> bool {
@@ -92,7 +113,7 @@ impl Target {
     /// Starts a server, and lets it recover the group. Faults that are set may end it, or keep it from doing so.
     pub(crate) fn start(&mut self) {
         let storage = self.sabotage.storage(&self.disk);
-        let Ok(store) = Store::open(storage, Path::new(FOLDER)) else { return };
+        let Ok(store) = Store::open(Arc::clone(&storage), Path::new(FOLDER)) else { return };
         let groups = Arc::new(StoreGroups::new(store).with_limits(self.limits));
         groups.admit(OFFICE_NAME, OFFICE);
         let shown = self.sabotage.store(Arc::clone(&groups) as Arc<_>);
@@ -100,7 +121,16 @@ impl Target {
         trace(|| "target starts".into());
         // As an operator's command would: opens the group, if there is one.
         steps.with_writer(|_| {});
-        self.process = Some(Process { groups, steps, healer: Healer::default(), connections: Vec::new(), sessions: 0 });
+        self.process = Some(Process {
+            storage,
+            groups,
+            steps,
+            healer: Healer::default(),
+            connections: Vec::new(),
+            sessions: 0,
+            is_unsure: false,
+            built: None,
+        });
     }
 
     /// The server's process is gone, with its connections; gives their wires.
@@ -112,21 +142,22 @@ impl Target {
     }
 
     /// Checks what a reader sees that opens the files beside the server, and what the server itself has recovered.
-    pub(crate) fn check(&self, model: &mut Model, depth: Depth) -> Result<(), String> {
-        let Some(process) = &self.process else { return Ok(()) };
+    pub(crate) fn check(&mut self, model: &mut Model, depth: Depth) -> Result<(), String> {
+        let Some(process) = &mut self.process else { return Ok(()) };
         let view = match process.groups.view(Self::place()) {
             Some(view) => view,
             None if model.acked.is_empty() => return Ok(()),
             // The server could not open it: a fault was set.
             None => return self.check_beside(model),
         };
-        let missing = check(&view, model, depth, true, self.is_hurt)?;
+        let extent = if process.is_unsure { Extent::Unsure } else { Extent::Whole };
+        let missing = check(&view, model, depth, extent, self.is_hurt)?;
         model.lost(&missing);
-        Ok(())
+        if self.is_hurt { Ok(()) } else { process.check_lineage(model, depth) }
     }
 
     /// Checks what a reader sees that opens the files.
-    pub(crate) fn check_beside(&self, model: &Model) -> Result<(), String> {
+    pub(crate) fn check_beside(&self, model: &mut Model) -> Result<(), String> {
         if model.acked.is_empty() {
             return Ok(());
         }
@@ -135,12 +166,17 @@ impl Target {
             Store::open(Arc::clone(&storage), Path::new(FOLDER)).map(|store| store.group_folder(Self::place()));
         let folder = folder.map_err(|error| format!("the store cannot be opened: {error}"))?;
         let view = GroupView::open(storage, &folder).map_err(|error| format!("the group cannot be read: {error}"))?;
-        check(&Arc::new(view), model, Depth::Sample(0), false, self.is_hurt).map(drop)
+        check(&Arc::new(view), model, Depth::Sample(0), Extent::Beside, self.is_hurt).map(drop)
     }
 
     /// What is durable of the group.
     pub(crate) fn view(&self) -> Option<Arc<GroupView>> {
         self.process.as_ref()?.groups.view(Self::place())
+    }
+
+    fn group_folder() -> PathBuf {
+        let place = Self::place();
+        Path::new(FOLDER).join("offices").join(place.office.to_string()).join("groups").join(place.group.to_string())
     }
 
     /// Where the group's files are.
@@ -174,9 +210,7 @@ impl Target {
             let Ok(found) = read_now(&view, segment) else { continue };
             let file = FileId::Segment { number: segment, revision: 0 };
             // A fault that is set may keep it from being kept; then the next scrub finds it.
-            process
-                .steps
-                .with_writer(move |writer| drop(writer.and_then(|writer| writer.note_damages(file, &found))));
+            process.steps.with_writer(move |writer| drop(writer.and_then(|writer| writer.note_damages(file, &found))));
         }
         let Some(view) = process.groups.view(Self::place()) else { return 0 };
         let hurts = |damage: &&Damage| damage.first_epoch.is_some() && !view.is_healed(damage);
@@ -265,6 +299,7 @@ impl Target {
             OnStream::Opened => connection.stream = connection.held,
             OnStream::Frame(bytes) => {
                 if let Some(session) = connection.stream {
+                    note_arrival(&bytes, self.clock.wall_ms(), model);
                     process.steps.frame(session, bytes.to_vec());
                 }
             }
@@ -324,6 +359,14 @@ impl Target {
             self.close(wire);
         }
         Ok(())
+    }
+}
+
+/// The target goes by when a commit came to it.
+fn note_arrival(bytes: &[u8], now: i64, model: &mut Model) {
+    let frame = frame::decode(&GROUP, bytes).expect("a frame of ours");
+    if frame.header.kind == Kind::Commit {
+        model.kept.arrived(frame.hash(), now);
     }
 }
 

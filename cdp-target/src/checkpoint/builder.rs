@@ -16,7 +16,7 @@ use crate::journal::segment::{FOOTER_BYTES, Footer};
 use crate::journal::{GroupView, JournalError, is_no_file};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::record::Volume;
-use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot, blocks_in};
+use cdp_protocol::units::{Block, Epoch, Extent, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::random::Random;
 use cdp_seams::storage::{Storage, replace};
 use roaring::RoaringBitmap;
@@ -27,6 +27,8 @@ use std::sync::Arc;
 
 /// Blocks sealed before they are written: bounds what is held in memory.
 const PART_BLOCKS: u32 = 2048;
+
+const BUILDING_BYTES_MAX: u64 = 128;
 
 /// Told of bytes read and written; `false` ends the work.
 pub type Step<'a> = dyn FnMut(u64) -> bool + 'a;
@@ -73,7 +75,8 @@ impl Builder<'_> {
         for folder in [packs(folder), checkpoints(folder)] {
             storage.create_dir_all(&folder).map_err(JournalError::io("create folder", &folder))?;
         }
-        begin(storage.as_ref(), folder, epoch)?;
+        let resumes = begin(storage.as_ref(), folder, commit.head)? || self.is_made(epoch)?;
+        let failed_before = self.view.shelf().caches.failed_reads();
         let before = self.before(epoch)?;
         let slices: u64 = commit.volumes.iter().map(|volume| u64::from(slices_of(volume))).sum();
         let mut records = Vec::new();
@@ -82,13 +85,26 @@ impl Builder<'_> {
                 let shared = before.as_ref().and_then(|before| self.shared(before, volume, slice));
                 let record = match shared {
                     Some(record) => record,
-                    None => self.slice(&commit, volume, slice, step)?,
+                    None => {
+                        let record = self.slice(&commit, volume, slice, resumes, step)?;
+                        self.is_believed(&record, failed_before)?;
+                        record
+                    }
                 };
                 records.push(record);
                 progress(records.len() as u64, slices);
             }
         }
         self.finish(&commit, &records)
+    }
+
+    /// Refuses to call lost what the storage only failed to read: another time it may not.
+    fn is_believed(&self, record: &SliceRecord, failed_before: u64) -> Result<(), JournalError> {
+        let SliceContent::Pack { sealed, .. } = record.content else { return Ok(()) };
+        if !record.lost || self.view.shelf().caches.failed_reads() == failed_before {
+            return Ok(());
+        }
+        Err(JournalError::NotRead(format!("blocks that {} is made of", sealed.id)))
     }
 
     /// Makes the packs' names and the image index durable.
@@ -118,6 +134,12 @@ impl Builder<'_> {
         let (_, tables) = self.view.shelf().tables(&sealed)?;
         let lost = tables.iter().filter(|entry| entry.kind == EntryKind::Lost);
         Ok(lost.map(|entry| u64::from(entry.extent.count)).sum())
+    }
+
+    /// Whether there is a whole checkpoint of the very point: its packs are not to be written over.
+    fn is_made(&self, epoch: Epoch) -> Result<bool, JournalError> {
+        let made = self.view.manifest().checkpoints.iter().find(|made| made.epoch == epoch);
+        Ok(made.map(|made| self.view.image_index(made)).transpose()?.flatten().is_some())
     }
 
     fn before(&self, epoch: Epoch) -> Result<Option<Before>, JournalError> {
@@ -157,12 +179,15 @@ impl Builder<'_> {
         commit: &CommitEntry,
         volume: &Volume,
         slice: u32,
+        resumes: bool,
         step: &mut Step<'_>,
     ) -> Result<SliceRecord, JournalError> {
         let id = SliceId { slot: volume.slot, slice, epoch: commit.head.epoch };
-        if let Some(record) = self.made_before(id)? {
+        // What was lost may have been healed, or only not been read then.
+        if resumes && let Some(record) = self.made_before(id)?.filter(|record| !record.lost || self.is_named(id)) {
             return Ok(record);
         }
+        self.view.shelf().caches.forget(FileId::Slice(id));
         let extent = extent_of(volume, slice);
         let Some(keys) = self.keys else { return copy_frames(self.view, commit, id, extent, step) };
         let image = self.view.image_of(commit.clone(), keys)?;
@@ -198,6 +223,11 @@ impl Builder<'_> {
         };
         let written = writer.finish(true)?;
         Ok(record_of(&written, true, written.sealed.len))
+    }
+
+    /// Whether a checkpoint may have the pack already: it is not to be written over.
+    fn is_named(&self, id: SliceId) -> bool {
+        self.view.manifest().checkpoints.iter().any(|made| made.epoch == id.epoch)
     }
 
     /// A pack that an interrupted build has left; those with frames taken over whole are made again.
@@ -253,14 +283,24 @@ pub fn building_path(folder: &Path) -> PathBuf {
 /// The point at which a build was begun and not ended.
 #[must_use]
 pub fn building(storage: &dyn Storage, folder: &Path) -> Option<Epoch> {
-    let bytes = cdp_seams::storage::read_all(storage, &building_path(folder), 64).ok()?;
-    std::str::from_utf8(&bytes).ok()?.trim().parse().ok().map(Epoch)
+    let bytes = cdp_seams::storage::read_all(storage, &building_path(folder), BUILDING_BYTES_MAX).ok()?;
+    std::str::from_utf8(&bytes).ok()?.split_whitespace().next()?.parse().ok().map(Epoch)
 }
 
-/// So that what an interrupted build leaves is not swept away, and is gone on with.
-fn begin(storage: &dyn Storage, folder: &Path, epoch: Epoch) -> Result<(), JournalError> {
+/// So that what an interrupted build leaves is not swept away, and is gone on with; gives whether it is. Packs are named by the
+/// number of their point: those of a point that was lost are not another's that was given it.
+fn begin(storage: &dyn Storage, folder: &Path, point: Head) -> Result<bool, JournalError> {
     let path = building_path(folder);
-    replace(storage, &path, format!("{epoch}\n").as_bytes()).map_err(JournalError::io("write", &path))
+    let line = format!("{} {}\n", point.epoch, point.hash);
+    let known = cdp_seams::storage::read_all(storage, &path, BUILDING_BYTES_MAX);
+    if known.is_ok_and(|known| known == line.as_bytes()) {
+        // It may be in the page cache alone.
+        let folder = path.parent().expect("a file has a folder");
+        storage.sync_dir(folder).map_err(JournalError::io("sync folder", folder))?;
+        return Ok(true);
+    }
+    replace(storage, &path, line.as_bytes()).map_err(JournalError::io("write", &path))?;
+    Ok(false)
 }
 
 /// Ends a build, once the manifest names what it made.

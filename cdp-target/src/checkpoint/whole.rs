@@ -10,11 +10,12 @@ use crate::journal::pack::PackWriter;
 use crate::journal::pieces::PiecePlace;
 use crate::journal::{GroupView, JournalError};
 use cdp_protocol::frame::{self, Encoding, FRAME_BYTES_MAX, Header, Kind};
-use cdp_protocol::units::{AttemptId, Extent, Sequence};
+use cdp_protocol::units::{AttemptId, Epoch, Extent, Sequence};
 use std::collections::BTreeMap;
 
-/// Frames in the order they stand in: those of an older pack come before those of the journal.
-type Place = (bool, FileId, u64);
+/// Frames by precedence: a pack has all up to its point, so that it comes behind the journal's frames up to there. Both are met
+/// where a part of a pack could not be read.
+type Place = (Epoch, bool, FileId, u64);
 
 pub(super) fn copy_frames(
     view: &GroupView,
@@ -27,8 +28,12 @@ pub(super) fn copy_frames(
     let (mut zeros, mut lost) = (Vec::new(), Vec::new());
     for piece in view.resolve(commit, id.slot, extent)? {
         match piece.place {
-            PiecePlace::Frame { file, entry, .. } => {
-                let place = (matches!(file, FileId::Segment { .. }), file, entry.frame_offset);
+            PiecePlace::Frame { file, entry, run } => {
+                let (epoch, is_pack) = match file {
+                    FileId::Segment { .. } => (run.epoch, false),
+                    FileId::Slice(slice) => (slice.epoch, true),
+                };
+                let place = (epoch, is_pack, file, entry.frame_offset);
                 frames.entry(place).or_insert((entry.frame_len, 0)).1 += u64::from(piece.extent.count);
             }
             PiecePlace::Zero => zeros.push(piece.extent),
@@ -40,7 +45,7 @@ pub(super) fn copy_frames(
     let group = view.identity().group;
     let mut writer = PackWriter::create(storage.as_ref(), folder, group, FileId::Slice(id))?;
     let mut needed_bytes = 0;
-    for ((_, file, offset), (len, blocks)) in frames {
+    for ((_, _, file, offset), (len, blocks)) in frames {
         let mut bytes = vec![0; (len as usize).min(FRAME_BYTES_MAX)];
         let read = view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &file.path(folder)))?;
         match frame::decode(&group, &bytes[..read]) {

@@ -126,6 +126,9 @@ pub enum JournalError {
     /// A source sent a record that only a target writes.
     #[error("a synced record does not come from a source")]
     NotFromASource,
+    /// The storage failed to read something, which may be whole.
+    #[error("the storage failed to read {0}: it may not another time")]
+    NotRead(String),
     /// An earlier write or sync failed: the journal has to be opened anew before anything is taken.
     #[error("the journal stopped after a failure ({cause}); it has to be opened anew")]
     Poisoned {

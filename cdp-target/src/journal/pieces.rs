@@ -94,6 +94,9 @@ impl GroupView {
                 continue;
             }
             if let Err(error) = self.paint(canvas, number, wanted) {
+                if matches!(error, JournalError::Io { .. }) {
+                    self.shelf().caches.note_failed_read();
+                }
                 match error {
                     JournalError::Io { .. } | JournalError::Damaged(_) => {
                         canvas.paint(wanted.extent, || PiecePlace::Damaged(format!("segment {number}: {error}")));
@@ -150,7 +153,10 @@ impl GroupView {
                 continue;
             }
             let slice = extent.start.0 / SLICE_BLOCKS;
-            let record = image.record(slot, slice).unwrap_or_default();
+            let record = image.record(slot, slice).unwrap_or_else(|_| {
+                self.shelf().caches.note_failed_read();
+                None
+            });
             let what = match record.map(|record| record.content) {
                 None => Some(format!("the record of slice {slice} in checkpoint {} is damaged", base.epoch)),
                 Some(SliceContent::Zero) => {
@@ -184,7 +190,12 @@ impl GroupView {
             return Ok(Some(format!("the {slice} is damaged")));
         }
         let (summary, tables) = match self.shelf().tables(sealed) {
-            Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => return Ok(Some(format!("{slice}: {error}"))),
+            Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => {
+                if matches!(error, JournalError::Io { .. }) {
+                    self.shelf().caches.note_failed_read();
+                }
+                return Ok(Some(format!("{slice}: {error}")));
+            }
             other => other?,
         };
         if let Some(lost) = summary.lost.first() {

@@ -18,6 +18,7 @@ use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Memory for summaries and for extent tables, each, in bytes.
@@ -55,6 +56,8 @@ pub(crate) struct Caches {
     images: Mutex<HashMap<Epoch, Arc<ImageIndex>>>,
     /// Packs in which a frame was met that is not what was written: read past where anything else has the content.
     bad_slices: Mutex<HashSet<SliceId>>,
+    /// How often the storage failed a read that was then told as damage: it may succeed another time.
+    failed_reads: AtomicU64,
 }
 
 impl Caches {
@@ -86,6 +89,26 @@ impl Caches {
         locked(&self.bad_slices).insert(slice);
     }
 
+    /// A file of this name is written anew: nothing that was read of the one before is good for it.
+    pub(crate) fn forget(&self, file: FileId) {
+        locked(&self.summaries).remove(file);
+        locked(&self.tables).remove(file);
+        locked(&self.files).remove(file);
+        locked(&self.distrusted).remove(&file);
+    }
+
+    pub(crate) fn forget_bad(&self, slice: SliceId) {
+        locked(&self.bad_slices).remove(&slice);
+    }
+
+    pub(crate) fn note_failed_read(&self) {
+        self.failed_reads.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn failed_reads(&self) -> u64 {
+        self.failed_reads.load(Ordering::Relaxed)
+    }
+
     pub(super) fn keep_part_bytes(&self, epoch: Epoch, bytes: u64) {
         locked(&self.part_bytes).insert(epoch, bytes);
     }
@@ -114,6 +137,10 @@ impl<T> Cache<T> {
         let (used, _, value) = self.values.get_mut(&file)?;
         *used = self.uses;
         Some(Arc::clone(value))
+    }
+
+    fn remove(&mut self, file: FileId) {
+        self.bytes -= self.values.remove(&file).map_or(0, |(_, bytes, _)| bytes);
     }
 
     fn keep(&mut self, file: FileId, value: &Arc<T>, bytes: usize, bytes_max: usize) {

@@ -307,12 +307,8 @@ impl GroupView {
 
     /// The commit of a point, also of one that was removed.
     pub(crate) fn commit(&self, epoch: Epoch) -> Result<Option<CommitEntry>, JournalError> {
-        if let Some(segment) = self.segment_of(epoch) {
-            let index = self.index(segment)?;
-            let commits = index.commits();
-            if let Ok(at) = commits.binary_search_by_key(&epoch, |commit| commit.head.epoch) {
-                return Ok(Some(commits[at].clone()));
-            }
+        if let Some(commit) = self.journal_commit(epoch)? {
+            return Ok(Some(commit));
         }
         // Its segment may be gone: the image of a checkpoint needs nothing of the journal before it.
         let checkpoint = self.manifest().checkpoints.iter().find(|checkpoint| checkpoint.epoch == epoch);
@@ -320,13 +316,28 @@ impl GroupView {
         Ok(self.image_index(checkpoint)?.map(|image| image.commit().clone()))
     }
 
-    /// The index of a checkpoint; `None` where it is missing or damaged.
+    fn journal_commit(&self, epoch: Epoch) -> Result<Option<CommitEntry>, JournalError> {
+        let Some(segment) = self.segment_of(epoch) else { return Ok(None) };
+        let index = self.index(segment)?;
+        let commits = index.commits();
+        let found = commits.binary_search_by_key(&epoch, |commit| commit.head.epoch);
+        Ok(found.ok().map(|at| commits[at].clone()))
+    }
+
+    /// Whether the journal has another point at a checkpoint's number: the one it was made at was lost, and the number given again.
+    fn is_of_another(&self, image: &ImageIndex) -> bool {
+        let head = image.commit().head;
+        matches!(self.journal_commit(head.epoch), Ok(Some(commit)) if commit.head != head)
+    }
+
+    /// The index of a checkpoint; `None` where it is missing, damaged or of a point that is not here.
     pub(crate) fn image_index(&self, checkpoint: &Checkpoint) -> Result<Option<Arc<ImageIndex>>, JournalError> {
         let Shelf { storage, folder, group, caches } = self.shelf();
         if let Some(image) = caches.image(checkpoint.epoch) {
             return Ok(Some(image));
         }
-        let image = ImageIndex::open(storage, folder, group, checkpoint)?.map(Arc::new);
+        let image = ImageIndex::open(storage, folder, group, checkpoint)?;
+        let image = image.filter(|image| !self.is_of_another(image)).map(Arc::new);
         image.iter().for_each(|image| caches.keep_image(checkpoint.epoch, image));
         Ok(image)
     }

@@ -313,6 +313,9 @@ impl GroupJournal {
     /// `Stale`, and nothing changed, where it does not fit any more; or where the manifest cannot be replaced.
     pub fn adopt(&mut self, change: &Change) -> Result<(), JournalError> {
         self.check()?;
+        if matches!(change, Change::Checkpoint(_)) {
+            self.prove_durably()?;
+        }
         let newest = self.open.synced_head.map(|head| head.epoch);
         let mut changed = self.manifest.clone();
         change.apply(&mut changed, newest)?;
@@ -432,6 +435,15 @@ impl GroupJournal {
         let proof = self.proof();
         self.open.pending.extend_from_slice(&proof);
         self.write_pending()
+    }
+
+    /// Makes the proof of the last sync durable. A checkpoint stands on a point: rot there is then never taken for a torn tail,
+    /// which would have another point given its number.
+    fn prove_durably(&mut self) -> Result<(), JournalError> {
+        self.sync()?;
+        self.check()?;
+        let synced = self.open.file.sync().map_err(JournalError::io("sync", &self.open.path));
+        self.latch(synced)
     }
 
     fn proof(&self) -> Vec<u8> {

@@ -158,18 +158,24 @@ impl PointImage {
             given = true;
             out(extent, content);
         };
+        let caches = self.view.shelf().caches;
+        let failed_before = caches.failed_reads();
         match (self.read_piece(slot, piece, &mut give), &piece.place) {
             (Err(error @ ReadError::Damaged { .. }), PiecePlace::Frame { file: FileId::Slice(slice), .. }) if !given => {
-                let caches = self.view.shelf().caches;
                 if caches.is_bad(*slice) {
                     return Err(error);
                 }
                 tracing::error!(%slice, error = %error, "a checkpoint is damaged: reading what it was made from");
+                let is_passing = caches.failed_reads() != failed_before;
                 caches.note_bad(*slice);
-                for piece in self.view.resolve(&self.commit, slot, piece.extent)? {
-                    self.read_or_go_round(slot, &piece, out)?;
+                let pieces = self.view.resolve(&self.commit, slot, piece.extent).map_err(ReadError::from);
+                let around = |pieces: Vec<Piece>| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out));
+                let around = pieces.and_then(around);
+                // Another time it may be read.
+                if is_passing {
+                    caches.forget_bad(*slice);
                 }
-                Ok(())
+                around
             }
             (read, _) => read,
         }
@@ -258,7 +264,10 @@ fn read_journal(view: &GroupView, keys: &Keyring, file: FileId, entry: &Entry, r
     let file = view.file(file).map_err(LoadError::Journal)?;
     let mut bytes = vec![0; (entry.frame_len as usize).min(frame::FRAME_BYTES_MAX)];
     let read = file.read_at(&mut bytes, entry.frame_offset);
-    let read = read.map_err(|error| LoadError::Damaged(format!("read: {error}")))?;
+    let read = read.map_err(|error| {
+        view.shelf().caches.note_failed_read();
+        LoadError::Damaged(format!("read: {error}"))
+    })?;
     let group = view.identity().group;
     let frame = frame::decode(&group, &bytes[..read]).map_err(|error| LoadError::Damaged(error.to_string()))?;
     let header = &frame.header;
