@@ -286,7 +286,11 @@ pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
 /// each segment that has any.
 fn verified(view: &GroupView) -> Vec<(Epoch, Option<Timestamp>)> {
     let record = view.scrub_record();
+    // All points stand on the checkpoint where the journal's content begins, where there is one.
     let mut oldest = Some(Timestamp(i64::MAX));
+    for pack in view.packs_of_the_floor() {
+        oldest = oldest.zip(record.clean_at(pack)).map(|(oldest, read)| oldest.min(read));
+    }
     let sealed = view.manifest().sealed.iter().filter_map(|sealed| {
         oldest = oldest.zip(record.clean_at(sealed.id())).map(|(oldest, read)| oldest.min(read));
         Some((sealed.points?.last, oldest))

@@ -240,10 +240,22 @@ impl Maintenance<'_> {
         let mut step = |bytes: u64| pace.spend(bytes);
         if let Some(epoch) = checkpoint_due(&view, config, wall)? {
             let builder = Builder { view: &view, keys: keys.as_ref(), random: self.random, now: wall };
-            let made = builder.build(epoch, &mut step, &mut |_, _| {})?;
-            owner.adopt(&Change::Checkpoint(made))?;
-            builder::end(self.store.storage().as_ref(), &folder)?;
-            tracing::info!(office, group = group.name(), %epoch, bytes = made.needed_bytes, "checkpoint made");
+            let made = builder.build(epoch, &mut step, &mut |_, _| {}).and_then(|made| {
+                owner.adopt(&Change::Checkpoint(made))?;
+                builder::end(self.store.storage().as_ref(), &folder)?;
+                Ok(made)
+            });
+            match made {
+                Ok(made) => {
+                    let bytes = made.needed_bytes;
+                    tracing::info!(office, group = group.name(), %epoch, bytes, "checkpoint made");
+                }
+                // A prune may make the room.
+                Err(error) if error.is_full() => {
+                    tracing::error!(office, group = group.name(), error = one_line(&error), "no checkpoint is made");
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         let interval = Duration::from_secs(config.prune_interval_s);
         let now = self.clock.monotonic();

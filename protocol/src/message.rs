@@ -8,6 +8,7 @@ use crate::limits::MESSAGE_BYTES_MAX;
 use crate::record::{PartChain, Volume};
 use crate::units::{AttemptId, Block, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::fmt;
 
 /// Version of the protocol: both sides have to speak the same.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -229,6 +230,18 @@ pub enum RefusalReason {
     NameTaken,
     /// The target cannot serve the group; an operator has to look. The line says why.
     Failed(String),
+}
+
+impl fmt::Display for RefusalReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fork => f.write_str("its history is not of the one that goes on"),
+            Self::Left => f.write_str("another history was chosen to go on"),
+            Self::Superseded { by, .. } => write!(f, "a process on {by} took the group over"),
+            Self::NameTaken => f.write_str("the name is another group's"),
+            Self::Failed(why) => f.write_str(why),
+        }
+    }
 }
 
 /// A recovery point, as a source may list it.

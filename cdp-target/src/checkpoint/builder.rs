@@ -13,6 +13,7 @@ use crate::journal::index::{CommitEntry, EntryKind};
 use crate::journal::manifest::Checkpoint;
 use crate::journal::pack::{HEADER_BYTES, Header, PackWriter, Written};
 use crate::journal::segment::{FOOTER_BYTES, Footer};
+use crate::journal::walk::Blind;
 use crate::journal::{GroupView, JournalError, is_no_file};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::record::Volume;
@@ -53,6 +54,8 @@ struct Before {
     image: Arc<index::ImageIndex>,
     /// Slices written to since, by volume; `None` where that cannot be told.
     touched: Option<BTreeMap<u16, RoaringBitmap>>,
+    /// Whether it is of the very point: then what is sound of it stays as it is, and is read to know.
+    is_same: bool,
 }
 
 impl Builder<'_> {
@@ -146,7 +149,8 @@ impl Builder<'_> {
         let bases = self.view.manifest().checkpoints.iter().rev();
         for base in bases.filter(|base| base.epoch <= epoch) {
             if let Some(image) = self.view.image_index(base)? {
-                return Ok(Some(Before { image, touched: self.view.slices_touched(base.epoch).ok() }));
+                let touched = self.view.slices_touched(base.epoch).ok();
+                return Ok(Some(Before { image, touched, is_same: base.epoch == epoch }));
             }
         }
         Ok(None)
@@ -163,9 +167,17 @@ impl Builder<'_> {
         let reusable = !record.lost
             && match record.content {
                 SliceContent::Zero => true,
+                SliceContent::Pack { sealed, .. } if before.is_same => self.is_sound(&sealed) && self.is_read(&sealed),
                 SliceContent::Pack { sealed, repacked } => self.is_sound(&sealed) && (repacked || self.keys.is_none()),
             };
         reusable.then_some(record)
+    }
+
+    /// Whether a pack is what was written, by reading it.
+    fn is_read(&self, sealed: &Sealed) -> bool {
+        let shelf = self.view.shelf();
+        let walked = shelf.walk(sealed, &mut Blind).is_ok_and(|walked| walked.damages.is_empty());
+        walked && shelf.index_is_whole(sealed).is_ok_and(|whole| whole)
     }
 
     fn is_sound(&self, sealed: &Sealed) -> bool {
@@ -248,6 +260,11 @@ impl Builder<'_> {
         }
         let (frames_end, footer_hash) = (footer.frames_end, footer.hash());
         let sealed = Sealed { id: file_id, len, frames_end, footer_hash, points: None };
+        // What was read of a file of that name before may be of another.
+        self.view.shelf().caches.forget(file_id);
+        if !self.is_read(&sealed) {
+            return Ok(None);
+        }
         let (_, tables) = self.view.shelf().tables(&sealed)?;
         let has = |kind| tables.iter().any(|entry| entry.kind == kind);
         let (unreadable, lost) = (has(EntryKind::Unreadable), has(EntryKind::Lost));

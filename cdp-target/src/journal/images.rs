@@ -6,7 +6,7 @@ use super::view::{GroupView, Reach, SegmentIndex, WalkedSegment};
 use super::walk::Visit;
 use super::{Damage, JournalError};
 use crate::checkpoint;
-use crate::checkpoint::index::SliceContent;
+use crate::checkpoint::index::{SliceContent, SliceRecord};
 use cdp_protocol::units::{Epoch, Extent, VolumeSlot};
 use roaring::RoaringBitmap;
 use std::collections::BTreeMap;
@@ -17,6 +17,18 @@ impl GroupView {
     pub fn packs(&self) -> Vec<Sealed> {
         let (storage, folder) = self.place();
         checkpoint::packs(storage.as_ref(), folder, self.manifest())
+    }
+
+    /// The packs of the checkpoint below which the journal has no content any more.
+    pub(crate) fn packs_of_the_floor(&self) -> Vec<FileId> {
+        let floor = self.manifest().floor;
+        let base = self.manifest().checkpoints.iter().find(|base| Some(base.epoch) == floor);
+        let Some(Ok(Some(image))) = base.map(|base| self.image_index(base)) else { return Vec::new() };
+        let pack = |record: SliceRecord| match record.content {
+            SliceContent::Zero => None,
+            SliceContent::Pack { sealed, .. } => Some(sealed.id),
+        };
+        image.records().flatten().filter_map(|(_, _, record)| pack(record?)).collect()
     }
 
     /// Sealed segments and packs.
@@ -94,7 +106,7 @@ impl GroupView {
                 };
                 let slice = SliceId { slot: VolumeSlot(0), slice: u32::MAX, epoch };
                 let first_epoch = (copies == 0).then_some(epoch);
-                damages.push(Damage { first_epoch, any_block: true, ..Damage::of(FileId::Slice(slice), what) });
+                damages.push(Damage { first_epoch, any_block: copies == 0, ..Damage::of(FileId::Slice(slice), what) });
             }
         }
         Ok(damages)

@@ -80,19 +80,20 @@ impl GroupView {
         Ok(canvas.finish())
     }
 
-    /// Paints what stands in the journal above the base, from segment `newest` down; gives the segment where older content goes on.
+    /// Paints what stands in the journal above the base, from segment `newest` down; gives the segment from which older content goes on.
     fn paint_journal(&self, canvas: &mut Canvas, wanted: &Wanted<'_>, newest: u64) -> Result<u64, JournalError> {
-        let last = wanted.base.map_or(0, |base| self.segment_of(base).unwrap_or(self.manifest().open));
-        let sealed = self.manifest().sealed.iter().map(|segment| segment.number);
-        let numbers = sealed.chain([self.manifest().open]).rev();
-        for number in numbers.filter(|number| (last..=newest).contains(number)) {
+        let sealed = self.manifest().sealed.iter().map(|segment| (segment.number, segment.newest_run));
+        let segments = sealed.chain([(self.manifest().open, Epoch(u64::MAX))]).rev();
+        let mut lowest = newest;
+        for (number, newest_run) in segments.filter(|(number, _)| *number <= newest) {
             if canvas.is_full() {
                 break;
             }
-            let newest_run = self.sealed_segment(number).map(|sealed| sealed.newest_run);
-            if newest_run.is_some_and(|newest| wanted.base.is_some_and(|base| newest <= base)) {
+            // Where the base's own commit stands does not matter: it may be lost.
+            if wanted.base.is_some_and(|base| newest_run <= base) {
                 continue;
             }
+            lowest = number;
             if let Err(error) = self.paint(canvas, number, wanted) {
                 if matches!(error, JournalError::Io { .. }) {
                     self.shelf().caches.note_failed_read();
@@ -105,7 +106,7 @@ impl GroupView {
                 }
             }
         }
-        Ok(last)
+        Ok(lowest)
     }
 
     fn paint(&self, canvas: &mut Canvas, number: u64, wanted: &Wanted<'_>) -> Result<(), JournalError> {

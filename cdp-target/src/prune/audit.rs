@@ -34,8 +34,16 @@ pub(super) fn append(
         }
         opened => (opened.map_err(JournalError::io("open", &path))?, false),
     };
-    // A crash leaves any part of the lines behind those that were there: a line that is cut off is ended by the next.
-    let written = file.len().and_then(|end| file.write_at(lines.as_bytes(), end)).and_then(|()| file.sync());
+    // A crash leaves any part of the lines behind those that were there: one that is cut off is ended here.
+    let written = file.len().and_then(|end| {
+        let mut last = [b'\n'];
+        file.read_at(&mut last, end.saturating_sub(1))?;
+        if last != [b'\n'] {
+            lines.insert(0, '\n');
+        }
+        file.write_at(lines.as_bytes(), end)?;
+        file.sync()
+    });
     written.map_err(JournalError::io("append to", &path))?;
     if is_new {
         storage.sync_dir(folder).map_err(JournalError::io("sync folder", folder))?;

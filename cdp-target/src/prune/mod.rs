@@ -228,6 +228,11 @@ impl Prune<'_> {
         }
         let base = self.base(&mut view, &plan, owner, step, progress)?;
         let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
+        // What the journal is shorter by may make another short cut needless.
+        let checkpoints = self.surplus(&view, None);
+        if !checkpoints.is_empty() {
+            view = owner.adopt(&Change::Release { checkpoints, floor: None })?;
+        }
         let leased = !sweep::sweep(&view, owner.is_leased()?)?;
         let bytes_after = sweep::held_bytes(&view)?;
         Ok(Pruned {
@@ -285,7 +290,10 @@ impl Prune<'_> {
             crate::checkpoint::builder::end(storage.as_ref(), folder)?;
             made = Some(oldest);
         }
-        let floor = if went { view.manifest().checkpoint_before(oldest).map(|base| base.epoch) } else { None };
+        // One that lacks blocks does not stand for what may yet heal them.
+        let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
+        let base = view.manifest().checkpoints.iter().rev().find(is_whole);
+        let floor = base.map(|base| base.epoch).filter(|_| went);
         let checkpoints = self.surplus(view, floor);
         if floor > view.manifest().floor || !checkpoints.is_empty() {
             if let Some(floor) = floor.filter(|floor| Some(*floor) > view.manifest().floor) {

@@ -160,6 +160,10 @@ fn pass(
     let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed, prune.keys.is_some()));
     let stops = stops.collect::<Result<Vec<_>, _>>()?;
     let floor = view.manifest().floor;
+    // Where there is little room, little at a time.
+    let (storage, folder) = view.place();
+    let free_bytes = storage.free_bytes(folder).map_err(JournalError::io("look at", folder))?;
+    let chunk_bytes_max = CHUNK_BYTES_MAX.min(free_bytes / 2);
     let mut met = Met { point: None, blocks: Blocks::new() };
     let mut chunk = Chunk::default();
     for (at, stop) in stops.iter().enumerate() {
@@ -186,7 +190,7 @@ fn pass(
             &mut chunk
         });
         sift(stop.number, &view.included(stop.number)?, kept, floor, &mut met, into);
-        if chunk.held_bytes >= CHUNK_BYTES_MAX && !stop.continues {
+        if chunk.held_bytes >= chunk_bytes_max && !stop.continues {
             if let Some(chunk) = chunk.close(view, prune)
                 && !found(chunk)
             {
@@ -250,10 +254,11 @@ impl Chunk {
 
     /// The chunk, if it can be rewritten and something comes of it.
     fn close(&mut self, view: &GroupView, prune: &Prune<'_>) -> Option<Self> {
-        // Where an attempt began in a segment that stays, that one's end is told here. What was counted of it as needed is written
-        // all the same: the same content once more.
+        // Where an attempt began in a segment that stays, that one's end is told here: this one stays too, with the points in it.
+        // What was counted of it for a later point is written all the same, before that point: the same content once more.
         while self.must_go_on(view) {
             let segment = self.segments.pop()?;
+            self.sections.retain(|point, _| segment.points.is_none_or(|points| *point > points.last));
             self.held_bytes -= segment.frames_end;
             self.frames.retain(|(number, _), _| *number != segment.number);
         }
@@ -349,6 +354,8 @@ impl<'a> Output<'a> {
             self.commit(*number, commit, begins)?;
         }
         // What belongs to a point behind the chunk.
+        let last = commits.last().map_or(Epoch(0), |(_, commit)| commit.head.epoch);
+        assert!(sections.keys().all(|point| *point > last), "content of an older point does not stand behind a newer one's");
         for (point, section) in sections {
             let commit = self.view.commit(point)?.ok_or(JournalError::NoPoint(point))?;
             self.section(keys, &commit, &section, step)?;

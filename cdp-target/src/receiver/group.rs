@@ -516,7 +516,7 @@ impl GroupThread {
                 reason: RefusalReason::Superseded { .. } | RefusalReason::Left | RefusalReason::Fork,
                 ..
             } => return,
-            TargetMessage::GroupRefused { reason, .. } => format!("refused: {reason:?}"),
+            TargetMessage::GroupRefused { reason, .. } => format!("refused: {reason}"),
             _ => return,
         };
         self.live(|live| live.trouble = Some(trouble));
