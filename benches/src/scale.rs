@@ -14,7 +14,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
-use store::{History, Plan};
+use store::Plan;
 
 const POINTS: u64 = 500_000;
 /// What the store takes at most, with old and new side by side while it is pruned, and room to spare.
@@ -68,14 +68,12 @@ struct Scale {
 impl Scale {
     fn make(&self) -> Result<()> {
         let start = Instant::now();
-        let mut history = History::create(&self.folder, self.plan)?;
-        history.first_copy()?;
-        history.points_up_to(self.plan.points)?;
-        let (segments, seconds) = (history.journal.view().manifest().sealed.len(), start.elapsed().as_secs_f64());
-        drop(history);
+        let made = self.child("make", &[])?;
         println!(
-            "\nThe history: {} MiB in {segments} sealed segments, made in {seconds:.0} s, a sync every 1000 points.",
-            folder_bytes(&self.folder)? >> 20
+            "\nThe history: {} MiB in {} sealed segments, made in {:.0} s, a sync every 1000 points.",
+            folder_bytes(&self.folder)? >> 20,
+            made["segments"],
+            start.elapsed().as_secs_f64()
         );
         Ok(())
     }
@@ -152,6 +150,7 @@ pub(crate) fn child(arguments: &[String]) -> Result<()> {
     let numbers: Vec<u64> = numbers.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
     let (folder, plan) = (Path::new(folder), Plan { points: *numbers.first().context("the points")? });
     let document = match (what.as_str(), &numbers[1..]) {
+        ("make", []) => keep::make(folder, plan)?,
         ("open", [oldest, newest]) => reads::open(folder, *oldest, *newest)?,
         ("list", []) => reads::list(folder)?,
         ("blocks", [oldest, newest, of_database, threads]) => {

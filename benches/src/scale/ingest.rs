@@ -84,11 +84,16 @@ fn ingest(folder: &Path, offices: usize) -> Result<Taken> {
     server.wait_for_line("listening on", PATIENCE)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    // One after the other: to join is not what is measured.
-    let mut sources = Vec::new();
+    // One after the other: to join is not what is measured. All join before the first connects, since a silent line is closed.
+    let mut identities = Vec::new();
     for (office, bundle) in bundles.iter().enumerate() {
         let (bundle, state) = (std::fs::read(bundle)?, folder.join(format!("source-{office}")));
-        let source = runtime.block_on(Source::start(&bundle, &state, office, Arc::clone(&clock)));
+        runtime.block_on(join(&bundle, None, Arc::new(SystemStorage), &state, Arc::clone(&clock)))?;
+        identities.push(Identity::load(&SystemStorage, &state)?);
+    }
+    let mut sources = Vec::new();
+    for (office, identity) in identities.into_iter().enumerate() {
+        let source = runtime.block_on(Source::start(identity, office, Arc::clone(&clock)));
         sources.push(source.with_context(|| format!("office {office}"))?);
     }
     let (cpu, start) = (server.cpu_time()?, Instant::now());
@@ -126,9 +131,8 @@ struct Source {
 }
 
 impl Source {
-    async fn start(bundle: &[u8], state: &Path, office: usize, clock: Arc<dyn Clock>) -> Result<Self> {
-        join(bundle, None, Arc::new(SystemStorage), state, Arc::clone(&clock)).await?;
-        let connector = QuicConnector::new(Identity::load(&SystemStorage, state)?, Arc::clone(&clock))?;
+    async fn start(identity: Identity, office: usize, clock: Arc<dyn Clock>) -> Result<Self> {
+        let connector = QuicConnector::new(identity, Arc::clone(&clock))?;
         let line = connector.line().await?;
         let mut control = line.open_control().await?;
         let time = Timestamp(clock.wall_ms());

@@ -1,4 +1,4 @@
-//! Checkpoints of a large history, and pruning it by the ladder. Each figure is a child's.
+//! Making a large history, its checkpoints, and pruning it by the ladder. Each figure is a child's.
 
 use super::store::{DAYS, History, Plan, key};
 use super::{folder_bytes, peak_bytes, written_bytes};
@@ -15,6 +15,14 @@ use cdp_target::retention::Ladder;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
+
+/// Makes the history.
+pub(super) fn make(folder: &Path, plan: Plan) -> Result<Value> {
+    let mut history = History::create(folder, plan)?;
+    history.first_copy()?;
+    history.points_up_to(plan.points)?;
+    Ok(json!({ "segments": history.journal.view().manifest().sealed.len() }))
+}
 
 /// Makes the checkpoint of point `epoch`.
 pub(super) fn checkpoint(folder: &Path, plan: Plan, epoch: u64) -> Result<Value> {
