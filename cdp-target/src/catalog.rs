@@ -7,6 +7,7 @@
 use crate::authority::{Authority, AuthorityError};
 use crate::enroll::Office;
 use crate::journal::change::Change;
+use crate::journal::lease::{self, Lease};
 use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_claim};
 use crate::points::{PointInfo, PointTimes, point_time};
 use crate::restore::image::one_line;
@@ -14,6 +15,7 @@ use crate::restore::keyring::Keyring;
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::escrow::{Envelope, EscrowError};
 use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_seams::random::SystemRandom;
 use std::sync::Arc;
 
 /// The offices and groups of a store.
@@ -225,6 +227,16 @@ impl Group {
     #[must_use]
     pub const fn view(&self) -> &Arc<GroupView> {
         &self.view
+    }
+
+    /// Opened again, with what its manifest names held against pruning until the lease is dropped; none where nothing can be
+    /// written here, and so nothing pruned.
+    ///
+    /// # Errors
+    /// Where it cannot be read.
+    pub fn held(&self, store: &Store) -> Result<(Self, Option<Lease>), JournalError> {
+        let lease = lease::hold(store.storage(), &store.group_folder(self.place), &SystemRandom)?;
+        Ok((open_group(store, self.place)?, lease))
     }
 
     /// Its recovery points, oldest first.

@@ -102,8 +102,9 @@ fn day(time: Timestamp, now: Timestamp) -> String {
     day.strftime(if this_year { "%-d %B" } else { "%-d %B %Y" }).to_string()
 }
 
-/// A number of bytes as the commands print it: three digits and a binary unit.
-fn bytes(bytes: u64) -> String {
+/// A number of bytes for a person: three digits and a binary unit.
+#[must_use]
+pub fn bytes(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let (mut value, mut unit) = (bytes as f64, 0);
     while value >= 999.5 && unit + 1 < units.len() {

@@ -1,19 +1,24 @@
-//! What is in a file of a store, told without the server: segments and manifests.
+//! What is in a file of a store, told without the server: segments, packs, image indexes, manifests.
 //!
 //! Reads the one file it is given and nothing else; changes nothing. Needs no key: content stays sealed.
 
+use crate::checkpoint::index::{self, ImageError, SliceContent};
+use crate::journal::file::{FileId, Sealed};
+use crate::journal::pack::{self, PackError};
 use crate::journal::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header};
 use crate::journal::walk::{Visit, walk};
 use crate::journal::{Damage, JournalError, Manifest, manifest};
 use cdp_protocol::frame::{Frame, Kind};
 use cdp_protocol::record::Synced;
 use cdp_protocol::units::{AttemptId, Epoch, Generation, GroupId, Head, Sequence, VolumeSlot};
-use cdp_seams::storage::{Storage, read_all};
+use cdp_seams::storage::{Storage, StorageFile, read_all};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The longest manifest that is read, in bytes.
 const MANIFEST_BYTES_MAX: u64 = 256 * 1024 * 1024;
+/// The longest image index that is read, in bytes: 64 volumes of 16 TiB, twice.
+const IMAGE_BYTES_MAX: u64 = 64 * (16 << 14) * 2 * index::RECORD_BYTES as u64 + (1 << 20);
 
 /// What is in a file.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -23,6 +28,59 @@ pub enum Description {
     Segment(SegmentDescription),
     /// A manifest.
     Manifest(Box<Manifest>),
+    /// A pack: of a slice, or a segment that was rewritten.
+    Pack(PackDescription),
+    /// The image index of a checkpoint.
+    Image(ImageDescription),
+}
+
+/// What is in a pack.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PackDescription {
+    /// The group.
+    pub group: GroupId,
+    /// Which file it is.
+    pub of: FileId,
+    /// Whether its content was sealed anew; else frames were taken over whole.
+    pub repacked: bool,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Where its frames end.
+    pub frames_end: u64,
+    /// Its frames.
+    pub frames: Vec<FrameDescription>,
+    /// What is damaged.
+    pub damages: Vec<Damage>,
+}
+
+/// What is in an image index.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct ImageDescription {
+    /// The group.
+    pub group: GroupId,
+    /// The point.
+    pub epoch: Epoch,
+    /// Whether both copies are the same.
+    pub copies_agree: bool,
+    /// Its slices.
+    pub slices: Vec<SliceDescription>,
+}
+
+/// A slice of an image.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SliceDescription {
+    /// Its volume.
+    pub volume: VolumeSlot,
+    /// Which of its slices.
+    pub slice: u32,
+    /// The pack, by its name; none where all is zeros, or the record is damaged.
+    pub pack: Option<String>,
+    /// Whether the record is not what was written.
+    pub damaged: bool,
+    /// Bytes of the pack.
+    pub held_bytes: u64,
+    /// Bytes of it that the image needs.
+    pub needed_bytes: u64,
 }
 
 /// What is in a segment.
@@ -83,8 +141,24 @@ pub enum InspectError {
     /// It cannot be read, or is damaged where it has to tell what it is.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// A pack that cannot be used.
+    #[error("read pack {}", path.display())]
+    Pack {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: PackError,
+    },
+    /// An image index that cannot be used.
+    #[error("read image index {}", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ImageError,
+    },
     /// It is no file of a store.
-    #[error("{0} is neither a segment nor a manifest")]
+    #[error("{0} is no segment, pack, image index or manifest")]
     Unknown(String),
 }
 
@@ -106,11 +180,52 @@ pub fn inspect(storage: &dyn Storage, path: &Path) -> Result<Description, Inspec
         let (manifest, _) = decoded.map_err(|source| JournalError::Manifest { path: path.to_owned(), source })?;
         return Ok(Description::Manifest(Box::new(manifest)));
     }
+    if first.starts_with(&pack::MAGIC) {
+        return inspect_pack(file.as_ref(), path, &first).map(Description::Pack);
+    }
+    if first.starts_with(&index::MAGIC) {
+        let bytes = read_all(storage, path, IMAGE_BYTES_MAX).map_err(JournalError::io("read", path))?;
+        return inspect_image(path, &bytes).map(Description::Image);
+    }
     Err(InspectError::Unknown(path.display().to_string()))
 }
 
+fn inspect_pack(file: &dyn StorageFile, path: &Path, first: &[u8]) -> Result<PackDescription, InspectError> {
+    let header = pack::Header::decode(first).map_err(|source| InspectError::Pack { path: path.to_owned(), source })?;
+    let bytes = file.len().map_err(JournalError::io("read", path))?;
+    let pack::Header { group, file: of, repacked, frames_end, .. } = header;
+    let sealed = Sealed { id: of, len: bytes, frames_end, footer_hash: [0; 32], points: None };
+    let mut list = List(Vec::new());
+    let walked = pack::walk_pack(file, group, &sealed, &mut list).map_err(JournalError::io("read", path))?;
+    Ok(PackDescription { group, of, repacked, bytes, frames_end, frames: list.0, damages: walked.damages })
+}
+
+fn inspect_image(path: &Path, bytes: &[u8]) -> Result<ImageDescription, InspectError> {
+    let (first, second) = bytes.split_at(bytes.len() / 2);
+    let decoded = index::Header::decode(first).or_else(|error| index::Header::decode(second).map_err(|_| error));
+    let (header, len) = decoded.map_err(|source| InspectError::Image { path: path.to_owned(), source })?;
+    let epoch = header.commit.head.epoch;
+    let volumes = header.commit.volumes.iter();
+    let places = volumes.flat_map(|volume| (0..index::slices_of(volume)).map(|slice| (volume.slot, slice)));
+    let describe = |(at, (volume, slice)): (usize, (VolumeSlot, u32))| {
+        let of_copy = |copy: &[u8]| {
+            let bytes = copy.get(len + at * index::RECORD_BYTES..)?.first_chunk()?;
+            index::take_record(bytes, header.group, epoch, volume, slice).ok()
+        };
+        let record = of_copy(first).or_else(|| of_copy(second));
+        let pack = record.and_then(|record| match record.content {
+            SliceContent::Zero => None,
+            SliceContent::Pack { sealed, .. } => Some(sealed.id.path(Path::new("")).display().to_string()),
+        });
+        let (held_bytes, needed_bytes) = record.map_or((0, 0), |record| (record.held_bytes(), record.needed_bytes));
+        SliceDescription { volume, slice, pack, damaged: record.is_none(), held_bytes, needed_bytes }
+    };
+    let slices = places.enumerate().map(describe).collect();
+    Ok(ImageDescription { group: header.group, epoch, copies_agree: first == second, slices })
+}
+
 fn inspect_segment(
-    file: &dyn cdp_seams::storage::StorageFile,
+    file: &dyn StorageFile,
     path: &Path,
     first: &[u8],
 ) -> Result<SegmentDescription, InspectError> {
@@ -175,6 +290,8 @@ impl fmt::Display for Description {
         match self {
             Self::Segment(segment) => segment.fmt(f),
             Self::Manifest(manifest) => write_manifest(manifest, f),
+            Self::Pack(pack) => pack.fmt(f),
+            Self::Image(image) => image.fmt(f),
         }
     }
 }
@@ -184,18 +301,53 @@ impl fmt::Display for SegmentDescription {
         let state = if self.sealed { "sealed" } else { "open" };
         writeln!(f, "segment {} of group {}: {state}, {} bytes", self.number, self.group, self.bytes)?;
         writeln!(f, "frames end at {}, proven durable to {}", self.frames_end, self.proven)?;
-        for frame in &self.frames {
-            write!(f, "{:>12}  {:<10} epoch {} sequence {}", frame.offset, frame.kind, frame.epoch, frame.sequence)?;
-            if let Some(volume) = frame.volume {
-                write!(f, " volume {volume}: {} blocks in {} extents", frame.blocks, frame.extents)?;
-            }
-            if let Some(offset) = frame.proves {
-                write!(f, " proves {offset}")?;
-            }
-            writeln!(f, ", {} bytes", frame.bytes)?;
+        write_frames(&self.frames, &self.damages, f)
+    }
+}
+
+fn write_frames(frames: &[FrameDescription], damages: &[Damage], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    for frame in frames {
+        write!(f, "{:>12}  {:<10} epoch {} sequence {}", frame.offset, frame.kind, frame.epoch, frame.sequence)?;
+        if let Some(volume) = frame.volume {
+            write!(f, " volume {volume}: {} blocks in {} extents", frame.blocks, frame.extents)?;
         }
-        for damage in &self.damages {
-            writeln!(f, "damaged: {} bytes at {}: {}", damage.len, damage.offset, damage.what)?;
+        if let Some(offset) = frame.proves.filter(|offset| *offset > 0) {
+            write!(f, " proves {offset}")?;
+        }
+        writeln!(f, ", {} bytes", frame.bytes)?;
+    }
+    for damage in damages {
+        writeln!(f, "damaged: {} bytes at {}: {}", damage.len, damage.offset, damage.what)?;
+    }
+    Ok(())
+}
+
+impl fmt::Display for PackDescription {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.repacked { "sealed anew" } else { "frames taken over whole" };
+        let what = match self.of {
+            FileId::Segment { number, revision } => format!("segment {number}, rewritten for change {revision}"),
+            FileId::Slice(slice) => slice.to_string(),
+        };
+        writeln!(f, "{what}, of group {}: {how}, {} bytes", self.group, self.bytes)?;
+        writeln!(f, "frames end at {}", self.frames_end)?;
+        write_frames(&self.frames, &self.damages, f)
+    }
+}
+
+impl fmt::Display for ImageDescription {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "image index of group {} at point {}: {} slices", self.group, self.epoch, self.slices.len())?;
+        if !self.copies_agree {
+            writeln!(f, "its two copies are not the same")?;
+        }
+        for slice in &self.slices {
+            let pack = if slice.damaged { "damaged" } else { slice.pack.as_deref().unwrap_or("zeros") };
+            write!(f, "volume {} slice {}: {pack}", slice.volume, slice.slice)?;
+            match &slice.pack {
+                Some(_) => writeln!(f, ", {} bytes held, {} needed", slice.held_bytes, slice.needed_bytes)?,
+                None => writeln!(f)?,
+            }
         }
         Ok(())
     }
@@ -209,18 +361,29 @@ fn write_manifest(manifest: &Manifest, f: &mut fmt::Formatter<'_>) -> fmt::Resul
         writeln!(f, "frozen: {reason}")?;
     }
     for sealed in &manifest.sealed {
-        write!(f, "segment {}: {} bytes", sealed.number, sealed.len)?;
+        let rewritten = if sealed.revision > 0 { format!(", rewritten for change {}", sealed.revision) } else { String::new() };
+        write!(f, "segment {}: {} bytes{rewritten}", sealed.number, sealed.len)?;
         match &sealed.points {
             Some(points) => writeln!(f, ", points {} to {}", points.first, points.last)?,
             None => writeln!(f, ", no points")?,
         }
+    }
+    for checkpoint in &manifest.checkpoints {
+        let (epoch, held, needed) = (checkpoint.epoch, checkpoint.held_bytes, checkpoint.needed_bytes);
+        writeln!(f, "checkpoint at point {epoch}: {held} bytes held, {needed} needed")?;
+    }
+    for (first, last) in manifest.removed.ranges() {
+        writeln!(f, "removed: points {first} to {last}")?;
+    }
+    if let Some(floor) = manifest.floor {
+        writeln!(f, "floor: checkpoint {floor}; there is no content below it")?;
     }
     for (epoch, mark) in &manifest.marks {
         let pinned = if mark.pinned { ", pinned" } else { "" };
         writeln!(f, "point {epoch}: {:?}{pinned}", mark.label.as_deref().unwrap_or_default())?;
     }
     for damage in &manifest.damages {
-        writeln!(f, "damaged: segment {} at {}: {}", damage.segment, damage.offset, damage.what)?;
+        writeln!(f, "damaged: {} at {}: {}", damage.place(), damage.offset, damage.what)?;
     }
     Ok(())
 }

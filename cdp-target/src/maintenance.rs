@@ -248,7 +248,8 @@ impl Maintenance<'_> {
         let interval = Duration::from_secs(config.prune_interval_s);
         let now = self.clock.monotonic();
         let is_due = pruned.get(&place).is_none_or(|at| now.saturating_sub(*at) >= interval);
-        if interval.is_zero() || !is_due {
+        // Of a group whose histories are two, nothing goes before an operator has decided.
+        if interval.is_zero() || !is_due || view.manifest().frozen.is_some() {
             return Ok(());
         }
         pruned.insert(place, now);

@@ -362,7 +362,7 @@ fn live_rpo_ms(newest: NewestTimes, unchanged: Option<(Epoch, Timestamp)>, now: 
     now.0.saturating_sub(fresh.0).max(0)
 }
 
-/// Bytes of a group's files: its manifest, its journal, and what was kept aside. A file that goes while we look counts
+/// Bytes of a group's files: its manifest, its journal, its checkpoints, repairs, and what was kept aside. A file that goes while we look counts
 /// nothing.
 fn used_bytes(store: &Store, folder: &Path) -> u64 {
     let storage = store.storage();
@@ -370,7 +370,7 @@ fn used_bytes(store: &Store, folder: &Path) -> u64 {
         let names = storage.list(folder).unwrap_or_default();
         names.iter().filter_map(|name| storage.open(&folder.join(name)).and_then(|file| file.len()).ok()).sum()
     };
-    ["", "journal", "aside"].iter().map(|name| below(&folder.join(name))).sum()
+    ["", "journal", "packs", "checkpoints", "repairs", "aside"].iter().map(|name| below(&folder.join(name))).sum()
 }
 
 #[cfg(test)]

@@ -4,12 +4,17 @@
 
 mod journal_support;
 
+use cdp_protocol::units::Timestamp;
+use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::inspect::{Description, inspect};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header};
 use cdp_target::journal::{GroupJournal, JournalLimits, Manifest};
-use journal_support::{Source, check, identity};
+use cdp_target::prune::Prune;
+use cdp_target::restore::keyring::Keyring;
+use cdp_target::retention::Ladder;
+use journal_support::{Source, check, identity, key};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,6 +35,86 @@ fn made() -> (SimStorage, Source) {
     (disk, source)
 }
 
+/// The same with a checkpoint, and with segments that were rewritten: two points are pinned, the others go.
+fn made_and_pruned() -> SimStorage {
+    let (disk, source) = made();
+    let (mut journal, _) = GroupJournal::open(Arc::new(disk.clone()), Path::new(FOLDER), LIMITS).expect("opened");
+    for at in [1, 3] {
+        journal.pin(source.points[at].head.epoch, true).expect("pinned");
+    }
+    journal.label(source.points[0].head.epoch, None).expect("unlabelled");
+    let (keys, random) = (Keyring::from(&key()), SimRandom::new(78));
+    let ladder = Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 };
+    let now = Timestamp(source.time + 1);
+    let prune = Prune {
+        ladder: &ladder,
+        now,
+        wall: now,
+        keys: Some(&keys),
+        random: &random,
+        segment_bytes_max: LIMITS.segment_bytes_max,
+        checkpoint_share: 0.5,
+        keep_only_newest: true,
+    };
+    let view = journal.view();
+    prune.run(view, &mut journal, &mut |_| true, &mut |_, _| {}).expect("pruned");
+    disk
+}
+
+/// The last file of a kind below the group's folder.
+fn last_of(disk: &SimStorage, folder: &str, kind: &str) -> String {
+    let names = disk.list(&Path::new(FOLDER).join(folder)).expect("listed");
+    let found = names.iter().rfind(|name| name.extension().is_some_and(|extension| extension == kind));
+    format!("{folder}/{}", found.expect("one of the kind").display())
+}
+
+#[test]
+fn packs_and_image_indexes_are_still_read_and_still_written() {
+    let disk = made_and_pruned();
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata");
+    for (fixture, folder, kind) in [
+        ("pack/1/slice.pack", "packs", "pack"),
+        ("pack/1/segment.thin", "journal", "thin"),
+        ("image/1/checkpoint.image", "checkpoints", "image"),
+    ] {
+        let written = bytes_of(&disk, &last_of(&disk, folder, kind));
+        freeze(&data.join(fixture), &written);
+        let description = inspect(&SystemStorage, &data.join(fixture)).expect("described");
+        assert!(description.to_string().lines().count() > 2, "{description}");
+    }
+}
+
+#[test]
+fn a_newer_pack_or_image_index_is_refused_with_both_versions() {
+    let disk = made_and_pruned();
+    for (folder, kind, words) in [
+        ("packs", "pack", "pack format version 9, this program reads 1"),
+        ("checkpoints", "image", "image index format version 9, this program reads 1"),
+    ] {
+        let path = Path::new(FOLDER).join(last_of(&disk, folder, kind));
+        let mut bytes = cdp_seams::storage::read_all(&disk, &path, 1 << 20).expect("read");
+        // An image index has two copies.
+        let second = if kind == "image" { bytes.len() / 2 } else { 0 };
+        for at in [0, second] {
+            bytes[at + 8] = 9;
+        }
+        cdp_seams::storage::replace(&disk, &path, &bytes).expect("replaced");
+        let error = inspect(&disk, &path).expect_err("refused");
+        let source = std::error::Error::source(&error).expect("a source").to_string();
+        assert_eq!(source, words);
+    }
+}
+
+/// Writes a fixture where that was asked for; holds it against what is written now.
+fn freeze(fixture: &Path, written: &[u8]) {
+    if std::env::var_os("CDP_WRITE_FIXTURES").is_some() {
+        std::fs::create_dir_all(fixture.parent().expect("a folder")).expect("made");
+        std::fs::write(fixture, written).expect("written");
+    }
+    let frozen = std::fs::read(fixture).expect("the fixture");
+    assert!(frozen == written, "{} is not what this program writes", fixture.display());
+}
+
 fn bytes_of(disk: &SimStorage, path: &str) -> Vec<u8> {
     cdp_seams::storage::read_all(disk, &Path::new(FOLDER).join(path), 1 << 20).expect("read")
 }
@@ -39,7 +124,7 @@ fn fixtures() -> [(PathBuf, &'static str); 3] {
     [
         (data.join("segment/1/sealed.seg"), "journal/0000000000000001.seg"),
         (data.join("segment/1/open.seg"), ""),
-        (data.join("manifest/2/manifest"), "manifest"),
+        (data.join("manifest/3/manifest"), "manifest"),
     ]
 }
 
@@ -60,12 +145,7 @@ fn fixtures_are_still_read_and_still_written() {
     for (fixture, path) in fixtures() {
         let path = if path.is_empty() { open_name(&disk) } else { path.to_owned() };
         let written = bytes_of(&disk, &path);
-        if std::env::var_os("CDP_WRITE_FIXTURES").is_some() {
-            std::fs::create_dir_all(fixture.parent().expect("a folder")).expect("made");
-            std::fs::write(&fixture, &written).expect("written");
-        }
-        let frozen = std::fs::read(&fixture).expect("the fixture");
-        assert!(frozen == written, "{} is not what this program writes", fixture.display());
+        freeze(&fixture, &written);
         let description = inspect(&SystemStorage, &fixture).expect("described");
         match &description {
             Description::Segment(segment) => {
@@ -73,6 +153,7 @@ fn fixtures_are_still_read_and_still_written() {
                 assert_eq!(segment.sealed, fixture.ends_with("sealed.seg"));
             }
             Description::Manifest(manifest) => assert_eq!(manifest.identity, identity()),
+            Description::Pack(_) | Description::Image(_) => panic!("no such fixture"),
         }
         assert!(description.to_string().lines().count() > 2);
     }
@@ -109,12 +190,12 @@ fn a_newer_manifest_is_refused_with_both_versions() {
     let mut manifest = bytes_of(&disk, "manifest");
     let half = manifest.len() / 2;
     for at in [8, half + 8] {
-        manifest[at] = 3;
+        manifest[at] = 4;
     }
     cdp_seams::storage::replace(&disk, &Path::new(FOLDER).join("manifest"), &manifest).expect("replaced");
     let error = GroupJournal::open(Arc::new(disk), Path::new(FOLDER), LIMITS).err().expect("refused");
     let source = std::error::Error::source(&error).expect("a source").to_string();
-    assert_eq!(source, "manifest format version 3, this program reads up to 2");
+    assert_eq!(source, "manifest format version 4, this program reads up to 3");
 }
 
 #[test]
@@ -127,4 +208,18 @@ fn a_manifest_of_version_1_is_read_as_one_without_a_lineage() {
     assert!(!is_damaged && manifest.lineage.lines().is_empty() && manifest.forks.is_empty());
     assert_eq!((&manifest.identity, manifest.open), (&now.identity, now.open));
     assert_eq!(manifest.sealed.len(), now.sealed.len(), "the same history, of commits that were shorter then");
+}
+
+#[test]
+fn a_manifest_of_version_2_is_read_as_one_of_which_nothing_was_removed() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata/manifest/2/manifest");
+    let (manifest, is_damaged) = Manifest::decode_file(&std::fs::read(path).expect("the fixture")).expect("read");
+    let (disk, _) = made();
+    let (now, _) = Manifest::decode_file(&bytes_of(&disk, "manifest")).expect("read");
+    assert!(!is_damaged && manifest.removed.ranges().is_empty() && manifest.checkpoints.is_empty());
+    assert_eq!((manifest.change, manifest.floor), (0, None));
+    // Which epochs a segment has frames of was not written down.
+    let mut expected = now;
+    expected.sealed.iter_mut().for_each(|sealed| sealed.newest_run = cdp_protocol::units::Epoch(u64::MAX));
+    assert_eq!(manifest, expected, "all else is the same history");
 }

@@ -13,6 +13,7 @@
 mod allocation;
 mod edits;
 mod history;
+mod images;
 mod recovery;
 mod store;
 mod words;
@@ -75,6 +76,9 @@ targets! {
     manifest: store::ManifestCopy,
     manifest_file: store::ManifestFile,
     kept_copy: store::KeptCopy,
+    pack_header: images::PackStart,
+    image_header: images::ImageStart,
+    image_record: images::ImageRecord,
     segment_file: recovery::SegmentFile,
     recovered_group: recovery::RecoveredGroup,
     source_message: words::SourceWords,

@@ -1,16 +1,19 @@
 //! The files of the target's store: segments' headers and indexes, manifests.
 
 use crate::{Check, Format};
-use cdp_protocol::units::{Block, Extent, VolumeSlot};
-use cdp_target::journal::Manifest;
+use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot};
+use cdp_target::journal::file::{FileId, SliceId};
+use cdp_target::journal::manifest::Checkpoint;
+use cdp_target::journal::{Damage, Manifest};
 use cdp_target::journal::index::{Summary, Tables};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header, INDEX_MAGIC, SECTIONS};
 use cdp_target::kept;
 
 pub(crate) const SEALED: &[u8] = include_bytes!("../testdata/segment/1/sealed.seg");
 pub(crate) const OPEN: &[u8] = include_bytes!("../testdata/segment/1/open.seg");
-pub(crate) const MANIFEST: &[u8] = include_bytes!("../testdata/manifest/2/manifest");
-const OLD_MANIFEST: &[u8] = include_bytes!("../testdata/manifest/1/manifest");
+pub(crate) const MANIFEST: &[u8] = include_bytes!("../testdata/manifest/3/manifest");
+const OLD_MANIFESTS: [&[u8]; 2] =
+    [include_bytes!("../testdata/manifest/1/manifest"), include_bytes!("../testdata/manifest/2/manifest")];
 
 /// The first bytes of a segment.
 pub(crate) struct SegmentHeader;
@@ -137,8 +140,26 @@ impl Format for ManifestCopy {
     const ONE_FORM: bool = true;
 
     fn specimens() -> Vec<Vec<u8>> {
-        let (old, _) = Manifest::decode_file(OLD_MANIFEST).expect("a manifest");
-        vec![MANIFEST[..MANIFEST.len() / 2].to_vec(), old.encode()]
+        let (old, _) = Manifest::decode_file(OLD_MANIFESTS[0]).expect("a manifest");
+        let (mut pruned, _) = Manifest::decode_file(MANIFEST).expect("a manifest");
+        pruned.change = 12;
+        pruned.removed.insert(Epoch(0), Epoch(4));
+        pruned.removed.insert(Epoch(7), Epoch(7));
+        pruned.floor = Some(Epoch(5));
+        let checkpoint = Checkpoint {
+            epoch: Epoch(5),
+            made: Timestamp(1_800_000_000_000),
+            index_len: 700,
+            index_hash: [6; 32],
+            held_bytes: 9000,
+            needed_bytes: 8000,
+            lost_blocks: 1,
+        };
+        pruned.checkpoints = vec![checkpoint, Checkpoint { epoch: Epoch(9), ..checkpoint }];
+        let slice = SliceId { slot: VolumeSlot(1), slice: 2, epoch: Epoch(5) };
+        let damage = Damage::of(FileId::Slice(slice), "a pack is damaged".to_owned());
+        pruned.damages.push(Damage { offset: 88, len: 9, first_epoch: Some(Epoch(5)), ..damage });
+        vec![MANIFEST[..MANIFEST.len() / 2].to_vec(), old.encode(), pruned.encode()]
     }
 
     fn mend(bytes: &mut [u8]) {
@@ -148,7 +169,7 @@ impl Format for ManifestCopy {
     fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
         let manifest = Manifest::decode(bytes).ok()?;
         // What an older version did not have is written by this one.
-        let is_old = bytes[8] == 1;
+        let is_old = bytes[8] < 3;
         Some(if is_old { bytes.to_vec() } else { manifest.encode() })
     }
 }
@@ -161,7 +182,7 @@ impl Format for ManifestFile {
     const ONE_FORM: bool = false;
 
     fn specimens() -> Vec<Vec<u8>> {
-        vec![MANIFEST.to_vec(), OLD_MANIFEST.to_vec()]
+        [&[MANIFEST][..], &OLD_MANIFESTS].concat().into_iter().map(<[u8]>::to_vec).collect()
     }
 
     fn mend(bytes: &mut [u8]) {

@@ -9,7 +9,9 @@ use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::enroll::EnrollError;
 use crate::journal::JournalError;
+use crate::maintenance::ClockError;
 use crate::points::{NoSuchPoint, PointNameError};
+use crate::prune::PruneError;
 use crate::restore::image::{ExportError, one_line};
 use crate::restore::output::OutputError;
 use crate::store::StoreError;
@@ -86,6 +88,12 @@ impl Failure {
         Self { fault, error: anyhow::Error::msg(line), hint }
     }
 
+    /// The error itself, for whoever reports it as theirs.
+    #[must_use]
+    pub(super) fn into_error(self) -> anyhow::Error {
+        self.error
+    }
+
     /// Prints it on stderr; gives the exit status.
     #[must_use]
     pub(super) fn report(&self) -> ExitCode {
@@ -149,7 +157,18 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
             let other = "`cdp-target status` names where the histories end, and whose they are";
             return (Fault::User, Some(if *is_ambiguous { more } else { other }));
         }
+        Some(JournalError::Interrupted) => return (Fault::User, Some("what was done is kept, and gone on with by the next try")),
+        Some(JournalError::Stale(_)) => return (Fault::User, Some("try again")),
         _ => {}
+    }
+    if let Some(PruneError::OnlyNewest(_)) = error.downcast_ref::<PruneError>() {
+        return (Fault::User, Some("correct `retention` in target.toml, or say --keep-only-newest"));
+    }
+    if let Some(PruneError::Journal(JournalError::Interrupted)) = error.downcast_ref::<PruneError>() {
+        return (Fault::User, Some("what was done is kept, and gone on with by the next try"));
+    }
+    if let Some(ClockError::Jump(_)) = error.downcast_ref::<ClockError>() {
+        return (Fault::User, Some("check `date` and the time server; say --accept-clock once it is right"));
     }
     if error.is::<NoSuchPoint>() {
         return (Fault::User, Some("`cdp-target points OFFICE/GROUP` lists the points there are"));

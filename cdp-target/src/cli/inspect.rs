@@ -3,8 +3,8 @@
 use super::failure::Failure;
 use super::output::{Table, bytes, json};
 use super::{context, print};
-use crate::inspect::{Description, InspectError, SegmentDescription, inspect};
-use crate::journal::Manifest;
+use crate::inspect::{Description, FrameDescription, InspectError, PackDescription, SegmentDescription, inspect};
+use crate::journal::{Damage, Manifest};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,7 +12,7 @@ use std::process::ExitCode;
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// A segment or a manifest.
+    /// A segment, a pack, an image index or a manifest.
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// One JSON document.
@@ -22,8 +22,8 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let described = inspect(context::storage().as_ref(), &arguments.file).map_err(|error| match error {
-        InspectError::Unknown(_) => Failure::user(error).hint("segments and manifests are below offices/ in the store"),
-        InspectError::Journal(_) => Failure::user(error),
+        InspectError::Unknown(_) => Failure::user(error).hint("they are below offices/ in the store"),
+        InspectError::Journal(_) | InspectError::Pack { .. } | InspectError::Image { .. } => Failure::user(error),
     });
     let described = described.map_err(|failure| failure.context(format!("inspect {}", arguments.file.display())))?;
     if arguments.json {
@@ -32,6 +32,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         print(&match described {
             Description::Segment(segment) => segment_text(&segment),
             Description::Manifest(manifest) => manifest_text(&manifest),
+            Description::Pack(pack) => pack_text(&pack),
+            Description::Image(image) => image.to_string(),
         })?;
     }
     Ok(ExitCode::SUCCESS)
@@ -50,9 +52,21 @@ fn segment_text(segment: &SegmentDescription) -> String {
         segment.frames_end,
         segment.proven,
     );
+    text.push_str(&frames_text(&segment.frames, &segment.damages));
+    text
+}
+
+fn pack_text(pack: &PackDescription) -> String {
+    let how = if pack.repacked { "sealed anew" } else { "frames taken over whole" };
+    let (of, group, len, end) = (pack.of, pack.group, bytes(pack.bytes), pack.frames_end);
+    let frames = frames_text(&pack.frames, &pack.damages);
+    format!("{of}, of group {group}: {how}, {len}\nframes end at {end}\n{frames}")
+}
+
+fn frames_text(frames: &[FrameDescription], damages: &[Damage]) -> String {
     let columns = [">offset", ">bytes", "kind", ">epoch", "attempt", ">sequence", ">volume", ">extents", ">blocks"];
     let mut table = Table::new(&columns);
-    for frame in &segment.frames {
+    for frame in frames {
         table.row(vec![
             frame.offset.to_string(),
             frame.bytes.to_string(),
@@ -65,8 +79,8 @@ fn segment_text(segment: &SegmentDescription) -> String {
             frame.blocks.to_string(),
         ]);
     }
-    text.push_str(&table.render());
-    for damage in &segment.damages {
+    let mut text = table.render();
+    for damage in damages {
         writeln!(text, "damaged: offset {} len {}: {}", damage.offset, damage.len, damage.what)
             .expect("text takes anything");
     }
@@ -103,10 +117,16 @@ fn manifest_text(manifest: &Manifest) -> String {
     if !manifest.sealed.is_empty() {
         text.push_str(&table.render());
     }
+    for checkpoint in &manifest.checkpoints {
+        let (epoch, held, needed) = (checkpoint.epoch, bytes(checkpoint.held_bytes), bytes(checkpoint.needed_bytes));
+        writeln!(text, "checkpoint at point {epoch}: {held} held, {needed} needed").expect("text takes anything");
+    }
+    for (first, last) in manifest.removed.ranges() {
+        writeln!(text, "removed: points {first} to {last}").expect("text takes anything");
+    }
     for damage in &manifest.damages {
-        let (segment, offset, len) = (damage.segment, damage.offset, damage.len);
-        writeln!(text, "damaged: segment {segment} offset {offset} len {len}: {}", damage.what)
-            .expect("text takes anything");
+        let (place, offset, len) = (damage.place(), damage.offset, damage.len);
+        writeln!(text, "damaged: {place} offset {offset} len {len}: {}", damage.what).expect("text takes anything");
     }
     text
 }

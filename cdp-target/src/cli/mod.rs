@@ -3,6 +3,7 @@
 //! Data goes to stdout, logs to stderr. Each command is a file; this one knows their arguments and nothing else.
 
 mod arguments;
+mod checkpoint;
 mod context;
 mod enroll;
 mod export;
@@ -11,8 +12,10 @@ mod init;
 mod inspect;
 mod label;
 mod output;
+mod owner;
 mod pin;
 mod points;
+mod prune;
 mod resolve;
 mod serve;
 mod status;
@@ -52,6 +55,10 @@ enum Command {
     Unpin(pin::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
+    /// Makes a full image of a recovery point now.
+    Checkpoint(checkpoint::Arguments),
+    /// Applies the retention ladder now; prints what goes and what comes back.
+    Prune(prune::Arguments),
     /// Ends a fork: says which history goes on. The other one stays readable.
     Resolve(resolve::Arguments),
     /// Re-reads and proves what the points stand on; exit 1 and the damaged points if anything is wrong.
@@ -95,6 +102,8 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Pin(arguments) => pin::run(&arguments, true),
         Command::Unpin(arguments) => pin::run(&arguments, false),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Checkpoint(arguments) => checkpoint::run(&arguments),
+        Command::Prune(arguments) => prune::run(&arguments),
         Command::Resolve(arguments) => resolve::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),

@@ -1,5 +1,6 @@
 //! How results are printed: tables for people, one JSON document for programs.
 
+pub(super) use crate::forecast::bytes;
 use std::fmt::Write as _;
 
 /// Columns that line up, two spaces apart. Numbers to the right.
@@ -71,20 +72,6 @@ impl Table {
         line.push('\n');
         line
     }
-}
-
-/// A number of bytes for a person: three digits and a binary unit.
-#[must_use]
-pub(super) fn bytes(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 999.5 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let decimals = usize::from(unit > 0 && value < 99.95);
-    format!("{value:.decimals$} {}", units[unit])
 }
 
 /// A length of time for a person: its two largest units.

@@ -44,6 +44,8 @@ fn check(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    // A prune beside us takes nothing away that is still to be read.
+    let (group, _lease) = group.held(&store)?;
     let at: Option<Epoch> = match name {
         Some(name) => Some(name.find(&group.points()?)?.epoch),
         None => None,

@@ -121,17 +121,49 @@ impl GroupView {
         self.manifest().checkpoints.iter().filter(uses).copied().collect()
     }
 
-    /// First and last point that a damage in a pack hits: only where there is nothing else to read.
+    /// First and last point that a damage in a pack hits: only those that have nothing else to read, from the floor on to where all
+    /// that was lost was written again.
     pub(super) fn reach_of_pack(&self, damage: &Damage, slice: SliceId) -> Option<Reach> {
         damage.first_epoch?;
         let floor = self.manifest().floor?;
         let users = self.users(FileId::Slice(slice));
         users.iter().find(|base| base.epoch == floor)?;
-        let next = self.manifest().checkpoints.iter().find(|base| base.epoch > floor);
         // A later checkpoint that has the pack too is read around only down to the floor.
-        let free = |base: &&Checkpoint| !users.iter().any(|user| user.epoch == base.epoch) && base.lost_blocks == 0;
-        let end = next.and_then(|_| self.manifest().checkpoints.iter().filter(|base| base.epoch > floor).find(free));
-        Some((floor, end.map(|base| Epoch(base.epoch.0 - 1))))
+        let is_free = |base: &&Checkpoint| base.epoch > floor && !users.contains(base) && base.lost_blocks == 0;
+        let until = self.manifest().checkpoints.iter().find(is_free).map(|base| Epoch(base.epoch.0 - 1));
+        let mut lost = self.lost_of_pack(damage, slice);
+        let from = self.segment_of(floor).unwrap_or(self.manifest().open);
+        for segment in self.segments_from(from) {
+            // Where a segment cannot be read, nothing is known to have been written again.
+            let Ok(entries) = self.included(segment) else { continue };
+            for (epoch, entry) in entries.iter().filter(|(epoch, entry)| *epoch > floor && entry.slot == slice.slot) {
+                lost.remove_range(entry.extent.start.0..=(entry.extent.end() - 1) as u32);
+                if lost.is_empty() {
+                    let last = Epoch(epoch.0 - 1).min(until.unwrap_or(Epoch(u64::MAX)));
+                    return Some((floor, Some(last)));
+                }
+            }
+        }
+        Some((floor, until))
+    }
+
+    /// The blocks of a slice that are read from what a damage took; all of it where that cannot be told.
+    fn lost_of_pack(&self, damage: &Damage, slice: SliceId) -> RoaringBitmap {
+        let mut all = RoaringBitmap::new();
+        let first = slice.slice.saturating_mul(SLICE_BLOCKS);
+        all.insert_range(first..=first.saturating_add(SLICE_BLOCKS - 1));
+        let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
+        let tables = pack.and_then(|pack| self.shelf().tables(&pack).ok());
+        let Some((_, tables)) = tables.filter(|_| !damage.any_block) else { return all };
+        let mut entries: Vec<_> = tables.iter().filter(|entry| entry.slot == slice.slot).collect();
+        entries.sort_unstable_by_key(|entry| entry.frame_offset);
+        let mut lost = RoaringBitmap::new();
+        for entry in entries {
+            let blocks = entry.extent.start.0..=(entry.extent.end() - 1) as u32;
+            let is_hit = entry.frame_offset == damage.offset;
+            if is_hit { lost.insert_range(blocks) } else { lost.remove_range(blocks) };
+        }
+        lost & all
     }
 
     /// The blocks that stand on what is damaged, as far as the index tells.

@@ -271,7 +271,7 @@ fn take(
 }
 
 /// Walks a pack frame by frame, over damage too, and shows every valid frame to `visitor`.
-pub(super) fn walk_pack(
+pub(crate) fn walk_pack(
     file: &dyn StorageFile,
     group: GroupId,
     sealed: &Sealed,

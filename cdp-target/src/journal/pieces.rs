@@ -7,7 +7,7 @@
 
 use super::JournalError;
 use super::file::{FileId, SLICE_BLOCKS};
-use super::index::{CommitEntry, Entry, EntryKind, Run, RunEnd};
+use super::index::{CommitEntry, Entry, EntryKind, Lost, Run, RunEnd};
 use super::manifest::Checkpoint;
 use super::view::{GroupView, SegmentIndex};
 use crate::checkpoint::index::SliceContent;
@@ -232,11 +232,16 @@ impl GroupView {
         for entry in entries {
             layers.push(Layer { offset: entry.frame_offset, entry: Some(entry), run: Some(run_of(entry.run)?) });
         }
-        let offset_of = |epoch: Epoch| index.commits().iter().find(|commit| commit.head.epoch == epoch).map(|commit| commit.offset);
+        let offset_of = |epoch: Epoch| {
+            // By the manifest: a file that stands in another's place may have the commit too.
+            let here = self.segment_of(epoch).unwrap_or(self.manifest().open) == number;
+            let commit = index.commits().iter().find(|commit| here && commit.head.epoch == epoch);
+            commit.map(|commit| commit.offset)
+        };
         // Behind the point nothing is asked for, and what was lost before the checkpoint is the checkpoint's business.
         let (to, from) = (offset_of(commit.head.epoch), base.and_then(offset_of));
-        let between = |lost: &&super::index::Lost| to.is_none_or(|to| lost.offset < to) && from.is_none_or(|from| from < lost.offset);
-        for lost in index.lost().iter().filter(between) {
+        let is_between = |lost: &&Lost| to.is_none_or(|to| lost.offset < to) && from.is_none_or(|from| from < lost.offset);
+        for lost in index.lost().iter().filter(is_between) {
             layers.push(Layer { offset: lost.offset, entry: None, run: lost.run.map(run_of).transpose()? });
         }
         layers.sort_unstable_by_key(|layer| std::cmp::Reverse(layer.offset));

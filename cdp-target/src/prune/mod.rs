@@ -10,16 +10,19 @@
 //! Changes nothing itself but new files: the manifest is changed by the group's own writer, through `adopt`.
 
 mod audit;
+pub mod measure;
 pub mod rewrite;
 pub mod sweep;
 
 use crate::checkpoint::builder::{Builder, Progress, Step};
 use crate::journal::change::Change;
+use crate::checkpoint::index::{self, SliceContent};
 use crate::journal::manifest::Checkpoint;
+use crate::journal::walk::Blind;
 use crate::journal::{GroupJournal, GroupView, JournalError, Point};
 use crate::points::{Instant, PointTimes, point_time};
 use crate::restore::keyring::Keyring;
-use crate::retention::{Candidate, Decision, Held, Ladder, Tally, Verdict, decide};
+use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Tally, Verdict, decide};
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::random::Random;
 use std::sync::Arc;
@@ -69,8 +72,18 @@ pub struct Plan {
     pub ranges: Vec<(Epoch, Epoch)>,
     /// The oldest point that stays.
     pub oldest_kept: Option<Epoch>,
-    /// How many stay, and for what.
+    /// How many stay, and for what; but for those that are damaged.
     pub tally: Tally,
+    /// How many stay because they are damaged, and may be healed.
+    pub damaged: u64,
+}
+
+impl Plan {
+    /// How many points stay.
+    #[must_use]
+    pub const fn kept(&self) -> u64 {
+        self.tally.on_a_rung + self.tally.held + self.tally.newest + self.damaged
+    }
 }
 
 /// Why nothing was pruned.
@@ -143,27 +156,32 @@ impl Prune<'_> {
                 let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
                 before = Some(time);
                 let removed = view.is_removed(point.epoch);
-                points.push((point.epoch, time, point.received, removed));
                 let (epoch, received) = (point.epoch, point.received);
-                Some(Candidate { epoch, time, received, held: held(&point).filter(|_| !removed) })
+                // One that is damaged takes nobody's place, and waits for what may heal it.
+                let is_damaged = point.damaged.is_some() && !removed;
+                points.push((epoch, time, received, removed, is_damaged));
+                Some((!is_damaged).then(|| Candidate { epoch, time, received, held: held(&point).filter(|_| !removed) }))
             }
             Err(error) => {
                 failed = Some(error);
                 None
             }
         });
-        let decisions: Vec<Decision> = decide(self.ladder, candidates, self.now).collect();
+        let decisions: Vec<Decision> = decide(self.ladder, candidates.flatten(), self.now).collect();
         if let Some(error) = failed {
             return Err(error);
         }
         let mut plan = Plan::default();
-        for (decision, (epoch, time, received, went_before)) in decisions.iter().zip(points) {
+        let mut decisions = decisions.iter();
+        for (epoch, time, received, went_before, is_damaged) in points {
+            let decision = if is_damaged { None } else { decisions.next() };
             if went_before {
                 extend(&mut plan.ranges, epoch);
                 continue;
             }
-            plan.tally.add(decision);
-            match decision.verdict {
+            decision.iter().for_each(|decision| plan.tally.add(decision));
+            plan.damaged += u64::from(is_damaged);
+            match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
                 Verdict::Kept(_) => {
                     plan.oldest_kept.get_or_insert(epoch);
                     // Up to it, so that numbers that were never points do not part ranges; and none goes over it.
@@ -214,7 +232,7 @@ impl Prune<'_> {
         let bytes_after = sweep::held_bytes(&view)?;
         Ok(Pruned {
             points: plan.removed.len() as u64,
-            kept: plan.tally.on_a_rung + plan.tally.held + plan.tally.newest,
+            kept: plan.kept(),
             base,
             rewritten_segments: rewritten,
             bytes_before,
@@ -270,6 +288,9 @@ impl Prune<'_> {
         let floor = if went { view.manifest().checkpoint_before(oldest).map(|base| base.epoch) } else { None };
         let checkpoints = self.surplus(view, floor);
         if floor > view.manifest().floor || !checkpoints.is_empty() {
+            if let Some(floor) = floor.filter(|floor| Some(*floor) > view.manifest().floor) {
+                prove(view, floor, step)?;
+            }
             *view = owner.adopt(&Change::Release { checkpoints, floor })?;
         }
         Ok(made)
@@ -304,6 +325,31 @@ impl Prune<'_> {
         }
         surplus
     }
+}
+
+/// Reads a checkpoint again, whole: what it stands for is given up on its word.
+fn prove(view: &GroupView, base: Epoch, step: &mut Step<'_>) -> Result<(), JournalError> {
+    let (storage, folder) = view.place();
+    let checkpoint = view.manifest().checkpoints.iter().find(|checkpoint| checkpoint.epoch == base);
+    let checkpoint = *checkpoint.ok_or(JournalError::NoPoint(base))?;
+    let damaged = |what: String| JournalError::Damaged(format!("checkpoint {base}: {what}; nothing below it is given up"));
+    if index::copies(storage.as_ref(), folder, &checkpoint)? < 2 {
+        return Err(damaged("its image index is not what was written".to_owned()));
+    }
+    let image = view.image_index(&checkpoint)?.ok_or_else(|| damaged("its image index is gone".to_owned()))?;
+    for record in image.records() {
+        let (_, _, record) = record.map_err(JournalError::io("read", &index::path(folder, base)))?;
+        let record = record.ok_or_else(|| damaged("a record of its image index is damaged".to_owned()))?;
+        let SliceContent::Pack { sealed, .. } = record.content else { continue };
+        let walked = view.walk_file(&sealed, &mut Blind)?;
+        if let Some(damage) = walked.damages.first() {
+            return Err(damaged(format!("{} at offset {}: {}", sealed.id, damage.offset, damage.what)));
+        }
+        if !step(walked.bytes) {
+            return Err(JournalError::Interrupted);
+        }
+    }
+    Ok(())
 }
 
 /// Bytes of the sealed segments that hold what was written above `from` and up to `to`.

@@ -15,7 +15,7 @@ use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
 use crate::journal::manifest::SealedSegment;
 use crate::journal::pack::PackWriter;
-use crate::journal::walk::Visit;
+use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, extents, synced_frame};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
@@ -490,6 +490,13 @@ impl<'a> Output<'a> {
     fn finish(mut self) -> Result<Vec<SealedSegment>, JournalError> {
         self.close()?;
         let (storage, folder) = self.view.place();
+        // They are to stand for the others: read once more, before anybody goes by them.
+        for sealed in &self.done {
+            let walked = self.view.shelf().walk(&sealed.sealed(), &mut Blind)?;
+            if let Some(damage) = walked.damages.first() {
+                return Err(JournalError::Damaged(format!("{} just written: {}", sealed.id(), damage.what)));
+            }
+        }
         let journal = folder.join("journal");
         storage.sync_dir(&journal).map_err(JournalError::io("sync folder", &journal))?;
         Ok(self.done)

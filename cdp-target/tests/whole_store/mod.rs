@@ -17,6 +17,9 @@ use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::enroll::Invite;
 use cdp_target::journal::segment::Header;
 use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
+use cdp_target::prune::Prune;
+use cdp_target::restore::keyring::Keyring;
+use cdp_target::retention::Ladder;
 use cdp_target::store::{self, GroupPlace, Store};
 use cdp_target::verify::verify;
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,6 +97,15 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl Made {
     /// The same every time, but for keys.
     pub fn new() -> Self {
+        Self::made(false)
+    }
+
+    /// The same after a prune: a checkpoint that others stand on, segments that were rewritten, and a few points that were pinned.
+    pub fn pruned() -> Self {
+        Self::made(true)
+    }
+
+    fn made(is_pruned: bool) -> Self {
         let folder = in_memory();
         let storage: Arc<dyn Storage> = Arc::new(SystemStorage);
         let config = Config::new(LISTEN_DEFAULT, vec!["backup.example.org".into()]);
@@ -122,6 +134,10 @@ impl Made {
             let frames = source.attempt.as_ref().map_or(0, |attempt| attempt.frames.len());
             source.send(&mut journal, 0, frames).expect("sent");
             source.sync(&mut journal).expect("synced");
+        }
+        if is_pruned {
+            prune(&mut journal, &source);
+            source.points.retain(|point| !journal.view().is_removed(point.head.epoch));
         }
         drop(journal);
         let said = said(&store, &open_authority(&store).expect("opened"));
@@ -262,6 +278,29 @@ fn last_proof_at(segment: &[u8]) -> u64 {
     at
 }
 
+/// Leaves the newest point, and two that are pinned.
+fn prune(journal: &mut GroupJournal, source: &Source) {
+    let pinned = [2, 4].map(|at: usize| source.points[at].head.epoch);
+    pinned.iter().for_each(|epoch| journal.pin(*epoch, true).expect("pinned"));
+    let keys = Keyring::from(&key());
+    let ladder = Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 };
+    let now = Timestamp(source.time + 1000);
+    let random = SimRandom::new(4);
+    let settings = Prune {
+        ladder: &ladder,
+        now,
+        wall: now,
+        keys: Some(&keys),
+        random: &random,
+        segment_bytes_max: LIMITS.segment_bytes_max,
+        checkpoint_share: 0.5,
+        keep_only_newest: true,
+    };
+    let view = journal.view();
+    let done = settings.run(view, journal, &mut |_| true, &mut |_, _| {}).expect("pruned");
+    assert!(done.base == Some(pinned[0]) && done.rewritten_segments > 0, "{done:?}");
+}
+
 /// A folder that costs no disk anything, where there is one.
 fn in_memory() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
@@ -279,6 +318,11 @@ fn files_below(folder: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
         }
     }
     files.sort();
+}
+
+/// Whether the file is of the target's own making: a rewritten segment, a pack, an image index.
+pub fn is_derived(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| ["thin", "pack", "image"].iter().any(|known| extension == *known))
 }
 
 pub fn is_segment(path: &Path) -> bool {
