@@ -115,8 +115,8 @@ impl Builder<'_> {
 
     fn lost_blocks(&self, record: &SliceRecord) -> Result<u64, JournalError> {
         let SliceContent::Pack { sealed, .. } = record.content else { return Ok(0) };
-        let (_, tables) = self.view.shelf().tables(&sealed)?;
-        let lost = tables.iter().filter(|entry| entry.kind == EntryKind::Lost);
+        let extents = self.view.shelf().extents(&sealed)?;
+        let lost = extents.tables.iter().filter(|entry| entry.kind == EntryKind::Lost);
         Ok(lost.map(|entry| u64::from(entry.extent.count)).sum())
     }
 
@@ -218,8 +218,8 @@ impl Builder<'_> {
         }
         let (frames_end, footer_hash) = (footer.frames_end, footer.hash());
         let sealed = Sealed { id: file_id, len, frames_end, footer_hash, points: None };
-        let (_, tables) = self.view.shelf().tables(&sealed)?;
-        let has = |kind| tables.iter().any(|entry| entry.kind == kind);
+        let extents = self.view.shelf().extents(&sealed)?;
+        let has = |kind| extents.tables.iter().any(|entry| entry.kind == kind);
         let (unreadable, lost) = (has(EntryKind::Unreadable), has(EntryKind::Lost));
         let content = SliceContent::Pack { sealed, repacked: true };
         Ok(Some(SliceRecord { content, unreadable, lost, needed_bytes: len }))

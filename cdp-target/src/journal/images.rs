@@ -153,9 +153,9 @@ impl GroupView {
         let first = slice.slice.saturating_mul(SLICE_BLOCKS);
         all.insert_range(first..=first.saturating_add(SLICE_BLOCKS - 1));
         let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
-        let tables = pack.and_then(|pack| self.shelf().tables(&pack).ok());
-        let Some((_, tables)) = tables.filter(|_| !damage.any_block) else { return all };
-        let mut entries: Vec<_> = tables.iter().filter(|entry| entry.slot == slice.slot).collect();
+        let extents = pack.and_then(|pack| self.shelf().extents(&pack).ok());
+        let Some(extents) = extents.filter(|_| !damage.any_block) else { return all };
+        let mut entries: Vec<_> = extents.tables.iter().filter(|entry| entry.slot == slice.slot).collect();
         entries.sort_unstable_by_key(|entry| entry.frame_offset);
         let mut lost = RoaringBitmap::new();
         for entry in entries {
@@ -182,8 +182,8 @@ impl GroupView {
             }
             Some(slice) => {
                 let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
-                if let Some((_, tables)) = pack.and_then(|pack| self.shelf().tables(&pack).ok()) {
-                    tables.iter().filter(|entry| at(entry.frame_offset)).for_each(|entry| add(entry.slot, entry.extent));
+                if let Some(extents) = pack.and_then(|pack| self.shelf().extents(&pack).ok()) {
+                    extents.tables.iter().filter(|entry| at(entry.frame_offset)).for_each(|entry| add(entry.slot, entry.extent));
                 }
             }
         }

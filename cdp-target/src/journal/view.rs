@@ -444,18 +444,16 @@ impl GroupView {
 
     /// All included extents of `segment`, with their epochs.
     pub(crate) fn included(&self, segment: u64) -> Result<Vec<(Epoch, Entry)>, JournalError> {
-        let mut index = self.index(segment)?;
-        let entries: Vec<Entry> = match &mut index {
+        let index = self.index(segment)?;
+        let (entries, runs): (Vec<Entry>, Vec<Run>) = match &index {
             SegmentIndex::Open(open, limit) => {
-                open.iter().filter(|entry| entry.frame_offset < *limit).copied().collect()
+                (open.iter().filter(|entry| entry.frame_offset < *limit).copied().collect(), open.runs.clone())
             }
-            SegmentIndex::Sealed(summary, sealed) => {
-                let tables;
-                (*summary, tables) = self.shelf().tables(&sealed.sealed())?;
-                tables.iter().copied().collect()
+            SegmentIndex::Sealed(_, sealed) => {
+                let extents = self.shelf().extents(&sealed.sealed())?;
+                (extents.tables.iter().copied().collect(), extents.runs.clone())
             }
         };
-        let runs = index.runs().to_vec();
         drop(index);
         let mut included = Vec::new();
         for entry in entries {
