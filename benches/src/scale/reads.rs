@@ -11,8 +11,7 @@ use cdp_target::journal::GroupView;
 use cdp_target::restore::point::{Content, PointImage};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 const OPENED: usize = 20;
@@ -72,24 +71,36 @@ pub(super) fn blocks(folder: &Path, oldest: u64, newest: u64, of_database: bool,
         })
         .collect();
     let view = view(folder)?;
-    let images = epochs.iter().map(|epoch| Ok(view.image(Epoch(*epoch), &key())?)).collect::<Result<Vec<_>>>()?;
-    drop_page_cache()?;
-    let next = AtomicUsize::new(0);
+    let cold_rate = {
+        let images = images(&view, &epochs)?;
+        drop_page_cache()?;
+        rate(images, &wanted, threads)?
+    };
+    let warm_rate = rate(images(&view, &epochs)?, &wanted, threads)?;
+    let kept_rate = kept(&view.image(Epoch(epochs[0]), &key())?, &wanted[0][..KEPT_BLOCKS])?;
+    Ok(json!({ "cold_rate": cold_rate, "warm_rate": warm_rate, "kept_rate": kept_rate, "peak_bytes": peak_bytes()? }))
+}
+
+fn images(view: &Arc<GroupView>, epochs: &[u64]) -> Result<Vec<PointImage>> {
+    epochs.iter().map(|epoch| Ok(view.image(Epoch(*epoch), &key())?)).collect()
+}
+
+/// Reads what is wanted of each point, a point at a time in each thread; reads a second.
+fn rate(images: Vec<PointImage>, wanted: &[Vec<(u32, u64)>], threads: usize) -> Result<f64> {
+    let next = Mutex::new(images.into_iter().zip(wanted));
     let start = Instant::now();
     let work = || -> Result<()> {
         loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(image) = images.get(at) else { return Ok(()) };
-            wanted[at].iter().try_for_each(|(block, epoch)| read(image, *block, *epoch))?;
+            let taken = next.lock().expect("no reader panics").next();
+            let Some((image, wanted)) = taken else { return Ok(()) };
+            wanted.iter().try_for_each(|(block, epoch)| read(&image, *block, *epoch))?;
         }
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().expect("a reader does not panic"))
     })?;
-    let rate = (READ_POINTS * READS_A_POINT) as f64 / start.elapsed().as_secs_f64();
-    let kept_rate = kept(&images[0], &wanted[0][..KEPT_BLOCKS])?;
-    Ok(json!({ "rate": rate, "kept_rate": kept_rate, "peak_bytes": peak_bytes()? }))
+    Ok((READ_POINTS * READS_A_POINT) as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Reads the same few blocks again and again.
