@@ -115,7 +115,8 @@ impl Scale {
         let second = self.prune_once("a day later")?;
         let of_first = |key: &str| Ok::<_, anyhow::Error>(number(&second, key)? / number(&first, key)?);
         println!(
-            "| a day's share of all: {:.3} of the journal's bytes; it took | {:.3} of the bytes written | | | | {:.3} of the seconds | |",
+            "| a day is {:.3} of the days and {:.3} of the bytes: its prune took | | | | {:.3} of the bytes written | {:.3} of the seconds | |",
+            1.0 / store::DAYS as f64,
             day_bytes / journal_bytes as f64,
             of_first("written_bytes")?,
             of_first("seconds")?

@@ -218,20 +218,24 @@ impl Prune<'_> {
         progress: &mut Progress<'_>,
     ) -> Result<Pruned, PruneError> {
         let bytes_before = sweep::held_bytes(&view)?;
-        let plan = self.plan(&view)?;
+        let mut plan = self.plan(&view)?;
         self.check(&plan)?;
-        if !plan.removed.is_empty() {
+        // They may be half a million, and all that follows goes by the ranges.
+        let removed = std::mem::take(&mut plan.removed);
+        let points = removed.len() as u64;
+        if !removed.is_empty() {
             let (storage, folder) = view.place();
             // A crash before the manifest is changed leaves lines of points that stand yet: the next prune says them again.
-            audit::append(storage.as_ref(), folder, self.wall, &plan.removed)?;
+            audit::append(storage.as_ref(), folder, self.wall, &removed)?;
             view = owner.adopt(&Change::Remove { removed: plan.ranges.clone() })?;
         }
+        drop(removed);
         let base = self.base(&mut view, &plan, owner, step, progress)?;
         let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
         let leased = !sweep::sweep(&view, owner.is_leased()?)?;
         let bytes_after = sweep::held_bytes(&view)?;
         Ok(Pruned {
-            points: plan.removed.len() as u64,
+            points,
             kept: plan.kept(),
             base,
             rewritten_segments: rewritten,
