@@ -10,6 +10,7 @@ mod drain;
 mod first_copy;
 mod machine;
 mod programs;
+mod scale;
 mod tracker;
 
 use anyhow::{Result, bail};
@@ -19,11 +20,21 @@ use std::path::{Path, PathBuf};
 type Benchmark = fn(&Path) -> Result<()>;
 
 /// All there are, in the order they run.
-const BENCHMARKS: [(&str, Benchmark); 4] =
-    [("tracker", tracker::run), ("drain", drain::run), ("cut", cut::run), ("first-copy", first_copy::run)];
+const BENCHMARKS: [(&str, Benchmark); 5] = [
+    ("tracker", tracker::run),
+    ("drain", drain::run),
+    ("cut", cut::run),
+    ("first-copy", first_copy::run),
+    ("scale", scale::run),
+];
 
 fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if let [first, arguments @ ..] = wanted.as_slice()
+        && first == scale::CHILD
+    {
+        return scale::child(arguments);
+    }
     for entry in &wanted {
         if !BENCHMARKS.iter().any(|(name, _)| name == entry) {
             bail!("no benchmark {entry}: there are {}", BENCHMARKS.map(|(name, _)| name).join(", "));

@@ -10,7 +10,6 @@ use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::{Fault, SimStorage};
-use cdp_target::checkpoint;
 use cdp_target::checkpoint::builder::{Builder, end};
 use cdp_target::journal::change::Change;
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
@@ -189,7 +188,7 @@ impl Group {
         let mut named: BTreeSet<_> = manifest.sealed.iter().map(|sealed| sealed.id().path(folder)).collect();
         named.insert(cdp_target::journal::segment::path(folder, manifest.open));
         named.extend(self.beside().packs().iter().map(|pack| pack.id.path(folder)));
-        let images = manifest.checkpoints.iter().map(|made| checkpoint::index::path(folder, made.epoch));
+        let images = manifest.checkpoints.iter().map(|made| made.path(folder));
         named.extend(images);
         let files = ["journal", "packs", "checkpoints"].into_iter().flat_map(|name| {
             let folder = folder.join(name);

@@ -57,6 +57,14 @@ pub fn cpu_time(pid: u32) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 1000 / TICKS_A_SECOND))
 }
 
+/// The most memory that a process had at once, in bytes.
+pub fn peak_memory(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().context("VmHWM")?;
+    Ok(kib * 1024)
+}
+
 /// A child that runs until it is told to end, and whose stderr is kept. Killed when dropped.
 pub struct Daemon {
     child: Child,
@@ -106,6 +114,11 @@ impl Daemon {
     /// Time of processors that the child has used, in itself and in the kernel on its behalf.
     pub fn cpu_time(&self) -> Result<Duration> {
         cpu_time(self.child.id())
+    }
+
+    /// The most memory that the child had at once, in bytes.
+    pub fn peak_memory(&self) -> Result<u64> {
+        peak_memory(self.child.id())
     }
 
     /// Whether the child still runs.

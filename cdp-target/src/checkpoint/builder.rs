@@ -116,7 +116,8 @@ impl Builder<'_> {
         let packs = packs(folder);
         storage.sync_dir(&packs).map_err(JournalError::io("sync folder", &packs))?;
         let copy = index::encode(self.view.identity().group, commit, records);
-        let path = index::path(folder, commit.head.epoch);
+        let index_hash = *blake3::hash(&copy).as_bytes();
+        let path = index::path(folder, commit.head.epoch, &index_hash);
         // A crash leaves the packs without an index, or with it: nothing names either.
         replace(storage.as_ref(), &path, &[copy.as_slice(), &copy].concat()).map_err(JournalError::io("write", &path))?;
         let lost = records.iter().zip(places(commit)).filter(|(record, _)| record.lost);
@@ -125,7 +126,7 @@ impl Builder<'_> {
             epoch: commit.head.epoch,
             made: self.now,
             index_len: copy.len() as u64,
-            index_hash: *blake3::hash(&copy).as_bytes(),
+            index_hash,
             held_bytes: records.iter().map(SliceRecord::held_bytes).sum(),
             needed_bytes: records.iter().map(|record| record.needed_bytes).sum(),
             lost_blocks,
@@ -134,8 +135,8 @@ impl Builder<'_> {
 
     fn lost_blocks(&self, record: &SliceRecord) -> Result<u64, JournalError> {
         let SliceContent::Pack { sealed, .. } = record.content else { return Ok(0) };
-        let (_, tables) = self.view.shelf().tables(&sealed)?;
-        let lost = tables.iter().filter(|entry| entry.kind == EntryKind::Lost);
+        let extents = self.view.shelf().extents(&sealed)?;
+        let lost = extents.tables.iter().filter(|entry| entry.kind == EntryKind::Lost);
         Ok(lost.map(|entry| u64::from(entry.extent.count)).sum())
     }
 
@@ -158,9 +159,11 @@ impl Builder<'_> {
 
     /// The record of a slice that is shared, where it can be.
     fn shared(&self, before: &Before, volume: &Volume, slice: u32) -> Option<SliceRecord> {
-        let touched = before.touched.as_ref()?;
-        if touched.get(&volume.slot.0).is_some_and(|slices| slices.contains(slice)) {
-            return None;
+        if !before.is_same {
+            let touched = before.touched.as_ref()?;
+            if touched.get(&volume.slot.0).is_some_and(|slices| slices.contains(slice)) {
+                return None;
+            }
         }
         let record = before.image.record(volume.slot, slice).ok().flatten()?;
         // What was lost may have been healed, and what was taken over whole can be sealed anew once there is a key.
@@ -265,8 +268,8 @@ impl Builder<'_> {
         if !self.is_read(&sealed) {
             return Ok(None);
         }
-        let (_, tables) = self.view.shelf().tables(&sealed)?;
-        let has = |kind| tables.iter().any(|entry| entry.kind == kind);
+        let extents = self.view.shelf().extents(&sealed)?;
+        let has = |kind| extents.tables.iter().any(|entry| entry.kind == kind);
         let (unreadable, lost) = (has(EntryKind::Unreadable), has(EntryKind::Lost));
         let content = SliceContent::Pack { sealed, repacked: true };
         Ok(Some(SliceRecord { content, unreadable, lost, needed_bytes: len }))

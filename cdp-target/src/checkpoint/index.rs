@@ -100,10 +100,20 @@ pub struct ImageIndex {
     file: Box<dyn StorageFile>,
 }
 
-/// Where the image index of point `epoch` of the group in `folder` is.
+/// Where the image index of a checkpoint of the group in `folder` is: one that is made anew does not take the name of one that the
+/// manifest still has.
 #[must_use]
-pub fn path(folder: &Path, epoch: Epoch) -> PathBuf {
-    checkpoints(folder).join(format!("{:016x}.image", epoch.0))
+pub fn path(folder: &Path, epoch: Epoch, index_hash: &[u8; 32]) -> PathBuf {
+    let hash = u64::from_be_bytes(*index_hash.first_chunk().expect("32 bytes"));
+    checkpoints(folder).join(format!("{:016x}-{hash:016x}.image", epoch.0))
+}
+
+impl Checkpoint {
+    /// Where its image index is.
+    #[must_use]
+    pub fn path(&self, folder: &Path) -> PathBuf {
+        path(folder, self.epoch, &self.index_hash)
+    }
 }
 
 /// Slices of a volume.
@@ -197,7 +207,7 @@ impl ImageIndex {
         group: GroupId,
         checkpoint: &Checkpoint,
     ) -> Result<Option<Self>, JournalError> {
-        let path = path(folder, checkpoint.epoch);
+        let path = checkpoint.path(folder);
         let file = match storage.open(&path) {
             Err(error) if crate::journal::is_no_file(&error) => return Ok(None),
             opened => opened.map_err(JournalError::io("open", &path))?,
@@ -257,7 +267,7 @@ impl ImageIndex {
 /// # Errors
 /// Where the storage fails.
 pub fn copies(storage: &dyn Storage, folder: &Path, checkpoint: &Checkpoint) -> Result<usize, JournalError> {
-    let path = path(folder, checkpoint.epoch);
+    let path = checkpoint.path(folder);
     let file = match storage.open(&path) {
         Err(error) if crate::journal::is_no_file(&error) => return Ok(0),
         opened => opened.map_err(JournalError::io("open", &path))?,

@@ -1,6 +1,7 @@
 //! The checkpoints as a view shows them: their packs, what is wrong with them, and who needs it.
 
 use super::file::{FileId, SLICE_BLOCKS, Sealed, SliceId};
+use super::index::Entry;
 use super::manifest::{Checkpoint, SealedSegment};
 use super::view::{GroupView, Reach, SegmentIndex, WalkedSegment};
 use super::walk::Visit;
@@ -77,7 +78,9 @@ impl GroupView {
             }
             match &index {
                 SegmentIndex::Open(open, _) => {
-                    open.iter().for_each(|entry| add(entry.slot.0, entry.extent.start.0, (entry.extent.end() - 1) as u32));
+                    let is_newer = |entry: &&Entry| open.runs.get(entry.run as usize).is_none_or(|run| run.epoch > base);
+                    let newer = open.iter().filter(is_newer);
+                    newer.for_each(|entry| add(entry.slot.0, entry.extent.start.0, (entry.extent.end() - 1) as u32));
                 }
                 SegmentIndex::Sealed(summary, _) => {
                     for (slot, blocks) in &summary.bitmaps {
@@ -165,9 +168,9 @@ impl GroupView {
         let first = slice.slice.saturating_mul(SLICE_BLOCKS);
         all.insert_range(first..=first.saturating_add(SLICE_BLOCKS - 1));
         let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
-        let tables = pack.and_then(|pack| self.shelf().tables(&pack).ok());
-        let Some((_, tables)) = tables.filter(|_| !damage.any_block) else { return all };
-        let mut entries: Vec<_> = tables.iter().filter(|entry| entry.slot == slice.slot).collect();
+        let extents = pack.and_then(|pack| self.shelf().extents(&pack).ok());
+        let Some(extents) = extents.filter(|_| !damage.any_block) else { return all };
+        let mut entries: Vec<_> = extents.tables.iter().filter(|entry| entry.slot == slice.slot).collect();
         entries.sort_unstable_by_key(|entry| entry.frame_offset);
         let mut lost = RoaringBitmap::new();
         for entry in entries {
@@ -194,8 +197,8 @@ impl GroupView {
             }
             Some(slice) => {
                 let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
-                if let Some((_, tables)) = pack.and_then(|pack| self.shelf().tables(&pack).ok()) {
-                    tables.iter().filter(|entry| at(entry.frame_offset)).for_each(|entry| add(entry.slot, entry.extent));
+                if let Some(extents) = pack.and_then(|pack| self.shelf().extents(&pack).ok()) {
+                    extents.tables.iter().filter(|entry| at(entry.frame_offset)).for_each(|entry| add(entry.slot, entry.extent));
                 }
             }
         }
@@ -206,7 +209,10 @@ impl GroupView {
     pub(crate) fn name_of(&self, damage: &Damage) -> String {
         let folder = std::path::Path::new("");
         let path = match damage.slice {
-            Some(SliceId { slice: u32::MAX, epoch, .. }) => checkpoint::index::path(folder, epoch),
+            Some(SliceId { slice: u32::MAX, epoch, .. }) => {
+                let base = self.manifest().checkpoints.iter().find(|base| base.epoch == epoch);
+                base.map_or_else(|| super::file::checkpoints(folder), |base| base.path(folder))
+            }
             Some(slice) => FileId::Slice(slice).path(folder),
             None => self.file_id(damage.segment).path(folder),
         };

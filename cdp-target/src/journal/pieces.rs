@@ -8,7 +8,7 @@
 use super::JournalError;
 use super::file::{FileId, SLICE_BLOCKS};
 use super::index::{CommitEntry, Entry, EntryKind, Lost, Run, RunEnd};
-use super::manifest::Checkpoint;
+use super::manifest::{Checkpoint, SealedSegment};
 use super::view::{GroupView, SegmentIndex};
 use crate::checkpoint::index::SliceContent;
 use cdp_protocol::units::{Block, Epoch, Extent, VolumeSlot};
@@ -190,7 +190,7 @@ impl GroupView {
         if !is_floor && self.shelf().caches.is_bad(slice) {
             return Ok(Some(format!("the {slice} is damaged")));
         }
-        let (summary, tables) = match self.shelf().tables(sealed) {
+        let extents = match self.shelf().extents(sealed) {
             Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => {
                 if matches!(error, JournalError::Io { .. }) {
                     self.shelf().caches.note_failed_read();
@@ -199,14 +199,14 @@ impl GroupView {
             }
             other => other?,
         };
-        if let Some(lost) = summary.lost.first() {
+        if let Some(lost) = extents.lost.first() {
             return Ok(Some(format!("the {slice} is damaged at offset {}", lost.offset)));
         }
         let mut entries = Vec::new();
-        tables.candidates(slot, extent, &mut entries);
+        extents.tables.candidates(slot, extent, &mut entries);
         entries.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.frame_offset));
         for entry in entries {
-            let Some(run) = summary.runs.get(entry.run as usize) else {
+            let Some(run) = extents.runs.get(entry.run as usize) else {
                 return Ok(Some(format!("the index of the {slice} names a run that is not there")));
             };
             canvas.paint_within(extent, sealed.id, &entry, *run);
@@ -216,48 +216,43 @@ impl GroupView {
         Ok(None)
     }
 
-    /// What of a segment may hold blocks of `extent`, the last written first.
+    /// What of a segment may hold blocks of `extent`, the last written first. Most segments hold none of a few blocks: of those
+    /// nothing else is looked at.
     fn layers(&self, number: u64, wanted: &Wanted<'_>) -> Result<Vec<Layer>, JournalError> {
-        let Wanted { commit, slot, extent, base } = *wanted;
-        // The end of a run may be told by a later segment: the lock of the open one must not be held while that is looked up.
-        let mut index = self.index(number)?;
         let mut entries = Vec::new();
-        match &mut index {
-            SegmentIndex::Open(open, limit) => {
-                open.candidates(slot, extent, &mut entries);
+        let Some(sealed) = self.sealed_segment(number).map(SealedSegment::sealed) else {
+            // The end of a run may be told by a later segment: the lock of the open one must not be held while that is looked up.
+            let index = self.index(number)?;
+            if let SegmentIndex::Open(open, limit) = &index {
+                open.candidates(wanted.slot, wanted.extent, &mut entries);
                 entries.retain(|entry| entry.frame_offset < *limit);
             }
-            SegmentIndex::Sealed(summary, sealed) if summary.touches(slot, extent) => {
-                let tables;
-                (*summary, tables) = self.shelf().tables(&sealed.sealed())?;
-                tables.candidates(slot, extent, &mut entries);
-            }
-            SegmentIndex::Sealed(..) => {}
-        }
-        let runs = index.runs();
-        let run_of = |at: u32| {
-            let run = runs.get(at as usize).copied();
-            let run = run.ok_or_else(|| JournalError::Damaged(format!("an entry of segment {number} has no run")))?;
-            Ok::<_, JournalError>((at, run, at as usize + 1 == runs.len()))
+            let within = self.within(number, wanted, index.commits());
+            return to_layers(number, &entries, index.runs(), index.lost(), within);
         };
-        let mut layers = Vec::with_capacity(entries.len());
-        for entry in entries {
-            layers.push(Layer { offset: entry.frame_offset, entry: Some(entry), run: Some(run_of(entry.run)?) });
+        if !self.shelf().touched(&sealed)?.may_hold(wanted.slot, wanted.extent) {
+            return Ok(Vec::new());
         }
+        let extents = self.shelf().extents(&sealed)?;
+        extents.tables.candidates(wanted.slot, wanted.extent, &mut entries);
+        let within = if extents.lost.is_empty() {
+            (None, None)
+        } else {
+            self.within(number, wanted, self.index(number)?.commits())
+        };
+        to_layers(number, &entries, &extents.runs, &extents.lost, within)
+    }
+
+    /// Where in a segment the checkpoint and the point are, if they are there: behind the point nothing is asked for, and what was
+    /// lost before the checkpoint is the checkpoint's business.
+    fn within(&self, number: u64, wanted: &Wanted<'_>, commits: &[CommitEntry]) -> (Option<u64>, Option<u64>) {
         let offset_of = |epoch: Epoch| {
             // By the manifest: a file that stands in another's place may have the commit too.
             let here = self.segment_of(epoch).unwrap_or(self.manifest().open) == number;
-            let commit = index.commits().iter().find(|commit| here && commit.head.epoch == epoch);
-            commit.map(|commit| commit.offset)
+            let at = commits.binary_search_by_key(&epoch, |commit| commit.head.epoch).ok().filter(|_| here);
+            at.map(|at| commits[at].offset)
         };
-        // Behind the point nothing is asked for, and what was lost before the checkpoint is the checkpoint's business.
-        let (to, from) = (offset_of(commit.head.epoch), base.and_then(offset_of));
-        let is_between = |lost: &&Lost| to.is_none_or(|to| lost.offset < to) && from.is_none_or(|from| from < lost.offset);
-        for lost in index.lost().iter().filter(is_between) {
-            layers.push(Layer { offset: lost.offset, entry: None, run: lost.run.map(run_of).transpose()? });
-        }
-        layers.sort_unstable_by_key(|layer| std::cmp::Reverse(layer.offset));
-        Ok(layers)
+        (wanted.base.and_then(offset_of), offset_of(wanted.commit.head.epoch))
     }
 
     /// Whether the frames of a run are part of point `at`.
@@ -292,6 +287,31 @@ impl GroupView {
         }
         Ok(false)
     }
+}
+
+/// The entries and the damage of a segment between two places, the last written first.
+fn to_layers(
+    number: u64,
+    entries: &[Entry],
+    runs: &[Run],
+    lost: &[Lost],
+    (from, to): (Option<u64>, Option<u64>),
+) -> Result<Vec<Layer>, JournalError> {
+    let run_of = |at: u32| {
+        let run = runs.get(at as usize).copied();
+        let run = run.ok_or_else(|| JournalError::Damaged(format!("an entry of segment {number} has no run")))?;
+        Ok::<_, JournalError>((at, run, at as usize + 1 == runs.len()))
+    };
+    let mut layers = Vec::with_capacity(entries.len());
+    for entry in entries {
+        layers.push(Layer { offset: entry.frame_offset, entry: Some(*entry), run: Some(run_of(entry.run)?) });
+    }
+    let is_between = |lost: &&Lost| to.is_none_or(|to| lost.offset < to) && from.is_none_or(|from| from < lost.offset);
+    for lost in lost.iter().filter(is_between) {
+        layers.push(Layer { offset: lost.offset, entry: None, run: lost.run.map(run_of).transpose()? });
+    }
+    layers.sort_unstable_by_key(|layer| std::cmp::Reverse(layer.offset));
+    Ok(layers)
 }
 
 /// Blocks that are given a place from the newest frame to the oldest: what has one keeps it.

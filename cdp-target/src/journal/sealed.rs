@@ -4,7 +4,7 @@
 //! whole, whichever part of it is damaged: what was lost among the frames is told by the other part.
 
 use super::file::{FileId, Sealed, SliceId};
-use super::index::{OpenIndex, Summary, Tables};
+use super::index::{Lost, OpenIndex, Run, Summary, Tables};
 use super::listing::Tally;
 use super::manifest::PointRange;
 use super::pack::walk_pack;
@@ -13,16 +13,19 @@ use super::segment::{FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
 use crate::checkpoint::index::ImageIndex;
-use cdp_protocol::units::{Epoch, GroupId};
+use cdp_protocol::units::{Epoch, Extent, GroupId, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
-use std::collections::{HashMap, HashSet};
+use roaring::RoaringBitmap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Memory for summaries and for extent tables, each, in bytes.
+/// Memory for summaries, and for which blocks a segment touches, each, in bytes.
 const CACHE_BYTES_MAX: usize = 32 << 20;
+/// Memory for extents, in bytes: those of a month of small points take 90 MB.
+const EXTENTS_BYTES_MAX: usize = 64 << 20;
 /// Files kept open.
 const FILES_MAX: usize = 64;
 /// Image indexes kept open.
@@ -40,11 +43,59 @@ impl From<io::Error> for IndexError {
     }
 }
 
+/// What tells that a block is not in a sealed file. Every read asks every segment above its checkpoint, so it is kept apart from
+/// the points, which take a hundred times as much.
+pub(crate) struct Touched {
+    bitmaps: BTreeMap<u16, RoaringBitmap>,
+    has_lost: bool,
+}
+
+impl Touched {
+    fn of(mut bitmaps: BTreeMap<u16, RoaringBitmap>, lost: &[Lost]) -> Self {
+        for bitmap in bitmaps.values_mut() {
+            // The holes of a first copy are few runs of very many blocks.
+            bitmap.optimize();
+        }
+        Self { bitmaps, has_lost: !lost.is_empty() }
+    }
+
+    /// Whether any frame, or a damage, may hold blocks of `extent` of a volume.
+    pub(crate) fn may_hold(&self, slot: VolumeSlot, extent: Extent) -> bool {
+        let blocks = extent.start.0..=(extent.end() - 1) as u32;
+        self.has_lost || self.bitmaps.get(&slot.0).is_some_and(|bitmap| bitmap.range_cardinality(blocks) > 0)
+    }
+
+    fn bytes(&self) -> usize {
+        self.bitmaps.values().map(RoaringBitmap::serialized_size).sum()
+    }
+}
+
+/// The extents of a sealed file, the attempts they are of, and the damage that hides any.
+pub(crate) struct Extents {
+    pub(crate) tables: Tables,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) lost: Vec<Lost>,
+}
+
+impl Extents {
+    fn bytes(&self) -> usize {
+        self.tables.bytes() + self.runs.len() * size_of::<Run>() + self.lost.len() * size_of::<Lost>()
+    }
+}
+
+/// The index of a file in the parts that readers hold.
+struct Parts {
+    summary: Arc<Summary>,
+    touched: Arc<Touched>,
+    extents: Arc<Extents>,
+}
+
 /// What readers of one group share.
 #[derive(Default)]
 pub(crate) struct Caches {
     summaries: Mutex<Cache<Summary>>,
-    tables: Mutex<Cache<Tables>>,
+    touched: Mutex<Cache<Touched>>,
+    extents: Mutex<Cache<Extents>>,
     files: Mutex<Cache<Box<dyn StorageFile>>>,
     /// Files whose index does not verify, in some part: nothing of it is believed.
     distrusted: Mutex<HashSet<FileId>>,
@@ -52,8 +103,8 @@ pub(crate) struct Caches {
     tallies: Mutex<HashMap<FileId, Tally>>,
     /// Bytes of the parts of a point, by its epoch, where it has any: the first copy, and long outages.
     part_bytes: Mutex<HashMap<Epoch, u64>>,
-    /// Image indexes, open.
-    images: Mutex<HashMap<Epoch, Arc<ImageIndex>>>,
+    /// Image indexes, open, by their hash.
+    images: Mutex<HashMap<[u8; 32], Arc<ImageIndex>>>,
     /// Packs in which a frame was met that is not what was written: read past where anything else has the content.
     bad_slices: Mutex<HashSet<SliceId>>,
     /// How often the storage failed a read that was then told as damage: it may succeed another time.
@@ -69,16 +120,16 @@ impl Caches {
         locked(&self.part_bytes).get(&epoch).copied()
     }
 
-    pub(super) fn image(&self, epoch: Epoch) -> Option<Arc<ImageIndex>> {
-        locked(&self.images).get(&epoch).map(Arc::clone)
+    pub(super) fn image(&self, hash: &[u8; 32]) -> Option<Arc<ImageIndex>> {
+        locked(&self.images).get(hash).map(Arc::clone)
     }
 
-    pub(super) fn keep_image(&self, epoch: Epoch, image: &Arc<ImageIndex>) {
+    pub(super) fn keep_image(&self, hash: [u8; 32], image: &Arc<ImageIndex>) {
         let mut images = locked(&self.images);
         if images.len() >= IMAGES_MAX {
             images.clear();
         }
-        images.insert(epoch, Arc::clone(image));
+        images.insert(hash, Arc::clone(image));
     }
 
     pub(crate) fn is_bad(&self, slice: SliceId) -> bool {
@@ -92,7 +143,8 @@ impl Caches {
     /// A file of this name is written anew: nothing that was read of the one before is good for it.
     pub(crate) fn forget(&self, file: FileId) {
         locked(&self.summaries).remove(file);
-        locked(&self.tables).remove(file);
+        locked(&self.touched).remove(file);
+        locked(&self.extents).remove(file);
         locked(&self.files).remove(file);
         locked(&self.distrusted).remove(&file);
     }
@@ -241,27 +293,38 @@ impl Shelf<'_> {
                 locked(&self.caches.summaries).keep(sealed.id, &summary, summary.bytes(), CACHE_BYTES_MAX);
                 Ok(summary)
             }
-            None => Ok(self.make_anew(sealed)?.0),
+            None => Ok(self.make_anew(sealed)?.summary),
         }
     }
 
-    /// The extents, with the summary that they belong to.
-    pub(crate) fn tables(&self, sealed: &Sealed) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
-        let summary = self.summary(sealed)?;
-        let was_trusted = !self.is_distrusted(sealed.id);
-        let kept = locked(&self.caches.tables).find(sealed.id);
-        let tables = match kept {
-            Some(tables) => tables,
-            None => match self.load(sealed, load_tables)? {
-                Some(tables) => {
-                    let tables = Arc::new(tables);
-                    locked(&self.caches.tables).keep(sealed.id, &tables, tables.bytes(), CACHE_BYTES_MAX);
-                    tables
-                }
-                None => return self.make_anew(sealed),
-            },
-        };
-        if was_trusted && self.is_distrusted(sealed.id) { self.make_anew(sealed) } else { Ok((summary, tables)) }
+    /// Which blocks it touches.
+    pub(crate) fn touched(&self, sealed: &Sealed) -> Result<Arc<Touched>, JournalError> {
+        if let Some(touched) = locked(&self.caches.touched).find(sealed.id) {
+            return Ok(touched);
+        }
+        match self.load(sealed, load_touched)? {
+            Some(touched) => {
+                let touched = Arc::new(touched);
+                locked(&self.caches.touched).keep(sealed.id, &touched, touched.bytes(), CACHE_BYTES_MAX);
+                Ok(touched)
+            }
+            None => Ok(self.make_anew(sealed)?.touched),
+        }
+    }
+
+    /// The extents, and what belongs to them.
+    pub(crate) fn extents(&self, sealed: &Sealed) -> Result<Arc<Extents>, JournalError> {
+        if let Some(extents) = locked(&self.caches.extents).find(sealed.id) {
+            return Ok(extents);
+        }
+        match self.load(sealed, load_extents)? {
+            Some(extents) => {
+                let extents = Arc::new(extents);
+                locked(&self.caches.extents).keep(sealed.id, &extents, extents.bytes(), EXTENTS_BYTES_MAX);
+                Ok(extents)
+            }
+            None => Ok(self.make_anew(sealed)?.extents),
+        }
     }
 
     /// A part of the index from the file; `None` where the index does not verify, now or before.
@@ -284,18 +347,22 @@ impl Shelf<'_> {
         locked(&self.caches.distrusted).contains(&file)
     }
 
-    /// Both parts of an index that does not verify, from the frames.
-    fn make_anew(&self, sealed: &Sealed) -> Result<(Arc<Summary>, Arc<Tables>), JournalError> {
+    /// All of an index that does not verify, from the frames; what was believed of it before gives way.
+    fn make_anew(&self, sealed: &Sealed) -> Result<Parts, JournalError> {
         let (summary, tables) = self.walk(sealed, &mut Blind)?.index.into_sealed();
-        let (summary, tables) = (Arc::new(summary), Arc::new(tables));
+        let touched = Arc::new(Touched::of(summary.bitmaps.clone(), &summary.lost));
+        let extents = Arc::new(Extents { tables, runs: summary.runs.clone(), lost: summary.lost.clone() });
+        let parts = Parts { summary: Arc::new(summary), touched, extents };
         if self.is_missing(sealed.id) {
             // It may be put back.
-            return Ok((summary, tables));
+            return Ok(parts);
         }
+        let Parts { summary, touched, extents } = &parts;
         locked(&self.caches.distrusted).insert(sealed.id);
-        locked(&self.caches.summaries).keep(sealed.id, &summary, summary.bytes(), CACHE_BYTES_MAX);
-        locked(&self.caches.tables).keep(sealed.id, &tables, tables.bytes(), CACHE_BYTES_MAX);
-        Ok((summary, tables))
+        locked(&self.caches.summaries).keep(sealed.id, summary, summary.bytes(), CACHE_BYTES_MAX);
+        locked(&self.caches.touched).keep(sealed.id, touched, touched.bytes(), CACHE_BYTES_MAX);
+        locked(&self.caches.extents).keep(sealed.id, extents, extents.bytes(), EXTENTS_BYTES_MAX);
+        Ok(parts)
     }
 
     /// Walks a sealed file frame by frame.
@@ -345,7 +412,7 @@ impl Shelf<'_> {
         let file = self.file(sealed.id)?;
         let file = file.as_ref().as_ref();
         let loaded =
-            check_magic(file, sealed).and_then(|()| load_summary(file, sealed)).and_then(|_| load_tables(file, sealed));
+            check_magic(file, sealed).and_then(|()| load_summary(file, sealed)).and_then(|_| load_extents(file, sealed));
         match loaded {
             Ok(_) => Ok(true),
             Err(IndexError::Damaged) => Ok(false),
@@ -398,11 +465,22 @@ fn load_summary(file: &dyn StorageFile, sealed: &Sealed) -> Result<Summary, Inde
     Summary::decode(&runs, &commits, &lost, &bitmaps).map_err(|_| IndexError::Damaged)
 }
 
-fn load_tables(file: &dyn StorageFile, sealed: &Sealed) -> Result<Tables, IndexError> {
+fn load_touched(file: &dyn StorageFile, sealed: &Sealed) -> Result<Touched, IndexError> {
     let footer = load_footer(file, sealed)?;
-    let content = load_section(file, &footer, Section::Content)?;
-    let bare = load_section(file, &footer, Section::Bare)?;
-    Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)
+    let load = |section| load_section(file, &footer, section);
+    let (lost, bitmaps) = (load(Section::Lost)?, load(Section::Bitmaps)?);
+    let part = Summary::decode(&[], &[], &lost, &bitmaps).map_err(|_| IndexError::Damaged)?;
+    Ok(Touched::of(part.bitmaps, &part.lost))
+}
+
+fn load_extents(file: &dyn StorageFile, sealed: &Sealed) -> Result<Extents, IndexError> {
+    let footer = load_footer(file, sealed)?;
+    let load = |section| load_section(file, &footer, section);
+    let (runs, lost) = (load(Section::Runs)?, load(Section::Lost)?);
+    let part = Summary::decode(&runs, &[], &lost, &[]).map_err(|_| IndexError::Damaged)?;
+    let (content, bare) = (load(Section::Content)?, load(Section::Bare)?);
+    let tables = Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)?;
+    Ok(Extents { tables, runs: part.runs, lost: part.lost })
 }
 
 #[cfg(test)]

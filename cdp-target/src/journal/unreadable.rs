@@ -89,10 +89,10 @@ impl GroupView {
         for (slot, slice, record) in image.records().flatten() {
             let Some(record) = record.filter(|record| record.unreadable) else { continue };
             let SliceContent::Pack { sealed, .. } = record.content else { continue };
-            let Ok((_, tables)) = self.shelf().tables(&sealed) else { continue };
+            let Ok(extents) = self.shelf().extents(&sealed) else { continue };
             // A frame that was taken over whole has blocks of other slices too, and a later one may have written over it.
             let (first, last) = (slice * SLICE_BLOCKS, slice * SLICE_BLOCKS + (SLICE_BLOCKS - 1));
-            let mut entries: Vec<_> = tables.iter().filter(|entry| entry.slot == slot).collect();
+            let mut entries: Vec<_> = extents.tables.iter().filter(|entry| entry.slot == slot).collect();
             entries.sort_unstable_by_key(|entry| entry.frame_offset);
             for entry in entries {
                 let blocks = entry.extent.start.0.max(first)..=((entry.extent.end() - 1) as u32).min(last);

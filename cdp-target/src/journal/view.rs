@@ -333,12 +333,12 @@ impl GroupView {
     /// The index of a checkpoint; `None` where it is missing, damaged or of a point that is not here.
     pub(crate) fn image_index(&self, checkpoint: &Checkpoint) -> Result<Option<Arc<ImageIndex>>, JournalError> {
         let Shelf { storage, folder, group, caches } = self.shelf();
-        if let Some(image) = caches.image(checkpoint.epoch) {
+        if let Some(image) = caches.image(&checkpoint.index_hash) {
             return Ok(Some(image));
         }
         let image = ImageIndex::open(storage, folder, group, checkpoint)?;
         let image = image.filter(|image| !self.is_of_another(image)).map(Arc::new);
-        image.iter().for_each(|image| caches.keep_image(checkpoint.epoch, image));
+        image.iter().for_each(|image| caches.keep_image(checkpoint.index_hash, image));
         Ok(image)
     }
 
@@ -455,18 +455,16 @@ impl GroupView {
 
     /// All included extents of `segment`, with their epochs.
     pub(crate) fn included(&self, segment: u64) -> Result<Vec<(Epoch, Entry)>, JournalError> {
-        let mut index = self.index(segment)?;
-        let entries: Vec<Entry> = match &mut index {
+        let index = self.index(segment)?;
+        let (entries, runs): (Vec<Entry>, Vec<Run>) = match &index {
             SegmentIndex::Open(open, limit) => {
-                open.iter().filter(|entry| entry.frame_offset < *limit).copied().collect()
+                (open.iter().filter(|entry| entry.frame_offset < *limit).copied().collect(), open.runs.clone())
             }
-            SegmentIndex::Sealed(summary, sealed) => {
-                let tables;
-                (*summary, tables) = self.shelf().tables(&sealed.sealed())?;
-                tables.iter().copied().collect()
+            SegmentIndex::Sealed(_, sealed) => {
+                let extents = self.shelf().extents(&sealed.sealed())?;
+                (extents.tables.iter().copied().collect(), extents.runs.clone())
             }
         };
-        let runs = index.runs().to_vec();
         drop(index);
         let mut included = Vec::new();
         for entry in entries {

@@ -6,11 +6,14 @@ use super::Removed;
 use crate::journal::JournalError;
 use crate::points::Instant;
 use cdp_protocol::units::Timestamp;
-use cdp_seams::storage::Storage;
+use cdp_seams::storage::{Storage, StorageFile};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
+
+/// Bounds what is held of their text, about 150 bytes each.
+const LINES_AT_ONCE: usize = 4096;
 
 pub(super) fn append(
     storage: &dyn Storage,
@@ -19,15 +22,6 @@ pub(super) fn append(
     removed: &[Removed],
 ) -> Result<(), JournalError> {
     let path = folder.join("audit.log");
-    let time = |time: Timestamp| Instant(time).to_string();
-    let mut lines = String::new();
-    for point in removed {
-        let Removed { epoch, time: of, received, reason } = point;
-        let line = json!({
-            "at": time(at), "removed": epoch, "time": of, "received": received, "reason": reason
-        });
-        writeln!(lines, "{line}").expect("text takes anything");
-    }
     let (file, is_new) = match storage.open_write(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             (storage.create_new(&path).map_err(JournalError::io("create", &path))?, true)
@@ -35,18 +29,40 @@ pub(super) fn append(
         opened => (opened.map_err(JournalError::io("open", &path))?, false),
     };
     // A crash leaves any part of the lines behind those that were there: one that is cut off is ended here.
-    let written = file.len().and_then(|end| {
-        let mut last = [b'\n'];
-        file.read_at(&mut last, end.saturating_sub(1))?;
-        if last != [b'\n'] {
-            lines.insert(0, '\n');
-        }
-        file.write_at(lines.as_bytes(), end)?;
-        file.sync()
-    });
+    let written = write_lines(file.as_ref(), at, removed).and_then(|()| file.sync());
     written.map_err(JournalError::io("append to", &path))?;
     if is_new {
         storage.sync_dir(folder).map_err(JournalError::io("sync folder", folder))?;
     }
     Ok(())
+}
+
+/// Some lines at a time: they may be half a million.
+fn write_lines(file: &dyn StorageFile, at: Timestamp, removed: &[Removed]) -> io::Result<()> {
+    let time = |time: Timestamp| Instant(time).to_string();
+    let mut end = file.len()?;
+    for removed in removed.chunks(LINES_AT_ONCE) {
+        let mut lines = String::new();
+        if !ends_with_a_line(file, end)? {
+            lines.push('\n');
+        }
+        for point in removed {
+            let Removed { epoch, time: of, received, reason } = point;
+            let line = json!({
+                "at": time(at), "removed": epoch, "time": of, "received": received, "reason": reason
+            });
+            writeln!(lines, "{line}").expect("text takes anything");
+        }
+        file.write_at(lines.as_bytes(), end)?;
+        end += lines.len() as u64;
+    }
+    Ok(())
+}
+
+fn ends_with_a_line(file: &dyn StorageFile, end: u64) -> io::Result<bool> {
+    let mut last = [b'\n'];
+    if end > 0 {
+        file.read_at(&mut last, end - 1)?;
+    }
+    Ok(last == [b'\n'])
 }

@@ -218,14 +218,18 @@ impl Prune<'_> {
         progress: &mut Progress<'_>,
     ) -> Result<Pruned, PruneError> {
         let bytes_before = sweep::held_bytes(&view)?;
-        let plan = self.plan(&view)?;
+        let mut plan = self.plan(&view)?;
         self.check(&plan)?;
-        if !plan.removed.is_empty() {
+        // They may be half a million, and all that follows goes by the ranges.
+        let removed = std::mem::take(&mut plan.removed);
+        let points = removed.len() as u64;
+        if !removed.is_empty() {
             let (storage, folder) = view.place();
             // A crash before the manifest is changed leaves lines of points that stand yet: the next prune says them again.
-            audit::append(storage.as_ref(), folder, self.wall, &plan.removed)?;
+            audit::append(storage.as_ref(), folder, self.wall, &removed)?;
             view = owner.adopt(&Change::Remove { removed: plan.ranges.clone() })?;
         }
+        drop(removed);
         let base = self.base(&mut view, &plan, owner, step, progress)?;
         let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
         // What the journal is shorter by may make another short cut needless.
@@ -236,7 +240,7 @@ impl Prune<'_> {
         let leased = !sweep::sweep(&view, owner.is_leased()?)?;
         let bytes_after = sweep::held_bytes(&view)?;
         Ok(Pruned {
-            points: plan.removed.len() as u64,
+            points,
             kept: plan.kept(),
             base,
             rewritten_segments: rewritten,
@@ -346,7 +350,7 @@ fn prove(view: &GroupView, base: Epoch, step: &mut Step<'_>) -> Result<(), Journ
     }
     let image = view.image_index(&checkpoint)?.ok_or_else(|| damaged("its image index is gone".to_owned()))?;
     for record in image.records() {
-        let (_, _, record) = record.map_err(JournalError::io("read", &index::path(folder, base)))?;
+        let (_, _, record) = record.map_err(JournalError::io("read", &checkpoint.path(folder)))?;
         let record = record.ok_or_else(|| damaged("a record of its image index is damaged".to_owned()))?;
         let SliceContent::Pack { sealed, .. } = record.content else { continue };
         let walked = view.walk_file(&sealed, &mut Blind)?;

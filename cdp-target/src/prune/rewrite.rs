@@ -20,7 +20,7 @@ use crate::journal::{Damage, GroupView, JournalError, extents, synced_frame};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
-use cdp_protocol::units::{AttemptId, Epoch, VolumeSlot};
+use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, VolumeSlot};
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -31,6 +31,9 @@ const WASTE_MAX: f64 = 1.05;
 const CHUNK_BYTES_MAX: u64 = 1 << 30;
 /// A segment below this share of a full one is joined with its neighbours.
 const SMALL_SHARE: u64 = 4;
+
+/// Blocks sealed before they are written: bounds what is held in memory.
+const PART_BLOCKS: u32 = 2048;
 
 type Blocks = BTreeMap<u16, RoaringBitmap>;
 
@@ -322,6 +325,15 @@ fn write(
     output.finish()
 }
 
+/// An extent in parts of at most `PART_BLOCKS`: a first copy is one extent, however large the volume.
+fn parts(extent: Extent) -> impl Iterator<Item = Extent> {
+    let starts = (u64::from(extent.start.0)..extent.end()).step_by(PART_BLOCKS as usize);
+    starts.map(move |start| {
+        let count = (extent.end() - start).min(u64::from(PART_BLOCKS)) as u32;
+        Extent { start: Block(start as u32), count }
+    })
+}
+
 /// The files that take a chunk's place.
 struct Output<'a> {
     prune: &'a Prune<'a>,
@@ -374,7 +386,7 @@ impl<'a> Output<'a> {
         let mut repack = Repack::new(self.view, keys, self.prune.random, commit.head.epoch, commit.generation);
         let mut frames = Vec::new();
         for (slot, blocks) in section {
-            for extent in extents(blocks) {
+            for extent in extents(blocks).flat_map(parts) {
                 repack.read(&image, VolumeSlot(*slot), extent, step)?;
                 frames.extend(repack.drain());
                 for frame in frames.drain(..) {

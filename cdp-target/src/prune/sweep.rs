@@ -5,6 +5,7 @@
 
 use crate::checkpoint::builder::building;
 use crate::checkpoint::index;
+use crate::journal::manifest::Checkpoint;
 use crate::journal::file::{FileId, checkpoints, packs};
 use crate::journal::{GroupView, JournalError, Manifest, lease, repairs};
 use cdp_seams::storage::Storage;
@@ -37,11 +38,8 @@ pub fn sweep(view: &GroupView, leased: bool) -> Result<bool, JournalError> {
             (name.ends_with(".pack") && !named.contains(name) && !of_build) || name.ends_with(".pack.new")
         })?;
         sweep_folder(storage, &checkpoints(folder), &|name| {
-            let named = |name: &str| {
-                let epoch = name.strip_suffix(".image").and_then(|epoch| u64::from_str_radix(epoch, 16).ok());
-                manifest.checkpoints.iter().any(|checkpoint| Some(checkpoint.epoch.0) == epoch)
-            };
-            name.ends_with(".image") && !named(name)
+            let is_of = |checkpoint: &Checkpoint| checkpoint.path(Path::new("")).file_name().is_some_and(|of| of == name);
+            name.ends_with(".image") && !manifest.checkpoints.iter().any(is_of)
         })?;
     }
     Ok(true)
@@ -54,7 +52,7 @@ fn named_packs(view: &GroupView, manifest: &Manifest) -> Result<Option<HashSet<S
         let opened = index::ImageIndex::open(storage.as_ref(), folder, manifest.identity.group, checkpoint)?;
         let Some(image) = opened else { return Ok(None) };
         for record in image.records() {
-            let (_, _, record) = record.map_err(JournalError::io("read", &index::path(folder, checkpoint.epoch)))?;
+            let (_, _, record) = record.map_err(JournalError::io("read", &checkpoint.path(folder)))?;
             if record.is_none() {
                 return Ok(None);
             }

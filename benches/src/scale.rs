@@ -1,0 +1,205 @@
+//! A large store: 500,000 points over 30 days on a volume of 1 TiB, read, checkpointed and pruned; and many offices at once.
+//!
+//! What is measured of the store runs in a child, this program over again, so that nothing is warm that would not be and the
+//! memory is that of the one piece of work. `CDP_BENCH_POINTS` asks for another number of points in the 30 days.
+
+mod ingest;
+mod keep;
+mod reads;
+mod store;
+
+use anyhow::{Context, Result, bail, ensure};
+use cdp_tests::process;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+use store::Plan;
+
+const POINTS: u64 = 500_000;
+/// What the store takes at most, with old and new side by side while it is pruned, and room to spare.
+const FREE_BYTES_MIN: u64 = 16 << 30;
+/// Days from one checkpoint to the next.
+const CHECKPOINT_DAYS: u64 = 5;
+/// The first argument of a child.
+pub(crate) const CHILD: &str = "scale-child";
+
+pub(crate) fn run(folder: &Path) -> Result<()> {
+    let points = std::env::var("CDP_BENCH_POINTS").map_or(Ok(POINTS), |text| text.parse());
+    let plan = Plan { points: points.context("CDP_BENCH_POINTS")? };
+    ensure!(plan.points >= 3000, "the ladder is of no use with fewer than 100 points a day");
+    let free = cdp_seams::storage::Storage::free_bytes(&cdp_seams::storage::SystemStorage, folder)?;
+    ensure!(free >= FREE_BYTES_MIN, "{} MiB are free in {}, not {}", free >> 20, folder.display(), FREE_BYTES_MIN >> 20);
+    let scale = Scale { folder: folder.join("scale"), plan };
+    scale.make()?;
+    let plain = scale.readings(1)?;
+    println!("\n| checkpoint | seconds | MiB needed | MiB written | peak MiB |\n|---|---|---|---|---|");
+    let checkpointed = keep::checkpointed(plan, CHECKPOINT_DAYS);
+    for (at, epoch) in checkpointed.iter().enumerate() {
+        let made = scale.child("checkpoint", &[epoch])?;
+        let day = (at as u64 + 1) * CHECKPOINT_DAYS;
+        let which = if at == 0 { "the whole" } else { "what changed" };
+        println!(
+            "| day {day}: {which} | {:.1} | {} | {} | {} |",
+            number(&made, "seconds")?,
+            mib(&made, "needed_bytes")?,
+            mib(&made, "written_bytes")?,
+            mib(&made, "peak_bytes")?
+        );
+    }
+    let with = scale.readings(checkpointed[0])?;
+    println!("\n| {points} points, 30 days, 1 TiB | without | with checkpoints | aim |\n|---|---|---|---|", points = plan.points);
+    for ((what, plain, aim), (_, with, _)) in plain.iter().zip(&with) {
+        println!("| {what} | {plain} | {with} | {aim} |");
+    }
+    scale.prune()?;
+    std::fs::remove_dir_all(&scale.folder)?;
+    ingest::run(folder)
+}
+
+/// A row of readings: what, how much, and what it should be.
+type Reading = (&'static str, String, &'static str);
+
+struct Scale {
+    folder: PathBuf,
+    plan: Plan,
+}
+
+impl Scale {
+    fn make(&self) -> Result<()> {
+        let start = Instant::now();
+        let made = self.child("make", &[])?;
+        println!(
+            "\nThe history: {} MiB in {} sealed segments, made in {:.0} s, a sync every 1000 points.",
+            folder_bytes(&self.folder)? >> 20,
+            made["segments"],
+            start.elapsed().as_secs_f64()
+        );
+        Ok(())
+    }
+
+    fn readings(&self, oldest: u64) -> Result<Vec<Reading>> {
+        let range = [&oldest, &self.plan.points];
+        let open = self.child("open", &range)?;
+        let list = self.child("list", &[])?;
+        ensure!(list["points"].as_u64() == Some(self.plan.points), "{list} are not all points");
+        let blocks = |of_database: bool, threads: u64| self.child("blocks", &[&oldest, range[1], &u64::from(of_database), &threads]);
+        let (database, database_2) = (blocks(true, 1)?, blocks(true, 2)?);
+        let (files, files_2) = (blocks(false, 1)?, blocks(false, 2)?);
+        let peak = [&open, &database, &database_2, &files, &files_2].map(|figures| mib(figures, "peak_bytes"));
+        let peak = peak.into_iter().collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or_default();
+        let rate = |figures: &Value, key: &str| Ok::<_, anyhow::Error>(format!("{:.0}", number(figures, key)?));
+        let opened = format!("{:.0}, {:.0}", number(&open, "median_ms")?, number(&open, "max_ms")?);
+        Ok(vec![
+            ("any point opened from cold files, a block read: median, longest, ms", opened, "1000"),
+            ("all points listed from cold files, s", format!("{:.1}", number(&list, "seconds")?), ""),
+            ("reads a second of the database, cold files, 1 thread", rate(&database, "cold_rate")?, "10000"),
+            ("the same, 2 threads", rate(&database_2, "cold_rate")?, ""),
+            ("the same, files in the page cache, no frame kept, 1 thread", rate(&database, "warm_rate")?, ""),
+            ("reads a second of other files, cold, 1 thread", rate(&files, "cold_rate")?, "10000"),
+            ("the same, 2 threads", rate(&files_2, "cold_rate")?, ""),
+            ("the same, files in the page cache, no frame kept, 1 thread", rate(&files, "warm_rate")?, ""),
+            ("reads a second, decoded frames, 1 thread", rate(&database, "kept_rate")?, "20000"),
+            ("most memory while reading, MiB", peak.to_string(), "256"),
+            ("most memory while listing, MiB", mib(&list, "peak_bytes")?.to_string(), "256"),
+        ])
+    }
+
+    /// The first prune rewrites all but a day; the second follows when a day more was received.
+    fn prune(&self) -> Result<()> {
+        let journal_bytes = folder_bytes(&self.folder.join("journal"))?;
+        println!("\n| prune by the default ladder | points removed, kept | MiB before | after | written | seconds | peak MiB |");
+        println!("|---|---|---|---|---|---|---|");
+        let first = self.prune_once("day 30")?;
+        let day_bytes = number(&self.child("go-on", &[&1])?, "bytes")?;
+        let second = self.prune_once("a day later")?;
+        let of_first = |key: &str| Ok::<_, anyhow::Error>(number(&second, key)? / number(&first, key)?);
+        println!(
+            "| a day is {:.3} of the days and {:.3} of the bytes: its prune took | | | | {:.3} of the bytes written | {:.3} of the seconds | |",
+            1.0 / store::DAYS as f64,
+            day_bytes / journal_bytes as f64,
+            of_first("written_bytes")?,
+            of_first("seconds")?
+        );
+        Ok(())
+    }
+
+    fn prune_once(&self, when: &str) -> Result<Value> {
+        let pruned = self.child("prune", &[])?;
+        println!(
+            "| {when} | {}, {} | {} | {} | {} | {:.1} | {} |",
+            pruned["points"],
+            pruned["kept"],
+            mib(&pruned, "bytes_before")?,
+            mib(&pruned, "bytes_after")?,
+            mib(&pruned, "written_bytes")?,
+            number(&pruned, "seconds")?,
+            mib(&pruned, "peak_bytes")?
+        );
+        Ok(pruned)
+    }
+
+    fn child(&self, what: &str, arguments: &[&u64]) -> Result<Value> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args([CHILD, what]).arg(&self.folder).arg(self.plan.points.to_string());
+        command.args(arguments.iter().map(ToString::to_string));
+        Ok(serde_json::from_str(&process::run(&mut command)?)?)
+    }
+}
+
+/// What a child does: prints a document.
+pub(crate) fn child(arguments: &[String]) -> Result<()> {
+    let [what, folder, numbers @ ..] = arguments else { bail!("what, a folder and numbers") };
+    let numbers: Vec<u64> = numbers.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
+    let (folder, plan) = (Path::new(folder), Plan { points: *numbers.first().context("the points")? });
+    let document = match (what.as_str(), &numbers[1..]) {
+        ("make", []) => keep::make(folder, plan)?,
+        ("open", [oldest, newest]) => reads::open(folder, *oldest, *newest)?,
+        ("list", []) => reads::list(folder)?,
+        ("blocks", [oldest, newest, of_database, threads]) => {
+            reads::blocks(folder, *oldest, *newest, *of_database != 0, *threads as usize)?
+        }
+        ("checkpoint", [epoch]) => keep::checkpoint(folder, plan, *epoch)?,
+        ("go-on", [days]) => keep::go_on(folder, plan, *days)?,
+        ("prune", []) => keep::prune(folder, plan)?,
+        _ => bail!("no work {what} with {numbers:?}"),
+    };
+    println!("{document}");
+    Ok(())
+}
+
+fn number(document: &Value, key: &str) -> Result<f64> {
+    document[key].as_f64().with_context(|| format!("{key} in {document}"))
+}
+
+fn mib(document: &Value, key: &str) -> Result<u64> {
+    Ok(number(document, key)? as u64 >> 20)
+}
+
+fn drop_page_cache() -> Result<()> {
+    rustix::fs::sync();
+    std::fs::write("/proc/sys/vm/drop_caches", "3").context("drop the page cache")
+}
+
+/// The most memory that this process had at once.
+fn peak_bytes() -> Result<u64> {
+    process::peak_memory(std::process::id())
+}
+
+/// Bytes that this process gave the kernel to write.
+fn written_bytes() -> Result<u64> {
+    let counters = std::fs::read_to_string("/proc/self/io")?;
+    let line = counters.lines().find_map(|line| line.strip_prefix("wchar: "));
+    Ok(line.context("wchar")?.parse()?)
+}
+
+/// Bytes of the files in a folder and those below it.
+fn folder_bytes(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        bytes += if metadata.is_dir() { folder_bytes(&entry.path())? } else { metadata.len() };
+    }
+    Ok(bytes)
+}
