@@ -224,11 +224,7 @@ fn inspect_image(path: &Path, bytes: &[u8]) -> Result<ImageDescription, InspectE
     Ok(ImageDescription { group: header.group, epoch, copies_agree: first == second, slices })
 }
 
-fn inspect_segment(
-    file: &dyn StorageFile,
-    path: &Path,
-    first: &[u8],
-) -> Result<SegmentDescription, InspectError> {
+fn inspect_segment(file: &dyn StorageFile, path: &Path, first: &[u8]) -> Result<SegmentDescription, InspectError> {
     let decoded = Header::decode(first);
     let (header, start) = decoded.map_err(|source| JournalError::Segment { path: path.to_owned(), source })?;
     let bytes = file.len().map_err(JournalError::io("read", path))?;
@@ -361,7 +357,8 @@ fn write_manifest(manifest: &Manifest, f: &mut fmt::Formatter<'_>) -> fmt::Resul
         writeln!(f, "frozen: {reason}")?;
     }
     for sealed in &manifest.sealed {
-        let rewritten = if sealed.revision > 0 { format!(", rewritten for change {}", sealed.revision) } else { String::new() };
+        let rewritten =
+            if sealed.revision > 0 { format!(", rewritten for change {}", sealed.revision) } else { String::new() };
         write!(f, "segment {}: {} bytes{rewritten}", sealed.number, sealed.len)?;
         match &sealed.points {
             Some(points) => writeln!(f, ", points {} to {}", points.first, points.last)?,

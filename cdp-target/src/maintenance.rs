@@ -115,12 +115,11 @@ pub fn checkpoint_due(view: &GroupView, config: &Config, now: Timestamp) -> Resu
         return Ok(Some(begun));
     }
     let last = view.manifest().checkpoints.last();
-    let (since, from, image_bytes) = match last {
-        Some(last) => (last.made, last.epoch, last.needed_bytes),
-        None => {
-            let Some(first) = view.points().next().transpose()? else { return Ok(None) };
-            (first.received, first.epoch, first.bytes)
-        }
+    let (since, from, image_bytes) = if let Some(last) = last {
+        (last.made, last.epoch, last.needed_bytes)
+    } else {
+        let Some(first) = view.points().next().transpose()? else { return Ok(None) };
+        (first.received, first.epoch, first.bytes)
     };
     if from == newest.epoch {
         return Ok(None);
@@ -236,8 +235,8 @@ impl Maintenance<'_> {
         let view = Arc::clone(group.view());
         let keys = self.keys(&group);
         let mut owner = GroupOwner { of: self, office, place };
-        let mut pace = Pace::new(self.clock, ended, config.maintenance_bytes_per_s);
-        let mut step = |bytes: u64| pace.spend(bytes);
+        let mut budget = Pace::new(self.clock, ended, config.maintenance_bytes_per_s);
+        let mut step = |bytes: u64| budget.spend(bytes);
         if let Some(epoch) = checkpoint_due(&view, config, wall)? {
             let builder = Builder { view: &view, keys: keys.as_ref(), random: self.random, now: wall };
             let made = builder.build(epoch, &mut step, &mut |_, _| {}).and_then(|made| {
@@ -280,8 +279,10 @@ impl Maintenance<'_> {
     /// The group's keys; none where the target does not have them, which is no error: frames are then taken over whole.
     fn keys(&self, group: &crate::catalog::Group) -> Option<Keyring> {
         let keys = (self.catalog)().map_err(CatalogError::from).and_then(|catalog| catalog.keys(group));
-        keys.inspect_err(|error| tracing::warn!(group = group.name(), error = one_line(error), "no key: frames are kept whole"))
-            .ok()
+        keys.inspect_err(|error| {
+            tracing::warn!(group = group.name(), error = one_line(error), "no key: frames are kept whole");
+        })
+        .ok()
     }
 }
 

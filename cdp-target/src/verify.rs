@@ -155,8 +155,15 @@ fn named(view: &GroupView, damage: &FoundDamage, epochs: &[Epoch]) -> Damage {
         |epoch: &&Epoch| reach.is_some_and(|(first, last)| first <= **epoch && last.is_none_or(|last| **epoch <= last));
     let points = epochs.iter().filter(hit).copied().collect();
     let blocks = view.blocks_at(damage).into_iter();
-    let blocks = blocks.map(|(slot, extent)| DamagedBlocks { volume: slot.0, start: extent.start.0, count: extent.count });
-    Damage { file: view.name_of(damage), offset: damage.offset, blocks: blocks.collect(), what: damage.describe(), points }
+    let blocks =
+        blocks.map(|(slot, extent)| DamagedBlocks { volume: slot.0, start: extent.start.0, count: extent.count });
+    Damage {
+        file: view.name_of(damage),
+        offset: damage.offset,
+        blocks: blocks.collect(),
+        what: damage.describe(),
+        points,
+    }
 }
 
 /// Checks with the key what a walk cannot.

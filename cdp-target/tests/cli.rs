@@ -13,7 +13,9 @@ use cdp_protocol::message::{
 };
 use cdp_protocol::record::Predecessor;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
+use cdp_protocol::units::{
+    AttemptId, BLOCK_BYTES, Block, Epoch, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot,
+};
 use cdp_seams::clock::SystemClock;
 use cdp_seams::line::{Control, Line, read_packet, write_packet};
 use cdp_seams::storage::SystemStorage;
@@ -27,7 +29,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use tokio::io::AsyncWriteExt;
 
-use cli_support::{BLOCKS, GROUP, SIZE_BYTES, Server, Store, epoch_frames, epoch_frames_like, program, refused, volume};
+use cli_support::{
+    BLOCKS, GROUP, SIZE_BYTES, Server, Store, epoch_frames, epoch_frames_like, program, refused, volume,
+};
 
 #[test]
 fn a_command_line_that_is_wrong_is_said_in_two_lines() {

@@ -70,7 +70,9 @@ impl Bench {
     fn hurt(&mut self, byte: u64) -> Damage {
         self.disk.flip_bit(&segment(1), 8 * (self.at.0 + byte) + 3);
         let found = read_now(&self.journal.view(), 1).expect("read");
-        self.journal.note_damages(cdp_target::journal::file::FileId::Segment { number: 1, revision: 0 }, &found).expect("kept");
+        self.journal
+            .note_damages(cdp_target::journal::file::FileId::Segment { number: 1, revision: 0 }, &found)
+            .expect("kept");
         let mut of_content = found.into_iter().filter(|damage| damage.first_epoch.is_some());
         let damage = of_content.next().expect("it is found");
         assert_eq!((damage.offset, of_content.next()), (self.at.0, None));

@@ -189,7 +189,10 @@ fn a_checkpoint_is_read_with_the_whole_journal_before_it_deleted() {
         }
         let report = verify(&journal.view(), keys, None, &mut |_| {}).expect("verified");
         let named = report.damages.iter().flat_map(|damage| &damage.points);
-        assert!(named.clone().count() > 0 && named.clone().all(|epoch| *epoch < at), "only older points need what is gone");
+        assert!(
+            named.clone().count() > 0 && named.clone().all(|epoch| *epoch < at),
+            "only older points need what is gone"
+        );
     }
 }
 

@@ -105,7 +105,9 @@ fn what_is_pinned_or_labelled_stays_and_settings_that_leave_nothing_are_refused(
     let config = store.data().join("target.toml");
     let text = std::fs::read_to_string(&config).expect("configured");
     std::fs::write(&config, text.replace("retention.daily_s = 3000000000", "retention.daily_s = 0")).expect("written");
-    for preview in [&["prune", "paris/main", "--accept-clock"][..], &["prune", "paris/main", "--accept-clock", "--dry-run"]] {
+    for preview in
+        [&["prune", "paris/main", "--accept-clock"][..], &["prune", "paris/main", "--accept-clock", "--dry-run"]]
+    {
         store.refused(preview, &["all 3 points but the newest", "--keep-only-newest"]);
     }
     assert_eq!(epochs(&store), [1, 2, 3], "nothing went");

@@ -45,7 +45,8 @@ fn append(journal: &mut GroupJournal, random: &SimRandom, key: &DataKey, epoch: 
     let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: vec![volume()] })];
     let extent = |start, count| Extent::new(Block(start), count).expect("an extent");
     if epoch == 1 {
-        let holes = vec![extent(CONTENT_BLOCKS, 10_000), extent(CONTENT_BLOCKS + 10_000, BLOCKS - CONTENT_BLOCKS - 10_000)];
+        let holes =
+            vec![extent(CONTENT_BLOCKS, 10_000), extent(CONTENT_BLOCKS + 10_000, BLOCKS - CONTENT_BLOCKS - 10_000)];
         frames.push(sealer.bare(Encoding::Hole, VolumeSlot(0), Sequence(1), holes));
     }
     for part in blocks.iter().collect::<Vec<_>>().chunks(32) {

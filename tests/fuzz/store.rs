@@ -3,10 +3,10 @@
 use crate::{Check, Format};
 use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot};
 use cdp_target::journal::file::{FileId, SliceId};
-use cdp_target::journal::manifest::Checkpoint;
-use cdp_target::journal::{Damage, Manifest};
 use cdp_target::journal::index::{Summary, Tables};
+use cdp_target::journal::manifest::Checkpoint;
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header, INDEX_MAGIC, SECTIONS};
+use cdp_target::journal::{Damage, Manifest};
 use cdp_target::kept;
 
 pub(crate) const SEALED: &[u8] = include_bytes!("../testdata/segment/1/sealed.seg");

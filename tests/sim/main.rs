@@ -35,7 +35,10 @@ const KNOWN_BAD_TENDED: [(u64, &str); 7] = [
     (1624, "a point was lost with rot, another was given its number and read from the checkpoint of the first"),
     (7558, "the same, in another place"),
     (6126, "two reads failed while a checkpoint was built, and it called their blocks lost"),
-    (10165, "a part of a pack was not read once, and older frames of the journal were put behind the pack's in the next"),
+    (
+        10165,
+        "a part of a pack was not read once, and older frames of the journal were put behind the pack's in the next",
+    ),
     (16752, "a segment could not give way, and what had been gathered of it was written behind newer content"),
     (16961, "the point that a checkpoint is of was lost with rot, and what was written after it was not looked for"),
     (16049, "a rewritten segment of nothing but commits ended the search for older content"),

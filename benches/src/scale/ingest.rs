@@ -40,7 +40,9 @@ const FRAME_BLOCKS: u32 = 4;
 const VOLUME_BLOCKS: u32 = 1 << 20;
 
 pub(super) fn run(folder: &Path) -> Result<()> {
-    println!("\n| offices, a point of {FRAMES} frames every 5 s each | acks | ack, ms: median | 99 % | longest | CPU s a minute of the server | its peak MiB |");
+    println!(
+        "\n| offices, a point of {FRAMES} frames every 5 s each | acks | ack, ms: median | 99 % | longest | CPU s a minute of the server | its peak MiB |"
+    );
     println!("|---|---|---|---|---|---|---|");
     for offices in OFFICES {
         let folder = folder.join(format!("ingest-{offices}"));

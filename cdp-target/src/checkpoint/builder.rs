@@ -86,13 +86,12 @@ impl Builder<'_> {
         for volume in &commit.volumes {
             for slice in 0..slices_of(volume) {
                 let shared = before.as_ref().and_then(|before| self.shared(before, volume, slice));
-                let record = match shared {
-                    Some(record) => record,
-                    None => {
-                        let record = self.slice(&commit, volume, slice, resumes, step)?;
-                        self.is_believed(&record, failed_before)?;
-                        record
-                    }
+                let record = if let Some(record) = shared {
+                    record
+                } else {
+                    let record = self.slice(&commit, volume, slice, resumes, step)?;
+                    self.is_believed(&record, failed_before)?;
+                    record
                 };
                 records.push(record);
                 progress(records.len() as u64, slices);
@@ -119,7 +118,8 @@ impl Builder<'_> {
         let index_hash = *blake3::hash(&copy).as_bytes();
         let path = index::path(folder, commit.head.epoch, &index_hash);
         // A crash leaves the packs without an index, or with it: nothing names either.
-        replace(storage.as_ref(), &path, &[copy.as_slice(), &copy].concat()).map_err(JournalError::io("write", &path))?;
+        replace(storage.as_ref(), &path, &[copy.as_slice(), &copy].concat())
+            .map_err(JournalError::io("write", &path))?;
         let lost = records.iter().zip(places(commit)).filter(|(record, _)| record.lost);
         let lost_blocks = lost.map(|(record, _)| self.lost_blocks(record)).sum::<Result<u64, _>>()?;
         Ok(Checkpoint {
@@ -178,9 +178,9 @@ impl Builder<'_> {
 
     /// Whether a pack is what was written, by reading it.
     fn is_read(&self, sealed: &Sealed) -> bool {
-        let shelf = self.view.shelf();
-        let walked = shelf.walk(sealed, &mut Blind).is_ok_and(|walked| walked.damages.is_empty());
-        walked && shelf.index_is_whole(sealed).is_ok_and(|whole| whole)
+        let files = self.view.shelf();
+        let walked = files.walk(sealed, &mut Blind).is_ok_and(|walked| walked.damages.is_empty());
+        walked && files.index_is_whole(sealed).is_ok_and(|whole| whole)
     }
 
     fn is_sound(&self, sealed: &Sealed) -> bool {
@@ -255,7 +255,8 @@ impl Builder<'_> {
         };
         let (mut head, mut tail) = (vec![0; HEADER_BYTES], vec![0; FOOTER_BYTES]);
         let len = file.len().map_err(JournalError::io("read", &path))?;
-        let read = file.read_at(&mut head, 0).and_then(|_| file.read_at(&mut tail, len.saturating_sub(FOOTER_BYTES as u64)));
+        let read =
+            file.read_at(&mut head, 0).and_then(|_| file.read_at(&mut tail, len.saturating_sub(FOOTER_BYTES as u64)));
         read.map_err(JournalError::io("read", &path))?;
         let (Ok(header), Ok(footer)) = (Header::decode(&head), Footer::decode(&tail, len)) else { return Ok(None) };
         if header.group != self.view.identity().group || header.file != file_id || !header.repacked {

@@ -178,7 +178,9 @@ impl Repack {
     /// Seals what is left.
     pub(crate) fn flush(&mut self) {
         self.flush_content();
-        [Encoding::Hole, Encoding::Unreadable, Encoding::Lost].into_iter().for_each(|encoding| self.flush_bare(encoding));
+        for encoding in [Encoding::Hole, Encoding::Unreadable, Encoding::Lost] {
+            self.flush_bare(encoding);
+        }
     }
 
     /// Gives the frames that are ready.

@@ -47,7 +47,8 @@ pub(super) fn copy_frames(
     let mut needed_bytes = 0;
     for ((_, _, file, offset), (len, blocks)) in frames {
         let mut bytes = vec![0; (len as usize).min(FRAME_BYTES_MAX)];
-        let read = view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &file.path(folder)))?;
+        let read =
+            view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &file.path(folder)))?;
         match frame::decode(&group, &bytes[..read]) {
             Ok(frame) => {
                 writer.push(frame.bytes)?;

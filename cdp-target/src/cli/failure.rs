@@ -157,7 +157,9 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
             let other = "`cdp-target status` names where the histories end, and whose they are";
             return (Fault::User, Some(if *is_ambiguous { more } else { other }));
         }
-        Some(JournalError::Interrupted) => return (Fault::User, Some("what was done is kept, and gone on with by the next try")),
+        Some(JournalError::Interrupted) => {
+            return (Fault::User, Some("what was done is kept, and gone on with by the next try"));
+        }
         Some(JournalError::Stale(_)) => return (Fault::User, Some("try again")),
         _ => {}
     }

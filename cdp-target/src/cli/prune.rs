@@ -81,13 +81,13 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let mut owner = CommandOwner::new(&store, &arguments.group, group.place());
     let (mut worked, view) = (0, Arc::clone(group.view()));
     drop(group);
-    let mut step = |spent: u64| {
+    let mut spend = |spent: u64| {
         worked += spent;
         bar.set_message(format!("{} read and written", bytes(worked)));
         bar.tick();
         !stop.load(Ordering::Relaxed)
     };
-    let done = prune.run(view, &mut owner, &mut step, &mut |_, _| {});
+    let done = prune.run(view, &mut owner, &mut spend, &mut |_, _| {});
     bar.finish_and_clear();
     let done = done?;
     print(&if arguments.json { json(&done) } else { text(arguments, &done) })?;

@@ -76,7 +76,8 @@ const fn plural(count: usize) -> &'static str {
 /// "; blocks 8..16 of volume 0 …", where they are known.
 fn blocks(damage: &Damage) -> String {
     let named = damage.blocks.iter().take(EXTENTS_NAMED);
-    let named: Vec<String> = named.map(|at| format!("{}..{} of volume {}", at.start, at.start + at.count, at.volume)).collect();
+    let named: Vec<String> =
+        named.map(|at| format!("{}..{} of volume {}", at.start, at.start + at.count, at.volume)).collect();
     let more = damage.blocks.len().saturating_sub(EXTENTS_NAMED);
     match (named.is_empty(), more) {
         (true, _) => String::new(),
@@ -98,7 +99,8 @@ fn text(report: &VerifyReport) -> String {
             (false, more) => format!("points {} and {more} more", named.join(" ")),
         };
         let (file, offset, what) = (&damage.file, damage.offset, &damage.what);
-        writeln!(text, "damaged: {file} offset {offset}: {what}{}; {points}", blocks(damage)).expect("text takes anything");
+        writeln!(text, "damaged: {file} offset {offset}: {what}{}; {points}", blocks(damage))
+            .expect("text takes anything");
     }
     for Healed { segment, offset } in &report.healed {
         writeln!(text, "healed: segment {segment} offset {offset}").expect("text takes anything");

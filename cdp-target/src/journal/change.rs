@@ -68,21 +68,26 @@ fn remove(manifest: &mut Manifest, removed: &[(Epoch, Epoch)], newest: Option<Ep
     if removed.iter().any(|(first, last)| first > last || newest.is_none_or(|newest| *last >= newest)) {
         return stale("the newest point is never removed");
     }
-    let is_held = |mark: &super::manifest::Mark| mark.pinned || mark.label.as_ref().is_some_and(|label| !label.is_empty());
+    let is_held =
+        |mark: &super::manifest::Mark| mark.pinned || mark.label.as_ref().is_some_and(|label| !label.is_empty());
     if let Some((epoch, _)) = manifest.marks.iter().find(|(epoch, mark)| hits(**epoch) && is_held(mark)) {
         return stale(&format!("point {epoch} was pinned or labelled meanwhile"));
     }
-    removed.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
+    for (first, last) in removed {
+        manifest.removed.insert(*first, *last);
+    }
     manifest.marks.retain(|epoch, _| !hits(*epoch));
     Ok(())
 }
 
 fn release(manifest: &mut Manifest, checkpoints: &[Epoch], floor: Option<Epoch>) -> Result<(), JournalError> {
     let floor = floor.max(manifest.floor);
-    let stays = |epoch: Epoch| manifest.checkpoints.iter().any(|known| known.epoch == epoch) && !checkpoints.contains(&epoch);
+    let stays =
+        |epoch: Epoch| manifest.checkpoints.iter().any(|known| known.epoch == epoch) && !checkpoints.contains(&epoch);
     if let Some(floor) = floor {
         let below = floor.0.checked_sub(1).map(Epoch);
-        let kept = below.is_some_and(|below| manifest.removed.within(Epoch(0), below).collect::<Vec<_>>() != [(Epoch(0), below)]);
+        let kept = below
+            .is_some_and(|below| manifest.removed.within(Epoch(0), below).collect::<Vec<_>>() != [(Epoch(0), below)]);
         if !stays(floor) || kept {
             return stale("a kept point needs what is below the checkpoint");
         }
@@ -93,7 +98,8 @@ fn release(manifest: &mut Manifest, checkpoints: &[Epoch], floor: Option<Epoch>)
 }
 
 fn rewrite(manifest: &mut Manifest, replaced: &[(u64, u64)], by: &[SealedSegment]) -> Result<(), JournalError> {
-    let Some(from) = manifest.sealed.iter().position(|known| Some(&(known.number, known.revision)) == replaced.first()) else {
+    let Some(from) = manifest.sealed.iter().position(|known| Some(&(known.number, known.revision)) == replaced.first())
+    else {
         return stale("a segment was rewritten meanwhile");
     };
     let known = manifest.sealed[from..].iter().map(|known| (known.number, known.revision));

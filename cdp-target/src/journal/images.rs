@@ -78,7 +78,8 @@ impl GroupView {
             }
             match &index {
                 SegmentIndex::Open(open, _) => {
-                    let is_newer = |entry: &&Entry| open.runs.get(entry.run as usize).is_none_or(|run| run.epoch > base);
+                    let is_newer =
+                        |entry: &&Entry| open.runs.get(entry.run as usize).is_none_or(|run| run.epoch > base);
                     let newer = open.iter().filter(is_newer);
                     newer.for_each(|entry| add(entry.slot.0, entry.extent.start.0, (entry.extent.end() - 1) as u32));
                 }
@@ -146,14 +147,14 @@ impl GroupView {
         // A later checkpoint that has the pack too is read around only down to the floor.
         let is_free = |base: &&Checkpoint| base.epoch > floor && !users.contains(base) && base.lost_blocks == 0;
         let until = self.manifest().checkpoints.iter().find(is_free).map(|base| Epoch(base.epoch.0 - 1));
-        let mut lost = self.lost_of_pack(damage, slice);
+        let mut missing = self.lost_of_pack(damage, slice);
         let from = self.segment_of(floor).unwrap_or(self.manifest().open);
         for segment in self.segments_from(from) {
             // Where a segment cannot be read, nothing is known to have been written again.
             let Ok(entries) = self.included(segment) else { continue };
             for (epoch, entry) in entries.iter().filter(|(epoch, entry)| *epoch > floor && entry.slot == slice.slot) {
-                lost.remove_range(entry.extent.start.0..=(entry.extent.end() - 1) as u32);
-                if lost.is_empty() {
+                missing.remove_range(entry.extent.start.0..=(entry.extent.end() - 1) as u32);
+                if missing.is_empty() {
                     let last = Epoch(epoch.0 - 1).min(until.unwrap_or(Epoch(u64::MAX)));
                     return Some((floor, Some(last)));
                 }
@@ -176,7 +177,11 @@ impl GroupView {
         for entry in entries {
             let blocks = entry.extent.start.0..=(entry.extent.end() - 1) as u32;
             let is_hit = entry.frame_offset == damage.offset;
-            if is_hit { lost.insert_range(blocks) } else { lost.remove_range(blocks) };
+            if is_hit {
+                lost.insert_range(blocks)
+            } else {
+                lost.remove_range(blocks)
+            };
         }
         lost & all
     }
@@ -198,11 +203,20 @@ impl GroupView {
             Some(slice) => {
                 let pack = self.packs().into_iter().find(|pack| pack.id == FileId::Slice(slice));
                 if let Some(extents) = pack.and_then(|pack| self.shelf().extents(&pack).ok()) {
-                    extents.tables.iter().filter(|entry| at(entry.frame_offset)).for_each(|entry| add(entry.slot, entry.extent));
+                    extents
+                        .tables
+                        .iter()
+                        .filter(|entry| at(entry.frame_offset))
+                        .for_each(|entry| add(entry.slot, entry.extent));
                 }
             }
         }
-        blocks.into_iter().flat_map(|(slot, blocks)| extents(&blocks).map(move |extent| (VolumeSlot(slot), extent)).collect::<Vec<_>>()).collect()
+        blocks
+            .into_iter()
+            .flat_map(|(slot, blocks)| {
+                extents(&blocks).map(move |extent| (VolumeSlot(slot), extent)).collect::<Vec<_>>()
+            })
+            .collect()
     }
 
     /// The file that a damage is in, below the group's folder.

@@ -95,7 +95,9 @@ impl GroupView {
         let mut epochs = Vec::new();
         for number in self.segments() {
             let index = self.index(number)?;
-            epochs.extend(index.commits().iter().map(|commit| commit.head.epoch).filter(|epoch| !self.is_removed(*epoch)));
+            epochs.extend(
+                index.commits().iter().map(|commit| commit.head.epoch).filter(|epoch| !self.is_removed(*epoch)),
+            );
         }
         Ok(epochs)
     }

@@ -582,8 +582,7 @@ fn take_sealed(input: &mut Input<'_>, version: u16) -> Result<SealedSegment, Fie
     } else {
         None
     };
-    let (revision, newest_run) =
-        if version > 2 { (input.u64()?, Epoch(input.u64()?)) } else { (0, Epoch(u64::MAX)) };
+    let (revision, newest_run) = if version > 2 { (input.u64()?, Epoch(input.u64()?)) } else { (0, Epoch(u64::MAX)) };
     Ok(SealedSegment { number, revision, len, frames_end, footer_hash, points, newest_run })
 }
 

@@ -41,14 +41,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use bytes::FieldError;
+pub(crate) use images::extents;
 pub use listing::Overview;
 pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
-pub(crate) use images::extents;
-pub(crate) use writer::synced_frame;
 pub(crate) use sealed::is_no_file;
 pub use unreadable::Unreadable;
 pub use view::{GroupView, Point};
+pub(crate) use writer::synced_frame;
 pub use writer::{GroupJournal, short_claim};
 
 /// Who a group is. Changes only through the manifest.

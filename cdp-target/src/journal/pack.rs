@@ -4,6 +4,7 @@
 //! renamed. Within a pack position is precedence, as in a segment, and every frame counts; there is no chain to follow. The
 //! header has a hash of all frames, so that a pack is proved also without the key. Does not know what belongs in it.
 
+use super::JournalError;
 use super::bytes::{FieldError, Input};
 use super::file::{FileId, Sealed, SliceId};
 use super::index::{CommitEntry, Lost, OpenIndex};
@@ -12,7 +13,6 @@ use super::scan::{Found, FrameScan};
 use super::sealed::WalkedFile;
 use super::segment::Footer;
 use super::walk::Visit;
-use super::JournalError;
 use cdp_protocol::frame::{self, Frame, Header as FrameHeader, Kind};
 use cdp_protocol::record::{Begin, Commit, Synced, Volume};
 use cdp_protocol::units::{AttemptId, Epoch, FrameHash, GroupId, Head, Timestamp, VolumeSlot};
@@ -80,7 +80,9 @@ impl Header {
         out.extend_from_slice(&[kind, u8::from(self.repacked)]);
         out.extend_from_slice(&(HEADER_BYTES as u32).to_le_bytes());
         out.extend_from_slice(&self.group.0);
-        place.iter().for_each(|field: &u64| out.extend_from_slice(&field.to_le_bytes()));
+        for field in place {
+            out.extend_from_slice(&u64::to_le_bytes(field));
+        }
         out.extend_from_slice(&self.frames_end.to_le_bytes());
         out.extend_from_slice(&self.frames_hash);
         out.extend_from_slice(&crc32fast::hash(&out).to_le_bytes());
@@ -155,12 +157,7 @@ impl<'a> PackWriter<'a> {
     ///
     /// # Errors
     /// As the storage says.
-    pub fn create(
-        storage: &'a dyn Storage,
-        folder: &Path,
-        group: GroupId,
-        id: FileId,
-    ) -> Result<Self, JournalError> {
+    pub fn create(storage: &'a dyn Storage, folder: &Path, group: GroupId, id: FileId) -> Result<Self, JournalError> {
         let path = id.path(folder);
         let mut name = path.file_name().expect("a pack has a name").to_owned();
         name.push(".new");
@@ -280,7 +277,8 @@ pub(crate) fn walk_pack(
     let mut bytes = vec![0; HEADER_BYTES];
     let read = file.read_at(&mut bytes, 0)?;
     let header = Header::decode(&bytes[..read]).ok();
-    let is_ours = |header: &Header| (header.group, header.file, header.frames_end) == (group, sealed.id, sealed.frames_end);
+    let is_ours =
+        |header: &Header| (header.group, header.file, header.frames_end) == (group, sealed.id, sealed.frames_end);
     let header = header.filter(is_ours);
     let end = file.len()?.min(sealed.frames_end);
     let mut walk = PackWalk {
@@ -300,7 +298,9 @@ pub(crate) fn walk_pack(
     let what = match header {
         None => Some("the pack's header is damaged"),
         // Every frame stands, and yet they are not those that were written.
-        Some(header) if whole && hash_of(file, end)? != header.frames_hash => Some("the frames are not those of the pack"),
+        Some(header) if whole && hash_of(file, end)? != header.frames_hash => {
+            Some("the frames are not those of the pack")
+        }
         Some(_) => None,
     };
     if let Some(what) = what {

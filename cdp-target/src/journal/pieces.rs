@@ -75,7 +75,9 @@ impl GroupView {
             }
         }
         if self.manifest().floor.is_some() {
-            bad.iter().for_each(|(extent, what)| canvas.paint(*extent, || PiecePlace::Damaged(what.clone())));
+            for (extent, what) in &bad {
+                canvas.paint(*extent, || PiecePlace::Damaged(what.clone()));
+            }
         }
         Ok(canvas.finish())
     }

@@ -75,8 +75,7 @@ pub(crate) fn stale(storage: &dyn Storage, folder: &Path, damages: &[Damage]) ->
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         listed => listed?,
     };
-    let wanted: BTreeSet<PathBuf> =
-        damages.iter().map(|damage| path(folder, damage.segment, damage.offset)).collect();
+    let wanted: BTreeSet<PathBuf> = damages.iter().map(|damage| path(folder, damage.segment, damage.offset)).collect();
     let paths = names.into_iter().map(|name| repairs.join(name));
     Ok(paths.filter(|path| path.extension().is_some_and(|kind| kind == "frame") && !wanted.contains(path)).collect())
 }

@@ -97,7 +97,11 @@ impl GroupView {
             for entry in entries {
                 let blocks = entry.extent.start.0.max(first)..=((entry.extent.end() - 1) as u32).min(last);
                 let bitmap = standing.entry(slot.0).or_default();
-                if entry.kind == EntryKind::Unreadable { bitmap.insert_range(blocks) } else { bitmap.remove_range(blocks) };
+                if entry.kind == EntryKind::Unreadable {
+                    bitmap.insert_range(blocks)
+                } else {
+                    bitmap.remove_range(blocks)
+                };
             }
         }
         standing.retain(|_, bitmap| !bitmap.is_empty());

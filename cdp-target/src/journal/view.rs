@@ -338,7 +338,9 @@ impl GroupView {
         }
         let image = ImageIndex::open(storage, folder, group, checkpoint)?;
         let image = image.filter(|image| !self.is_of_another(image)).map(Arc::new);
-        image.iter().for_each(|image| caches.keep_image(checkpoint.index_hash, image));
+        if let Some(image) = &image {
+            caches.keep_image(checkpoint.index_hash, image);
+        }
         Ok(image)
     }
 
@@ -511,9 +513,8 @@ impl GroupView {
         let record = commit.record.as_ref();
         let hits = |reach: &Reach| reach.0 <= epoch && reach.1.is_none_or(|last| epoch <= last);
         let hit = reaches.iter().find(|(reach, _)| hits(reach));
-        let damaged = hit.map(|(_, damage)| {
-            format!("{} at offset {}: {}", damage.place(), damage.offset, damage.describe())
-        });
+        let damaged =
+            hit.map(|(_, damage)| format!("{} at offset {}: {}", damage.place(), damage.offset, damage.describe()));
         let lost = || "its commit is damaged".to_owned();
         let meters = record.map(|record| record.meters).unwrap_or_default();
         Point {

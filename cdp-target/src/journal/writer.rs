@@ -149,7 +149,18 @@ impl GroupJournal {
             open.synced,
             Arc::clone(&caches),
         ));
-        Self { storage, folder: folder.to_owned(), limits, manifest, place, open, caches, view, leases: Vec::new(), poisoned: None }
+        Self {
+            storage,
+            folder: folder.to_owned(),
+            limits,
+            manifest,
+            place,
+            open,
+            caches,
+            view,
+            leases: Vec::new(),
+            poisoned: None,
+        }
     }
 
     /// Who the group is.

@@ -51,16 +51,19 @@ pub fn forecast_of(
     let mut windows: [Window; 4] = std::array::from_fn(|_| Window::default());
     let (mut bytes, mut blocks) = (0_u64, 0_u64);
     for number in view.segments_from(0) {
-        let is_old = view.sealed_segment(number).and_then(|sealed| sealed.points).is_some_and(|points| {
-            received.first_key_value().is_none_or(|(first, _)| points.last < *first)
-        });
+        let is_old = view
+            .sealed_segment(number)
+            .and_then(|sealed| sealed.points)
+            .is_some_and(|points| received.first_key_value().is_none_or(|(first, _)| points.last < *first));
         if is_old {
             continue;
         }
         let mut frame = None;
         for (epoch, entry) in view.included(number)? {
             // What is on its way to the next point counts to it; what was there at first is the image, and no change.
-            let Some((_, at)) = received.range(epoch..).next().filter(|_| epoch > first_of(&received)) else { continue };
+            let Some((_, at)) = received.range(epoch..).next().filter(|_| epoch > first_of(&received)) else {
+                continue;
+            };
             blocks += u64::from(entry.extent.count);
             if frame != Some(entry.frame_offset) {
                 frame = Some(entry.frame_offset);

@@ -15,8 +15,8 @@ pub mod rewrite;
 pub mod sweep;
 
 use crate::checkpoint::builder::{Builder, Progress, Step};
-use crate::journal::change::Change;
 use crate::checkpoint::index::{self, SliceContent};
+use crate::journal::change::Change;
 use crate::journal::manifest::Checkpoint;
 use crate::journal::walk::Blind;
 use crate::journal::{GroupJournal, GroupView, JournalError, Point};
@@ -90,7 +90,9 @@ impl Plan {
 #[derive(Debug, thiserror::Error)]
 pub enum PruneError {
     /// The settings would leave next to nothing.
-    #[error("the ladder as configured would remove all {0} points but the newest and those that are pinned or labelled")]
+    #[error(
+        "the ladder as configured would remove all {0} points but the newest and those that are pinned or labelled"
+    )]
     OnlyNewest(u64),
     /// The journal.
     #[error(transparent)]
@@ -160,7 +162,12 @@ impl Prune<'_> {
                 // One that is damaged takes nobody's place, and waits for what may heal it.
                 let is_damaged = point.damaged.is_some() && !removed;
                 points.push((epoch, time, received, removed, is_damaged));
-                Some((!is_damaged).then(|| Candidate { epoch, time, received, held: held(&point).filter(|_| !removed) }))
+                Some((!is_damaged).then(|| Candidate {
+                    epoch,
+                    time,
+                    received,
+                    held: held(&point).filter(|_| !removed),
+                }))
             }
             Err(error) => {
                 failed = Some(error);
@@ -179,7 +186,9 @@ impl Prune<'_> {
                 extend(&mut plan.ranges, epoch);
                 continue;
             }
-            decision.iter().for_each(|decision| plan.tally.add(decision));
+            if let Some(decision) = decision {
+                plan.tally.add(decision);
+            }
             plan.damaged += u64::from(is_damaged);
             match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
                 Verdict::Kept(_) => {
@@ -194,12 +203,19 @@ impl Prune<'_> {
                 }
                 Verdict::Removed(why) => {
                     extend(&mut plan.ranges, epoch);
-                    plan.removed.push(Removed { epoch, time: Instant(time), received: Instant(received), reason: why.to_string() });
+                    plan.removed.push(Removed {
+                        epoch,
+                        time: Instant(time),
+                        received: Instant(received),
+                        reason: why.to_string(),
+                    });
                 }
             }
         }
         plan.ranges.retain(|(first, last)| first <= last);
-        if let Some(first) = plan.ranges.first_mut().filter(|(first, _)| plan.oldest_kept.is_none_or(|oldest| *first < oldest)) {
+        if let Some(first) =
+            plan.ranges.first_mut().filter(|(first, _)| plan.oldest_kept.is_none_or(|oldest| *first < oldest))
+        {
             // Numbers below the first point there was are gone with it.
             first.0 = Epoch(0);
         }
@@ -239,15 +255,7 @@ impl Prune<'_> {
         }
         let leased = !sweep::sweep(&view, owner.is_leased()?)?;
         let bytes_after = sweep::held_bytes(&view)?;
-        Ok(Pruned {
-            points,
-            kept: plan.kept(),
-            base,
-            rewritten_segments: rewritten,
-            bytes_before,
-            bytes_after,
-            leased,
-        })
+        Ok(Pruned { points, kept: plan.kept(), base, rewritten_segments: rewritten, bytes_before, bytes_after, leased })
     }
 
     /// Bytes that a prune would give back, about, once a checkpoint is the base of the oldest point that stays.
@@ -286,7 +294,7 @@ impl Prune<'_> {
         let Some(oldest) = plan.oldest_kept else { return Ok(None) };
         let went = first_epoch(view)? < oldest;
         let mut made = None;
-        if went && self.is_wasteful(view, oldest) {
+        if went && Self::is_wasteful(view, oldest) {
             let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
             let checkpoint = builder.build(oldest, step, progress)?;
             *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
@@ -309,7 +317,7 @@ impl Prune<'_> {
     }
 
     /// Whether the oldest point that stays has no checkpoint to stand on, or one that was mostly written over since.
-    fn is_wasteful(&self, view: &GroupView, oldest: Epoch) -> bool {
+    fn is_wasteful(view: &GroupView, oldest: Epoch) -> bool {
         let Some(base) = view.manifest().checkpoint_before(oldest) else { return true };
         base.epoch < oldest
             && journal_bytes(view, base.epoch, oldest) as f64 > base.needed_bytes as f64 * BASE_WASTE_MAX
@@ -344,7 +352,8 @@ fn prove(view: &GroupView, base: Epoch, step: &mut Step<'_>) -> Result<(), Journ
     let (storage, folder) = view.place();
     let checkpoint = view.manifest().checkpoints.iter().find(|checkpoint| checkpoint.epoch == base);
     let checkpoint = *checkpoint.ok_or(JournalError::NoPoint(base))?;
-    let damaged = |what: String| JournalError::Damaged(format!("checkpoint {base}: {what}; nothing below it is given up"));
+    let damaged =
+        |what: String| JournalError::Damaged(format!("checkpoint {base}: {what}; nothing below it is given up"));
     if index::copies(storage.as_ref(), folder, &checkpoint)? < 2 {
         return Err(damaged("its image index is not what was written".to_owned()));
     }
@@ -367,9 +376,8 @@ fn prove(view: &GroupView, base: Epoch, step: &mut Step<'_>) -> Result<(), Journ
 /// Bytes of the sealed segments that hold what was written above `from` and up to `to`.
 pub(crate) fn journal_bytes(view: &GroupView, from: Epoch, to: Epoch) -> u64 {
     let sealed = view.manifest().sealed.iter();
-    let between = sealed.filter(|sealed| {
-        sealed.newest_run > from && sealed.points.is_none_or(|points| points.first <= to)
-    });
+    let between =
+        sealed.filter(|sealed| sealed.newest_run > from && sealed.points.is_none_or(|points| points.first <= to));
     between.map(|sealed| sealed.len).sum()
 }
 
@@ -380,11 +388,7 @@ fn first_epoch(view: &GroupView) -> Result<Epoch, JournalError> {
 }
 
 fn held(point: &Point) -> Option<Held> {
-    if point.pinned {
-        Some(Held::Pinned)
-    } else {
-        point.label.as_ref().map(|_| Held::Labelled)
-    }
+    if point.pinned { Some(Held::Pinned) } else { point.label.as_ref().map(|_| Held::Labelled) }
 }
 
 /// Takes a point into the last range, from where that ends.

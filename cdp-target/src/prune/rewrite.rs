@@ -140,9 +140,10 @@ fn stop(
     // What has no end yet may still be gone on with.
     let is_open_ended = runs.last().is_some_and(|run| run.epoch > newest);
     let stays = is_damaged || lost || is_open_ended;
-    let movable = view.sealed_segment(number).copied().filter(|sealed| {
-        !stays && sealed.len > 0 && !failed.contains(&(sealed.number, sealed.revision))
-    });
+    let movable = view
+        .sealed_segment(number)
+        .copied()
+        .filter(|sealed| !stays && sealed.len > 0 && !failed.contains(&(sealed.number, sealed.revision)));
     let is_waste = |run: &Run| {
         let is_kept = kept.binary_search(&run.epoch).is_ok() && run.end != RunEnd::Abandoned;
         run.bytes > 0 && (!is_kept || floor.is_some_and(|floor| run.epoch <= floor))
@@ -310,7 +311,10 @@ fn write(
         let walked = view.walk(sealed.number, &mut begins)?;
         let healed = |damage: &&Damage| prune.keys.is_some() && view.repair_of(damage).is_some();
         if let Some(damage) = walked.damages.iter().find(|damage| !healed(damage)) {
-            return Err(JournalError::Damaged(format!("segment {} at offset {}: {}", sealed.number, damage.offset, damage.what)));
+            return Err(JournalError::Damaged(format!(
+                "segment {} at offset {}: {}",
+                sealed.number, damage.offset, damage.what
+            )));
         }
         if !step(walked.bytes) {
             return Err(JournalError::Interrupted);
@@ -367,7 +371,10 @@ impl<'a> Output<'a> {
         }
         // What belongs to a point behind the chunk.
         let last = commits.last().map_or(Epoch(0), |(_, commit)| commit.head.epoch);
-        assert!(sections.keys().all(|point| *point > last), "content of an older point does not stand behind a newer one's");
+        assert!(
+            sections.keys().all(|point| *point > last),
+            "content of an older point does not stand behind a newer one's"
+        );
         for (point, section) in sections {
             let commit = self.view.commit(point)?.ok_or(JournalError::NoPoint(point))?;
             self.section(keys, &commit, &section, step)?;
@@ -396,7 +403,11 @@ impl<'a> Output<'a> {
         }
         repack.flush();
         if repack.lost_blocks() > 0 {
-            return Err(JournalError::Damaged(format!("{} blocks of point {}", repack.lost_blocks(), commit.head.epoch)));
+            return Err(JournalError::Damaged(format!(
+                "{} blocks of point {}",
+                repack.lost_blocks(),
+                commit.head.epoch
+            )));
         }
         frames.extend(repack.drain());
         frames.iter().try_for_each(|frame| self.push(frame))
@@ -441,7 +452,9 @@ impl<'a> Output<'a> {
         let mut frames = Vec::new();
         if !self.view.is_removed(commit.head.epoch) {
             let begin = begins.get(&commit.attempt).cloned();
-            frames.push(begin.ok_or_else(|| JournalError::Damaged(format!("the volumes of point {}", commit.head.epoch)))?);
+            frames.push(
+                begin.ok_or_else(|| JournalError::Damaged(format!("the volumes of point {}", commit.head.epoch)))?,
+            );
         }
         let record = Synced { segment: number, offset: 0, head: None, time: commit.received };
         frames.push(synced_frame(&self.view.identity().group, commit.generation, &record));

@@ -5,8 +5,8 @@
 
 use crate::checkpoint::builder::building;
 use crate::checkpoint::index;
-use crate::journal::manifest::Checkpoint;
 use crate::journal::file::{FileId, checkpoints, packs};
+use crate::journal::manifest::Checkpoint;
 use crate::journal::{GroupView, JournalError, Manifest, lease, repairs};
 use cdp_seams::storage::Storage;
 use std::collections::HashSet;
@@ -22,12 +22,13 @@ pub fn sweep(view: &GroupView, leased: bool) -> Result<bool, JournalError> {
     let (storage, folder) = view.place();
     let storage = storage.as_ref();
     let (manifest, _) = Manifest::read(storage, folder)?;
-    let leases = folder.join("leases");
-    let oldest = lease::oldest(storage, folder).map_err(JournalError::io("look at", &leases))?;
+    let oldest = lease::oldest(storage, folder).map_err(JournalError::io("look at leases of", folder))?;
     if leased || oldest.is_some_and(|oldest| oldest < manifest.change) {
         return Ok(false);
     }
-    for stale in repairs::stale(storage, folder, &manifest.damages).map_err(JournalError::io("look at repairs of", folder))? {
+    for stale in
+        repairs::stale(storage, folder, &manifest.damages).map_err(JournalError::io("look at repairs of", folder))?
+    {
         storage.remove(&stale).map_err(JournalError::io("remove", &stale))?;
     }
     sweep_folder(storage, &folder.join("journal"), &|name| is_stale_segment(name, &manifest))?;
@@ -35,11 +36,12 @@ pub fn sweep(view: &GroupView, leased: bool) -> Result<bool, JournalError> {
         let building = building(storage, folder);
         sweep_folder(storage, &packs(folder), &|name| {
             let of_build = building.is_some_and(|epoch| name.ends_with(&format!("-{:016x}.pack", epoch.0)));
-            (name.ends_with(".pack") && !named.contains(name) && !of_build) || name.ends_with(".pack.new")
+            (has_kind(name, "pack") && !named.contains(name) && !of_build) || name.ends_with(".pack.new")
         })?;
         sweep_folder(storage, &checkpoints(folder), &|name| {
-            let is_of = |checkpoint: &Checkpoint| checkpoint.path(Path::new("")).file_name().is_some_and(|of| of == name);
-            name.ends_with(".image") && !manifest.checkpoints.iter().any(is_of)
+            let is_of =
+                |checkpoint: &Checkpoint| checkpoint.path(Path::new("")).file_name().is_some_and(|of| of == name);
+            has_kind(name, "image") && !manifest.checkpoints.iter().any(is_of)
         })?;
     }
     Ok(true)
@@ -78,7 +80,11 @@ fn is_stale_segment(name: &str, manifest: &Manifest) -> bool {
     }
     let thin = name.strip_suffix(".new").unwrap_or(name).strip_suffix(".thin").and_then(|name| name.split_once('.'));
     let thin = thin.and_then(|(number, revision)| Some((hex(number)?, hex(revision)?)));
-    thin.is_some_and(|(number, revision)| name.ends_with(".new") || !known(number, revision))
+    thin.is_some_and(|(number, revision)| has_kind(name, "new") || !known(number, revision))
+}
+
+fn has_kind(name: &str, kind: &str) -> bool {
+    name.rsplit_once('.').is_some_and(|(_, extension)| extension == kind)
 }
 
 fn sweep_folder(storage: &dyn Storage, folder: &Path, is_stale: &dyn Fn(&str) -> bool) -> Result<(), JournalError> {

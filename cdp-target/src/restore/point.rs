@@ -161,7 +161,9 @@ impl PointImage {
         let caches = self.view.shelf().caches;
         let failed_before = caches.failed_reads();
         match (self.read_piece(slot, piece, &mut give), &piece.place) {
-            (Err(error @ ReadError::Damaged { .. }), PiecePlace::Frame { file: FileId::Slice(slice), .. }) if !given => {
+            (Err(error @ ReadError::Damaged { .. }), PiecePlace::Frame { file: FileId::Slice(slice), .. })
+                if !given =>
+            {
                 if caches.is_bad(*slice) {
                     return Err(error);
                 }
@@ -169,7 +171,8 @@ impl PointImage {
                 let is_passing = caches.failed_reads() != failed_before;
                 caches.note_bad(*slice);
                 let pieces = self.view.resolve(&self.commit, slot, piece.extent).map_err(ReadError::from);
-                let around = |pieces: Vec<Piece>| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out));
+                let around =
+                    |pieces: Vec<Piece>| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out));
                 let around = pieces.and_then(around);
                 // Another time it may be read.
                 if is_passing {
@@ -228,16 +231,15 @@ impl PointImage {
         if let Some((_, _, opened)) = known {
             return Ok(Arc::clone(opened));
         }
-        let opened =
-            Arc::new(read_frame(&self.view, &self.keys, *file, entry, run).map_err(|error| match error {
-                LoadError::Journal(error) => ReadError::Journal(error),
-                LoadError::Damaged(what) => ReadError::Damaged {
-                    epoch: self.epoch(),
-                    slot,
-                    extent: piece.extent,
-                    what: format!("{file} at offset {}: {what}", entry.frame_offset),
-                },
-            })?);
+        let opened = Arc::new(read_frame(&self.view, &self.keys, *file, entry, run).map_err(|error| match error {
+            LoadError::Journal(error) => ReadError::Journal(error),
+            LoadError::Damaged(what) => ReadError::Damaged {
+                epoch: self.epoch(),
+                slot,
+                extent: piece.extent,
+                what: format!("{file} at offset {}: {what}", entry.frame_offset),
+            },
+        })?);
         if frames.len() >= FRAMES_MAX {
             frames.pop_front();
         }

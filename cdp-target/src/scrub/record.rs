@@ -102,7 +102,10 @@ mod tests {
         record.write(&SystemStorage, folder.path()).expect("written");
         let read = ScrubRecord::read(&SystemStorage, folder.path());
         assert_eq!(read, record);
-        assert_eq!([1, 2, 3].map(|segment| read.read_at(file(segment))), [None, Some(Timestamp(50)), Some(Timestamp(30))]);
+        assert_eq!(
+            [1, 2, 3].map(|segment| read.read_at(file(segment))),
+            [None, Some(Timestamp(50)), Some(Timestamp(30))]
+        );
         assert_eq!([2, 3].map(|segment| read.clean_at(file(segment))), [None, Some(Timestamp(30))]);
         for text in ["", "{", "{\"version\":3,\"clean\":{},\"damaged\":{}}"] {
             replace(&SystemStorage, &path(folder.path()), text.as_bytes()).expect("written");

@@ -264,4 +264,3 @@ impl Drop for Server {
         let _ = self.child.wait();
     }
 }
-
