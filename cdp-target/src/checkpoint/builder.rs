@@ -54,8 +54,13 @@ struct Before {
     image: Arc<index::ImageIndex>,
     /// Slices written to since, by volume; `None` where that cannot be told.
     touched: Option<BTreeMap<u16, RoaringBitmap>>,
-    /// Whether it is of the very point: then what is sound of it stays as it is, and is read to know.
-    is_same: bool,
+}
+
+/// A pack that a checkpoint has.
+struct Named {
+    record: SliceRecord,
+    /// Whether it is the one below which there is nothing.
+    is_floor: bool,
 }
 
 impl Builder<'_> {
@@ -78,15 +83,17 @@ impl Builder<'_> {
         for folder in [packs(folder), checkpoints(folder)] {
             storage.create_dir_all(&folder).map_err(JournalError::io("create folder", &folder))?;
         }
-        let resumes = begin(storage.as_ref(), folder, commit.head)? || self.is_made(epoch)?;
+        let resumes = begin(storage.as_ref(), folder, commit.head)?;
+        let named = self.named(epoch)?;
         let failed_before = self.view.shelf().caches.failed_reads();
         let before = self.before(epoch)?;
         let slices: u64 = commit.volumes.iter().map(|volume| u64::from(slices_of(volume))).sum();
         let mut records = Vec::new();
         for volume in &commit.volumes {
             for slice in 0..slices_of(volume) {
-                let shared = before.as_ref().and_then(|before| self.shared(before, volume, slice));
-                let record = if let Some(record) = shared {
+                let kept = named.get(&(volume.slot, slice)).map(|named| self.kept(named)).transpose()?.flatten();
+                let shared = || self.shared(before.as_ref()?, volume, slice);
+                let record = if let Some(record) = kept.or_else(shared) {
                     record
                 } else {
                     let record = self.slice(&commit, volume, slice, resumes, step)?;
@@ -140,10 +147,31 @@ impl Builder<'_> {
         Ok(lost.map(|entry| u64::from(entry.extent.count)).sum())
     }
 
-    /// Whether there is a whole checkpoint of the very point: its packs are not to be written over.
-    fn is_made(&self, epoch: Epoch) -> Result<bool, JournalError> {
-        let made = self.view.manifest().checkpoints.iter().find(|made| made.epoch == epoch);
-        Ok(made.map(|made| self.view.image_index(made)).transpose()?.flatten().is_some())
+    /// The packs of this very point that checkpoints have, this one's or those that share them: they are not to be written over.
+    fn named(&self, epoch: Epoch) -> Result<BTreeMap<(VolumeSlot, u32), Named>, JournalError> {
+        let manifest = self.view.manifest();
+        let mut named = BTreeMap::new();
+        for base in &manifest.checkpoints {
+            let Some(image) = self.view.image_index(base)? else { continue };
+            for record in image.records() {
+                let (slot, slice, record) =
+                    record.map_err(JournalError::io("read", &base.path(self.view.place().1)))?;
+                let Some(record) = record else { continue };
+                let SliceContent::Pack { sealed, .. } = record.content else { continue };
+                if sealed.id == FileId::Slice(SliceId { slot, slice, epoch }) {
+                    let known = named.entry((slot, slice)).or_insert(Named { record, is_floor: false });
+                    known.is_floor |= manifest.floor == Some(base.epoch);
+                }
+            }
+        }
+        Ok(named)
+    }
+
+    /// A pack that a checkpoint has, where it is sound. What the floor has stays as it is: there is nothing to make it of anew.
+    fn kept(&self, named: &Named) -> Result<Option<SliceRecord>, JournalError> {
+        let SliceContent::Pack { sealed, .. } = named.record.content else { return Ok(None) };
+        let is_sound = named.is_floor || (!named.record.lost && self.is_sound(&sealed) && self.is_read(&sealed)?);
+        Ok(is_sound.then_some(named.record))
     }
 
     fn before(&self, epoch: Epoch) -> Result<Option<Before>, JournalError> {
@@ -151,36 +179,32 @@ impl Builder<'_> {
         for base in bases.filter(|base| base.epoch <= epoch) {
             if let Some(image) = self.view.image_index(base)? {
                 let touched = self.view.slices_touched(base.epoch).ok();
-                return Ok(Some(Before { image, touched, is_same: base.epoch == epoch }));
+                return Ok(Some(Before { image, touched }));
             }
         }
         Ok(None)
     }
 
-    /// The record of a slice that is shared, where it can be.
+    /// The record of a slice that nobody wrote to since the checkpoint before, where it can be shared.
     fn shared(&self, before: &Before, volume: &Volume, slice: u32) -> Option<SliceRecord> {
-        if !before.is_same {
-            let touched = before.touched.as_ref()?;
-            if touched.get(&volume.slot.0).is_some_and(|slices| slices.contains(slice)) {
-                return None;
-            }
+        let touched = before.touched.as_ref()?;
+        if touched.get(&volume.slot.0).is_some_and(|slices| slices.contains(slice)) {
+            return None;
         }
         let record = before.image.record(volume.slot, slice).ok().flatten()?;
         // What was lost may have been healed, and what was taken over whole can be sealed anew once there is a key.
         let reusable = !record.lost
             && match record.content {
                 SliceContent::Zero => true,
-                SliceContent::Pack { sealed, .. } if before.is_same => self.is_sound(&sealed) && self.is_read(&sealed),
                 SliceContent::Pack { sealed, repacked } => self.is_sound(&sealed) && (repacked || self.keys.is_none()),
             };
         reusable.then_some(record)
     }
 
     /// Whether a pack is what was written, by reading it.
-    fn is_read(&self, sealed: &Sealed) -> bool {
+    fn is_read(&self, sealed: &Sealed) -> Result<bool, JournalError> {
         let files = self.view.shelf();
-        let walked = files.walk(sealed, &mut Blind).is_ok_and(|walked| walked.damages.is_empty());
-        walked && files.index_is_whole(sealed).is_ok_and(|whole| whole)
+        Ok(files.walk(sealed, &mut Blind)?.damages.is_empty() && files.index_is_whole(sealed)?)
     }
 
     fn is_sound(&self, sealed: &Sealed) -> bool {
@@ -199,7 +223,7 @@ impl Builder<'_> {
     ) -> Result<SliceRecord, JournalError> {
         let id = SliceId { slot: volume.slot, slice, epoch: commit.head.epoch };
         // What was lost may have been healed, or only not been read then.
-        if resumes && let Some(record) = self.made_before(id)?.filter(|record| !record.lost || self.is_named(id)) {
+        if resumes && let Some(record) = self.made_before(id)?.filter(|record| !record.lost) {
             return Ok(record);
         }
         self.view.shelf().caches.forget(FileId::Slice(id));
@@ -240,11 +264,6 @@ impl Builder<'_> {
         Ok(record_of(&written, true, written.sealed.len))
     }
 
-    /// Whether a checkpoint may have the pack already: it is not to be written over.
-    fn is_named(&self, id: SliceId) -> bool {
-        self.view.manifest().checkpoints.iter().any(|made| made.epoch == id.epoch)
-    }
-
     /// A pack that an interrupted build has left; those with frames taken over whole are made again.
     fn made_before(&self, id: SliceId) -> Result<Option<SliceRecord>, JournalError> {
         let (storage, folder) = self.view.place();
@@ -266,7 +285,7 @@ impl Builder<'_> {
         let sealed = Sealed { id: file_id, len, frames_end, footer_hash, points: None };
         // What was read of a file of that name before may be of another.
         self.view.shelf().caches.forget(file_id);
-        if !self.is_read(&sealed) {
+        if !self.is_read(&sealed)? {
             return Ok(None);
         }
         let extents = self.view.shelf().extents(&sealed)?;
