@@ -29,10 +29,16 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     let plan = Plan { points: points.context("CDP_BENCH_POINTS")? };
     ensure!(plan.points >= 3000, "the ladder is of no use with fewer than 100 points a day");
     let free = cdp_seams::storage::Storage::free_bytes(&cdp_seams::storage::SystemStorage, folder)?;
-    ensure!(free >= FREE_BYTES_MIN, "{} MiB are free in {}, not {}", free >> 20, folder.display(), FREE_BYTES_MIN >> 20);
+    ensure!(
+        free >= FREE_BYTES_MIN,
+        "{} MiB are free in {}, not {}",
+        free >> 20,
+        folder.display(),
+        FREE_BYTES_MIN >> 20
+    );
     let scale = Scale { folder: folder.join("scale"), plan };
     scale.make()?;
-    let plain = scale.readings(1)?;
+    let without = scale.readings(1)?;
     println!("\n| checkpoint | seconds | MiB needed | MiB written | peak MiB |\n|---|---|---|---|---|");
     let checkpointed = keep::checkpointed(plan, CHECKPOINT_DAYS);
     for (at, epoch) in checkpointed.iter().enumerate() {
@@ -48,9 +54,12 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
         );
     }
     let with = scale.readings(checkpointed[0])?;
-    println!("\n| {points} points, 30 days, 1 TiB | without | with checkpoints | aim |\n|---|---|---|---|", points = plan.points);
-    for ((what, plain, aim), (_, with, _)) in plain.iter().zip(&with) {
-        println!("| {what} | {plain} | {with} | {aim} |");
+    println!(
+        "\n| {points} points, 30 days, 1 TiB | without | with checkpoints | aim |\n|---|---|---|---|",
+        points = plan.points
+    );
+    for ((what, without, aim), (_, with, _)) in without.iter().zip(&with) {
+        println!("| {what} | {without} | {with} | {aim} |");
     }
     scale.prune()?;
     std::fs::remove_dir_all(&scale.folder)?;
@@ -83,7 +92,9 @@ impl Scale {
         let open = self.child("open", &range)?;
         let list = self.child("list", &[])?;
         ensure!(list["points"].as_u64() == Some(self.plan.points), "{list} are not all points");
-        let blocks = |of_database: bool, threads: u64| self.child("blocks", &[&oldest, range[1], &u64::from(of_database), &threads]);
+        let blocks = |of_database: bool, threads: u64| {
+            self.child("blocks", &[&oldest, range[1], &u64::from(of_database), &threads])
+        };
         let (database, database_2) = (blocks(true, 1)?, blocks(true, 2)?);
         let (files, files_2) = (blocks(false, 1)?, blocks(false, 2)?);
         let peak = [&open, &database, &database_2, &files, &files_2].map(|figures| mib(figures, "peak_bytes"));
@@ -108,7 +119,9 @@ impl Scale {
     /// The first prune rewrites all but a day; the second follows when a day more was received.
     fn prune(&self) -> Result<()> {
         let journal_bytes = folder_bytes(&self.folder.join("journal"))?;
-        println!("\n| prune by the default ladder | points removed, kept | MiB before | after | written | seconds | peak MiB |");
+        println!(
+            "\n| prune by the default ladder | points removed, kept | MiB before | after | written | seconds | peak MiB |"
+        );
         println!("|---|---|---|---|---|---|---|");
         let first = self.prune_once("day 30")?;
         let day_bytes = number(&self.child("go-on", &[&1])?, "bytes")?;

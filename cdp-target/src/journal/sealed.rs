@@ -383,8 +383,9 @@ impl Shelf<'_> {
     pub(crate) fn index_is_whole(&self, sealed: &Sealed) -> Result<bool, JournalError> {
         let file = self.file(sealed.id)?;
         let file = file.as_ref().as_ref();
-        let loaded =
-            check_magic(file, sealed).and_then(|()| load_summary(file, sealed)).and_then(|_| load_extents(file, sealed));
+        let loaded = check_magic(file, sealed)
+            .and_then(|()| load_summary(file, sealed))
+            .and_then(|_| load_extents(file, sealed));
         match loaded {
             Ok(_) => Ok(true),
             Err(IndexError::Damaged) => Ok(false),
