@@ -38,7 +38,7 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     );
     let scale = Scale { folder: folder.join("scale"), plan };
     scale.make()?;
-    let plain = scale.readings(1)?;
+    let without = scale.readings(1)?;
     println!("\n| checkpoint | seconds | MiB needed | MiB written | peak MiB |\n|---|---|---|---|---|");
     let checkpointed = keep::checkpointed(plan, CHECKPOINT_DAYS);
     for (at, epoch) in checkpointed.iter().enumerate() {
@@ -58,8 +58,8 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
         "\n| {points} points, 30 days, 1 TiB | without | with checkpoints | aim |\n|---|---|---|---|",
         points = plan.points
     );
-    for ((what, plain, aim), (_, with, _)) in plain.iter().zip(&with) {
-        println!("| {what} | {plain} | {with} | {aim} |");
+    for ((what, without, aim), (_, with, _)) in without.iter().zip(&with) {
+        println!("| {what} | {without} | {with} | {aim} |");
     }
     scale.prune()?;
     std::fs::remove_dir_all(&scale.folder)?;

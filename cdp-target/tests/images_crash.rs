@@ -30,7 +30,7 @@ const LADDER: Ladder = Ladder { every_s: 3 * 3600, hourly_s: 6 * 3600, daily_s: 
 const POINTS: usize = 12;
 
 /// What is cut off.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
     /// A checkpoint at the newest point.
     Checkpoint,
@@ -79,14 +79,12 @@ fn group(seed: u64, operation: Operation, with_key: bool) -> Group {
         grow(&mut source, &mut journal, POINTS + 8);
     }
     let before = listed(&journal.view());
-    let after = match operation {
-        Operation::Checkpoint => before.clone(),
-        _ => {
-            let plan = settings(source.time, None, &SimRandom::new(1), &mut |prune| {
-                prune.plan(&journal.view()).expect("planned")
-            });
-            before.iter().copied().filter(|epoch| plan.removed.iter().all(|removed| removed.epoch != *epoch)).collect()
-        }
+    let after = if operation == Operation::Checkpoint {
+        before.clone()
+    } else {
+        let plan =
+            settings(source.time, None, &SimRandom::new(1), &mut |prune| prune.plan(&journal.view()).expect("planned"));
+        before.iter().copied().filter(|epoch| plan.removed.iter().all(|removed| removed.epoch != *epoch)).collect()
     };
     Group { disk, journal, source, before, after }
 }
@@ -192,8 +190,8 @@ impl Group {
         named.extend(images);
         let files = ["journal", "packs", "checkpoints"].into_iter().flat_map(|name| {
             let folder = folder.join(name);
-            let names = self.disk.list(&folder).unwrap_or_default();
-            names.into_iter().map(move |name| folder.join(name))
+            let listed = self.disk.list(&folder).unwrap_or_default();
+            listed.into_iter().map(move |name| folder.join(name))
         });
         files.filter(|path| !named.contains(path)).map(|path| path.display().to_string()).collect()
     }
@@ -213,7 +211,7 @@ fn cut(call: u64, seed: u64, fault: Fault, operation: Operation, with_key: bool)
         group.disk.power_cut();
     }
     group.disk.restart();
-    if fault == Fault::Death && seed % 2 == 0 {
+    if fault == Fault::Death && seed.is_multiple_of(2) {
         // A reader before recovery, then recovery, then the power goes after all.
         drop(open(&group.disk).unwrap_or_else(|error| panic!("{what}: {error}")));
         group.disk.power_cut();
@@ -251,8 +249,13 @@ fn the_power_is_cut_at_every_call() {
     for (operation, with_key) in OPERATIONS {
         for fault in [Fault::PowerCut, Fault::Death] {
             let mut call = 0;
-            let image = |call: u64, image: u64| cut(call, call * images + image, fault, operation, with_key);
-            while (0..images).fold(false, |came, number| image(call, number) || came) {
+            loop {
+                // Every image of a call, also where the first did not come to it.
+                let seeds = call * images..(call + 1) * images;
+                let came = seeds.filter(|seed| cut(call, *seed, fault, operation, with_key)).count();
+                if came == 0 {
+                    break;
+                }
                 call += 1;
                 cases += images;
             }

@@ -56,7 +56,9 @@ fn append(journal: &mut GroupJournal, random: &SimRandom, key: &DataKey, epoch: 
         frames.push(sealer.content(VolumeSlot(0), Sequence(frames.len() as u64), extents, &content));
     }
     let mut list = FrameListHasher::default();
-    frames.iter().for_each(|frame| list.push(&frame::hash(frame)));
+    for frame in &frames {
+        list.push(&frame::hash(frame));
+    }
     let commit = Commit {
         predecessor: journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt }),
         frames: list.list(),

@@ -56,20 +56,7 @@ pub(super) fn list(folder: &Path) -> Result<Value> {
 pub(super) fn blocks(folder: &Path, oldest: u64, newest: u64, of_database: bool, threads: usize) -> Result<Value> {
     let random = SimRandom::new(17);
     let epochs: Vec<u64> = (0..READ_POINTS).map(|_| oldest + random.below(newest - oldest + 1)).collect();
-    let wanted: Vec<Vec<(u32, u64)>> = epochs
-        .iter()
-        .map(|epoch| {
-            let last = last_writes(*epoch);
-            let of_a_point = (0..READS_A_POINT).map(|_| match of_database {
-                true => {
-                    let number = skewed(&random);
-                    (database_block(number), u64::from(last[number as usize]))
-                }
-                false => (file_block(&random), 1),
-            });
-            of_a_point.collect()
-        })
-        .collect();
+    let wanted: Vec<_> = epochs.iter().map(|epoch| wanted(*epoch, of_database, &random)).collect();
     let view = view(folder)?;
     let cold_rate = {
         let images = images(&view, &epochs)?;
@@ -79,6 +66,16 @@ pub(super) fn blocks(folder: &Path, oldest: u64, newest: u64, of_database: bool,
     let warm_rate = rate(images(&view, &epochs)?, &wanted, threads)?;
     let kept_rate = kept(&view.image(Epoch(epochs[0]), &key())?, &wanted[0][..KEPT_BLOCKS])?;
     Ok(json!({ "cold_rate": cold_rate, "warm_rate": warm_rate, "kept_rate": kept_rate, "peak_bytes": peak_bytes()? }))
+}
+
+/// Blocks to be read at point `epoch`, with the point that wrote each.
+fn wanted(epoch: u64, of_database: bool, random: &SimRandom) -> Vec<(u32, u64)> {
+    if !of_database {
+        return (0..READS_A_POINT).map(|_| (file_block(random), 1)).collect();
+    }
+    let last = last_writes(epoch);
+    let numbers = (0..READS_A_POINT).map(|_| skewed(random));
+    numbers.map(|number| (database_block(number), u64::from(last[number as usize]))).collect()
 }
 
 fn images(view: &Arc<GroupView>, epochs: &[u64]) -> Result<Vec<PointImage>> {

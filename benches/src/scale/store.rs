@@ -94,7 +94,9 @@ fn written(epoch: u64) -> Vec<u32> {
 pub(super) fn last_writes(epoch: u64) -> Vec<u32> {
     let mut last = vec![1; DATABASE_BLOCKS as usize];
     for epoch in 2..=epoch {
-        written(epoch).into_iter().for_each(|number| last[number as usize] = epoch as u32);
+        for number in written(epoch) {
+            last[number as usize] = epoch as u32;
+        }
     }
     last
 }

@@ -97,15 +97,15 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl Made {
     /// The same every time, but for keys.
     pub fn new() -> Self {
-        Self::made(false)
+        Self::of_kind(false)
     }
 
     /// The same after a prune: a checkpoint that others stand on, segments that were rewritten, and a few points that were pinned.
     pub fn pruned() -> Self {
-        Self::made(true)
+        Self::of_kind(true)
     }
 
-    fn made(is_pruned: bool) -> Self {
+    fn of_kind(is_pruned: bool) -> Self {
         let folder = in_memory();
         let storage: Arc<dyn Storage> = Arc::new(SystemStorage);
         let config = Config::new(LISTEN_DEFAULT, vec!["backup.example.org".into()]);
@@ -281,7 +281,9 @@ fn last_proof_at(segment: &[u8]) -> u64 {
 /// Leaves the newest point, and two that are pinned.
 fn prune(journal: &mut GroupJournal, source: &Source) {
     let pinned = [2, 4].map(|at: usize| source.points[at].head.epoch);
-    pinned.iter().for_each(|epoch| journal.pin(*epoch, true).expect("pinned"));
+    for epoch in pinned {
+        journal.pin(epoch, true).expect("pinned");
+    }
     let keys = Keyring::from(&key());
     let ladder = Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 };
     let now = Timestamp(source.time + 1000);

@@ -263,7 +263,7 @@ impl Target {
             None => (view, false),
         };
         let done = match prune.run(view, &mut owner, &mut steps(&mut left), &mut |_, _| {}) {
-            Err(PruneError::OnlyNewest(_)) if sabotaged || due.as_ref().is_none_or(|due| due.may_be_refused()) => {
+            Err(PruneError::OnlyNewest(_)) if sabotaged || due.as_ref().is_none_or(Due::may_be_refused) => {
                 if let Some(due) = &due {
                     model.kept.refused(due);
                 }
@@ -294,9 +294,12 @@ impl Target {
         let Some(point) = points.get(random.below(points.len().max(1) as u64) as usize) else { return Ok(()) };
         let (epoch, is_set, is_pin) = (point.epoch, random.below(2) == 0, random.below(2) == 0);
         let label = format!("l{epoch}");
-        let done = process.with_writer(move |writer| match is_pin {
-            true => writer.pin(epoch, is_set),
-            false => writer.label(epoch, Some(label.as_str()).filter(|_| is_set)),
+        let done = process.with_writer(move |writer| {
+            if is_pin {
+                writer.pin(epoch, is_set)
+            } else {
+                writer.label(epoch, Some(label.as_str()).filter(|_| is_set))
+            }
         });
         let marks = model.kept.marks(point.hash);
         let said = if is_pin { &mut marks.pinned } else { &mut marks.labelled };
