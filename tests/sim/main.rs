@@ -31,7 +31,7 @@ const KNOWN_BAD: [(u64, &str); 5] = [
 ];
 
 /// The same, of those in which somebody does.
-const KNOWN_BAD_TENDED: [(u64, &str); 9] = [
+const KNOWN_BAD_TENDED: [(u64, &str); 10] = [
     (1624, "a point was lost with rot, another was given its number and read from the checkpoint of the first"),
     (7558, "the same, in another place"),
     (6126, "two reads failed while a checkpoint was built, and it called their blocks lost"),
@@ -44,6 +44,7 @@ const KNOWN_BAD_TENDED: [(u64, &str); 9] = [
     (16049, "a rewritten segment of nothing but commits ended the search for older content"),
     (20220, "a checkpoint's packs were written over by another build at its point"),
     (28385, "the same, because a read of one failed"),
+    (129_545, "a journal that had stopped in the middle of a change showed half of it"),
 ];
 
 fn env(name: &str, default: u64) -> u64 {

@@ -342,9 +342,12 @@ impl GroupJournal {
         held.map(|(change, _)| *change).min()
     }
 
-    /// Has readers look anew for what stands beside the manifest: repairs.
+    /// Has readers look anew for what stands beside the manifest: repairs. Not of a journal that stopped: what it has in memory may
+    /// be half of a change.
     pub fn look_again(&mut self) {
-        self.publish();
+        if self.poisoned.is_none() {
+            self.publish();
+        }
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {
