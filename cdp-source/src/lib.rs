@@ -7,6 +7,7 @@ pub mod config;
 pub mod connect;
 pub mod control;
 pub mod cut;
+pub mod digests;
 pub mod doctor;
 pub mod encoder;
 pub mod join;

@@ -91,6 +91,10 @@ pub struct GroupStatus {
     pub unacked_bytes: u64,
     /// Bytes acked since the agent's start.
     pub acked_bytes: u64,
+    /// Bytes of blocks since the agent's start that were marked and not sent, because the target held just that already.
+    pub unchanged_bytes: u64,
+    /// How much of what has to be compared again was, in percent; `None` where nothing has to.
+    pub rescan_percent: Option<u8>,
     /// The last cut that validated.
     pub last_cut: Option<CutStatus>,
     /// Cuts that did not validate since the last one that did.

@@ -87,7 +87,8 @@ fn status_text(status: &AgentStatus) -> String {
 fn group_lines(group: &GroupStatus) -> Vec<String> {
     let number =
         |epoch: Option<cdp_protocol::units::Epoch>| epoch.map_or_else(|| "-".into(), |epoch| epoch.to_string());
-    let reason = group.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+    let percent = group.rescan_percent.map_or_else(String::new, |percent| format!(", {percent} % compared"));
+    let reason = group.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason}{percent})"));
     let mut lines = vec![
         format!("group {}: {}{reason}", group.group, group.state.name()),
         format!(
