@@ -39,7 +39,7 @@ pub enum GroupPhase {
     Backlog,
     /// No points are made: a person has to act, or a cut has not validated for long.
     Stalled,
-    /// Everything is compared or sent again, because tracking or history was interrupted.
+    /// Everything is compared with what the target holds, because tracking or history was interrupted.
     Rescan,
 }
 

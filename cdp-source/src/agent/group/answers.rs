@@ -85,7 +85,7 @@ impl Group {
         let newest = self.memo.head().map(|head| head.epoch).max(head.map(|head| head.epoch));
         let after = Epoch(newest.unwrap_or_default().0 + 1);
         if is_new {
-            tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is sent");
+            tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is compared");
             self.ledger.carry_everything();
             self.setup.digests.void();
             self.rescan = match verdict {

@@ -17,7 +17,7 @@ impl Group {
             if self.memo.head().is_none() {
                 tracing::info!(group, reason, "first copy");
             } else {
-                tracing::warn!(group, reason, "tracking was interrupted: everything is sent again");
+                tracing::warn!(group, reason, "tracking was interrupted: everything is compared");
                 self.rescan = Some(reason);
             }
         }
