@@ -273,6 +273,40 @@ fn scribble(device: &Path, seed: u64) -> Result<()> {
     Ok(())
 }
 
+/// A block of the volume changes and nobody tells the tracker: the audit finds it, says so, and the next point equals the device.
+#[test]
+fn a_write_that_was_missed_is_found_by_the_audit() -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    if !cdp_tests::privileged("a_write_that_was_missed_is_found_by_the_audit") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let device = LoopDevice::new(&folder.path().join("disk.img"), 64 * MIB)?;
+    let mut site = Site::new(folder.path())?;
+    scribble(device.node(), 1)?;
+    protect(&site, device.node())?;
+    site.set_group_option("interval_ms = 50")?;
+    site.set_group_option("audit_interval_s = 10")?;
+    site.start_source()?;
+    site.wait_for_points(1, PATIENCE)?;
+    newest_point_equals(&site, device.node(), folder.path())?;
+    let audited = |site: &Site, what: &str, wanted: u64| {
+        wait_for(what, PATIENCE, || {
+            let count = count(&site.source_status()?["audit"], what)?;
+            Ok((count >= wanted).then_some(count))
+        })
+    };
+    audited(&site, "proved_blocks", 64 * MIB / 4096)?;
+    ensure!(audited(&site, "differing_blocks", 0)? == 0, "a false alarm");
+    // Behind the device's back: no write of its own goes to it.
+    std::fs::File::options().write(true).open(device.file())?.write_all_at(&[0x5a; 4096], 777 * 4096)?;
+    ensure!(audited(&site, "differing_blocks", 1)? == 1, "one block differs");
+    newest_point_equals(&site, device.node(), folder.path())?;
+    let log = site.source_daemon().log();
+    ensure!(log.contains("a write was missed") && log.contains("first_block=777"), "{log}");
+    Ok(())
+}
+
 /// `kill -9` of the agent under load: its successor goes on from the pinned maps, and nothing is missing.
 #[test]
 fn a_killed_agents_successor_goes_on() -> Result<()> {

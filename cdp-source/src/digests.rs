@@ -14,12 +14,13 @@ mod slots;
 mod state;
 mod volume;
 
+use crate::audit::Found;
 use crate::capture::{BlockContent, Capture};
 use crate::encoder::BlockDigests;
 use crate::reader;
 use cdp_protocol::record::Volume;
-use cdp_protocol::seal::DigestKey;
-use cdp_protocol::units::{AttemptId, Epoch, Extent, GroupId, Head, VolumeSlot, blocks_in};
+use cdp_protocol::seal::{Digest, DigestKey};
+use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, GroupId, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::random::{self, Random};
 use cdp_seams::storage::Storage;
 use roaring::RoaringBitmap;
@@ -55,6 +56,8 @@ pub struct Digests {
     /// The one that the files are of.
     base: Option<Head>,
     under_way: VecDeque<UnderWay>,
+    /// Regions were proved since they were written last.
+    has_new_proofs: bool,
     /// When they were written last.
     written_at: Duration,
 }
@@ -70,6 +73,19 @@ enum Phase {
     Ready,
     /// They cannot be kept.
     Off,
+}
+
+/// What comparing a block has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The target holds it.
+    Same,
+    /// It was not known what the target holds: this.
+    Learnt,
+    /// The target holds something else.
+    Differs,
+    /// It is on its way.
+    NotNow,
 }
 
 /// An attempt that was captured and is not acked, or is an acked part.
@@ -103,6 +119,7 @@ impl Digests {
             head: None,
             base: None,
             under_way: VecDeque::new(),
+            has_new_proofs: false,
             written_at: Duration::ZERO,
         };
         let taken_up = digests.take_up().or_else(|why| {
@@ -129,6 +146,7 @@ impl Digests {
             head: None,
             base: None,
             under_way: VecDeque::new(),
+            has_new_proofs: false,
             written_at: Duration::ZERO,
         }
     }
@@ -141,14 +159,16 @@ impl Digests {
         }
         let mut kept = state.volumes;
         for volume in &mut self.volumes {
-            let failed = |error| format!("volume {}: {error}", volume.slot);
+            let slot = volume.slot;
+            let failed = |error| format!("volume {slot}: {error}");
             let at = kept.iter().position(|kept| (kept.slot, kept.blocks) == (volume.slot, volume.blocks));
             let place = (&*self.storage, self.folder.as_path(), volume.slot, volume.blocks);
             if let Some(kept) = at.map(|at| kept.swap_remove(at)) {
                 volume.file = Some(SlotFile::open(place, &state.era).map_err(failed)?);
-                volume.unsure = kept.unsure;
+                (volume.unsure, volume.proved) = (kept.unsure, kept.proved);
             } else {
                 // One that came to the group since.
+                volume.know_nothing();
                 volume.file = Some(SlotFile::make(place, &state.era).map_err(failed)?);
             }
         }
@@ -163,6 +183,7 @@ impl Digests {
         self.under_way.clear();
         for volume in &mut self.volumes {
             *volume = VolumeDigests::new(volume.slot, volume.blocks);
+            volume.know_nothing();
         }
         self.state(era, false).store(&*self.storage, &self.folder)?;
         for volume in &mut self.volumes {
@@ -280,6 +301,56 @@ impl Digests {
         Ok(same)
     }
 
+    /// Whether anything may be known.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.phase == Phase::Ready
+    }
+
+    /// The digest of a block's content.
+    #[must_use]
+    pub fn digest(&self, block: &[u8]) -> Digest {
+        self.key.digest(block)
+    }
+
+    /// Blocks of each volume.
+    #[must_use]
+    pub fn volume_blocks(&self) -> Vec<u64> {
+        self.volumes.iter().map(|volume| volume.blocks).collect()
+    }
+
+    /// The first block at or behind `from` of which nothing is known.
+    #[must_use]
+    pub fn next_unknown(&self, volume: usize, from: u32) -> Option<u32> {
+        self.volumes[volume].next_unknown(from)
+    }
+
+    /// Holds what a block that nobody writes to was found to hold, as of a flip at which nothing was in flight, against what the target
+    /// holds; learns it where that is not known.
+    pub fn compare(&mut self, volume: usize, block: Block, found: Found, now: Timestamp) -> Answer {
+        let is_under_way = |under_way: &UnderWay| under_way.blocks[volume].contains(block.0);
+        if self.phase != Phase::Ready || self.under_way.iter().any(is_under_way) {
+            return Answer::NotNow;
+        }
+        match self.volumes[volume].compare(block, found) {
+            Ok(answer) => {
+                self.has_new_proofs |= self.volumes[volume].prove(block, answer, now);
+                answer
+            }
+            Err(error) => {
+                self.off("cannot be read", &error.to_string());
+                Answer::NotNow
+            }
+        }
+    }
+
+    /// When the region was proved that was not for longest; `None` while one never was.
+    #[must_use]
+    pub fn oldest_proof(&self) -> Option<Timestamp> {
+        let proofs = self.volumes.iter().flat_map(|volume| &volume.proved);
+        proofs.copied().min().filter(|time| time.0 > 0)
+    }
+
     /// An attempt is under way with these blocks of each volume.
     pub fn captured(
         &mut self,
@@ -364,7 +435,7 @@ impl Digests {
         let is_due = digests >= YOUNG_DIGESTS_MAX
             || holes >= YOUNG_HOLES_MAX
             || digests as u64 + holes >= FEW_DIGESTS && since >= FEW_AFTER
-            || self.head != self.base && since >= ANY_AFTER;
+            || (self.head != self.base || self.has_new_proofs) && since >= ANY_AFTER;
         if is_due {
             self.written_at = now;
             self.write();
@@ -375,9 +446,11 @@ impl Digests {
     ///
     /// A crash before the second state leaves the first: of the old base, with every block unsure that was being written.
     pub fn write(&mut self) {
-        if self.phase != Phase::Ready || self.head == self.base && self.volumes.iter().all(VolumeDigests::is_written) {
+        let is_new = self.head != self.base || self.has_new_proofs;
+        if self.phase != Phase::Ready || !is_new && self.volumes.iter().all(VolumeDigests::is_written) {
             return;
         }
+        self.has_new_proofs = false;
         if let Err(error) = self.try_write() {
             self.off("cannot be written", &error.to_string());
         }
@@ -403,7 +476,7 @@ impl Digests {
                 unsure |= volume.young.keys().copied().collect::<RoaringBitmap>();
                 unsure |= &volume.young_holes;
             }
-            state::Kept { slot: volume.slot, blocks: volume.blocks, unsure }
+            state::Kept { slot: volume.slot, blocks: volume.blocks, unsure, proved: volume.proved.clone() }
         };
         State { group: self.group, era, base: self.base, volumes: self.volumes.iter().map(kept).collect() }
     }

@@ -1,6 +1,7 @@
 //! The branch office's end: tracks, cuts, reads, encodes and sends.
 
 pub mod agent;
+pub mod audit;
 pub mod capture;
 pub mod cli;
 pub mod config;

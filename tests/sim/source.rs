@@ -173,6 +173,7 @@ impl Source {
             facts,
             data_key: key(),
             interval: Duration::from_secs(1),
+            audit_interval: Duration::from_secs(60),
             limits: self.limits,
             opener: Box::new(move || Ok(devices(&world))),
             connect: Box::new(move |memo: Memo| {

@@ -5,10 +5,12 @@
 //! * the memo names a commit before the commit leaves, and a new generation only once all it voids is in `unacked`;
 //! * nothing is written for an epoch but the tracker's own pinned memory, so that an idle volume stays idle.
 //!
-//! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `answers`
+//! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
+//! what it finds out besides, `answers`
 //! what it does when it is told something, `volumes` how it gets over devices that fail, `standing` what others see.
 
 mod answers;
+mod auditing;
 mod capturing;
 mod standing;
 #[cfg(feature = "sim")]
@@ -17,7 +19,8 @@ mod volumes;
 
 use super::encoding::Encoding;
 use super::ledger::Ledger;
-use super::status::{CutStatus, GroupPhase, GroupStatus};
+use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus};
+use crate::audit::Audit;
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
 use crate::digests::Digests;
@@ -134,6 +137,8 @@ pub struct GroupSetup {
     pub data_key: DataKey,
     /// From cut to cut.
     pub interval: Duration,
+    /// In so long every block that nobody writes to is read once.
+    pub audit_interval: Duration,
     /// How far a cut goes.
     pub limits: CutLimits,
     /// Opens its volumes.
@@ -272,6 +277,8 @@ struct Group {
     acked_bytes: u64,
     /// Bytes of blocks that were marked and not sent, since the target had them.
     unchanged_bytes: u64,
+    audit: Audit,
+    audit_counts: AuditStatus,
     opened_at: Option<Duration>,
     last_cut: Option<CutStatus>,
 }
@@ -345,6 +352,8 @@ impl Group {
             unchanged_as_of: None,
             acked_bytes: 0,
             unchanged_bytes: 0,
+            audit: Audit::default(),
+            audit_counts: AuditStatus::default(),
             opened_at: None,
             last_cut: None,
             setup,

@@ -197,6 +197,7 @@ fn start_group(
         digests,
         data_key,
         interval: Duration::from_millis(config.interval_ms),
+        audit_interval: Duration::from_secs(config.audit_interval_s),
         limits: CutLimits {
             bound: Duration::from_millis(config.cut_bound_ms()),
             blocks_max: config.capture_bytes_max / BLOCK_BYTES as u64,

@@ -2,7 +2,8 @@
 //!
 //! Replaced as a whole, all or nothing. Of a damaged one nothing is believed.
 
-use cdp_protocol::units::{Epoch, FrameHash, GroupId, Head, VolumeSlot};
+use super::volume::REGION_BLOCKS;
+use cdp_protocol::units::{Epoch, FrameHash, GroupId, Head, Timestamp, VolumeSlot};
 use cdp_seams::storage::{self, Storage};
 use roaring::RoaringBitmap;
 use std::io;
@@ -32,6 +33,8 @@ pub(super) struct Kept {
     pub(super) blocks: u64,
     /// Blocks whose slot is not to be believed.
     pub(super) unsure: RoaringBitmap,
+    /// When each region of 64 MiB was proved; zero where it never was.
+    pub(super) proved: Vec<Timestamp>,
 }
 
 impl State {
@@ -58,11 +61,14 @@ impl State {
         let base = self.base.unwrap_or(Head { epoch: Epoch(0), hash: FrameHash([0; 32]) });
         out.extend_from_slice(&base.epoch.0.to_le_bytes());
         out.extend_from_slice(&base.hash.0);
-        for Kept { slot, blocks, unsure } in &self.volumes {
+        for Kept { slot, blocks, unsure, proved } in &self.volumes {
             out.extend_from_slice(&slot.0.to_le_bytes());
             out.extend_from_slice(&blocks.to_le_bytes());
             out.extend_from_slice(&(unsure.serialized_size() as u64).to_le_bytes());
             unsure.serialize_into(&mut out).expect("memory takes what is written to it");
+            for time in proved {
+                out.extend_from_slice(&time.0.to_le_bytes());
+            }
         }
         out.extend_from_slice(&crc32fast::hash(&out).to_le_bytes());
         out
@@ -92,7 +98,11 @@ impl State {
             if unsure.max().is_some_and(|last| u64::from(last) >= blocks) {
                 return None;
             }
-            state.volumes.push(Kept { slot, blocks, unsure });
+            let regions = usize::try_from(blocks.div_ceil(REGION_BLOCKS.into())).ok()?;
+            let (times, rest) = input.split_at_checked(regions.checked_mul(8)?)?;
+            input = rest;
+            let proved = times.as_chunks::<8>().0.iter().map(|time| Timestamp(i64::from_le_bytes(*time))).collect();
+            state.volumes.push(Kept { slot, blocks, unsure, proved });
         }
         input.is_empty().then_some(state)
     }

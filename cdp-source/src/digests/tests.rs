@@ -403,3 +403,35 @@ fn little_is_written_late_and_much_at_once() {
     bench.digests.write_if_due(2 * ANY_AFTER);
     assert_eq!(bench.disk.calls(), written, "there is nothing to write");
 }
+
+#[test]
+fn digests_that_were_lost_are_learnt_from_the_volume_and_what_differs_is_told() {
+    let mut bench = Bench::new();
+    bench.capture(&all(1));
+    bench.ack(true);
+    bench.digests.know_nothing(Some(head(1)));
+    assert_eq!(bench.digests.next_unknown(0, 0), Some(0));
+    let found = |byte: u8| if byte == 0 { Found::Hole } else { Found::Content(key().digest(&content(byte))) };
+    let compare = |digests: &mut Digests, block, byte| digests.compare(0, Block(block), found(byte), Timestamp(77));
+    for (block, byte) in [(0, 1), (1, 0)] {
+        assert_eq!(compare(&mut bench.digests, block, byte), Answer::Learnt);
+        assert_eq!(compare(&mut bench.digests, block, byte), Answer::Same);
+        assert_eq!(compare(&mut bench.digests, block, 1 - byte), Answer::Differs);
+    }
+    assert_eq!(bench.digests.next_unknown(0, 0), Some(2));
+    assert_eq!(bench.unchanged_now(&BTreeMap::from([(0, 1), (1, 0), (2, 1)])).iter().collect::<Vec<_>>(), [0, 1]);
+    bench.capture(&BTreeMap::from([(5, 2)]));
+    assert_eq!(compare(&mut bench.digests, 5, 1), Answer::NotNow, "on its way");
+    bench.ack_part();
+    assert_eq!(compare(&mut bench.digests, 5, 1), Answer::NotNow, "in a part");
+    bench.ack(true);
+
+    assert_eq!(bench.digests.oldest_proof(), None);
+    assert_eq!(compare(&mut bench.digests, BLOCKS - 1, 1), Answer::Learnt);
+    assert_eq!(compare(&mut bench.digests, BLOCKS - 1, 1), Answer::Same);
+    bench.digests.write();
+    let mut again = open(&bench.disk, GROUP, BLOCKS);
+    assert_eq!(again.oldest_proof(), Some(Timestamp(77)), "the dates of proofs are kept");
+    again.opened(Some(head(1)), false);
+    assert_eq!(again.next_unknown(0, 0), Some(2), "and so is what was learnt");
+}

@@ -2,9 +2,11 @@
 //!
 //! Does not know what is under way.
 
+use super::Answer;
 use super::slots::{Slot, SlotFile};
+use crate::audit::Found;
 use cdp_protocol::seal::Digest;
-use cdp_protocol::units::{Extent, VolumeSlot};
+use cdp_protocol::units::{Block, Extent, Timestamp, VolumeSlot};
 use roaring::RoaringBitmap;
 use std::collections::BTreeMap;
 use std::io;
@@ -21,7 +23,12 @@ pub(super) struct VolumeDigests {
     pub(super) unsure: RoaringBitmap,
     /// Blocks of acked parts that no acked epoch has taken in.
     pub(super) in_parts: RoaringBitmap,
+    /// When each region was found to be what the target holds; zero where it never was.
+    pub(super) proved: Vec<Timestamp>,
 }
+
+/// Blocks of a region: 64 MiB.
+pub(super) const REGION_BLOCKS: u32 = 1 << 14;
 
 impl VolumeDigests {
     pub(super) fn new(slot: VolumeSlot, blocks: u64) -> Self {
@@ -33,6 +40,7 @@ impl VolumeDigests {
             young_holes: RoaringBitmap::new(),
             unsure: RoaringBitmap::new(),
             in_parts: RoaringBitmap::new(),
+            proved: vec![Timestamp(0); blocks.div_ceil(REGION_BLOCKS.into()) as usize],
         }
     }
 
@@ -69,6 +77,43 @@ impl VolumeDigests {
         } else {
             self.young.retain(|block, _| !blocks.contains(*block));
         }
+    }
+
+    /// The first block at or behind `from` of which nothing is known.
+    pub(super) fn next_unknown(&self, from: u32) -> Option<u32> {
+        let mut unsure = self.unsure.range(from..);
+        unsure.find(|block| !self.young.contains_key(block) && !self.young_holes.contains(*block))
+    }
+
+    /// Holds what a block was found to hold against what is known, and learns it where nothing is.
+    pub(super) fn compare(&mut self, block: Block, found: Found) -> io::Result<Answer> {
+        if self.in_parts.contains(block.0) {
+            return Ok(Answer::NotNow);
+        }
+        let known = self.slots(Extent { start: block, count: 1 })?[0];
+        Ok(match (known, found) {
+            (Slot::Unknown, Found::Hole) => {
+                self.young_holes.insert(block.0);
+                Answer::Learnt
+            }
+            (Slot::Unknown, Found::Content(digest)) => {
+                self.young.insert(block.0, digest);
+                Answer::Learnt
+            }
+            (Slot::Hole, Found::Hole) => Answer::Same,
+            (Slot::Digest(held), Found::Content(digest)) if held == digest => Answer::Same,
+            _ => Answer::Differs,
+        })
+    }
+
+    /// Notes when a region was gone through to its last block, and tells whether it was.
+    pub(super) fn prove(&mut self, block: Block, answer: Answer, now: Timestamp) -> bool {
+        let is_last = u64::from(block.0) + 1 == self.blocks || (block.0 + 1).is_multiple_of(REGION_BLOCKS);
+        let is_proof = is_last && answer == Answer::Same;
+        if is_proof {
+            self.proved[(block.0 / REGION_BLOCKS) as usize] = now;
+        }
+        is_proof
     }
 
     /// What is known of the blocks of `extent`, whatever is under way.

@@ -20,6 +20,8 @@ use std::sync::Arc;
 impl Group {
     /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
     pub(super) fn part(&mut self) -> Result<(), CutError> {
+        // A part's flip is nobody's who looks at what it gave.
+        self.audit.forget();
         let Some(devices) = &mut self.devices else { return Ok(()) };
         if !self.primed {
             // What was marked so far is read now; a tracker that compares takes its first look. Without it the volume
@@ -54,6 +56,22 @@ impl Group {
             cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
         self.cuts.count(&cut);
         self.note_rescan();
+        let is_validated = match &cut {
+            Cut::Captured(capture) => {
+                let touched: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+                self.audited(&touched);
+                true
+            }
+            Cut::Unchanged { .. } => {
+                self.audited(&vec![RoaringBitmap::new(); self.setup.facts.volumes.len()]);
+                true
+            }
+            // What its flips gave, if there were any, is not all known here.
+            Cut::TooLarge | Cut::NotValidated => {
+                self.audit.forget();
+                false
+            }
+        };
         match cut {
             Cut::Captured(capture)
                 if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) =>
@@ -72,6 +90,9 @@ impl Group {
                 self.failed_cuts += 1;
                 tracing::debug!(group = self.setup.facts.name, failed = self.failed_cuts, "the cut did not validate");
             }
+        }
+        if is_validated {
+            self.audit();
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::{FAILED_CUTS_MAX, Group, lock};
 use crate::agent::ledger::to_bytes;
-use crate::agent::status::GroupPhase;
+use crate::agent::status::{AuditStatus, GroupPhase};
 use cdp_protocol::units::Timestamp;
 
 impl Group {
@@ -24,6 +24,7 @@ impl Group {
         status.unacked_bytes = self.ledger.unacked_bytes();
         status.acked_bytes = self.acked_bytes;
         status.unchanged_bytes = self.unchanged_bytes;
+        status.audit = AuditStatus { oldest_proof: self.setup.digests.oldest_proof(), ..self.audit_counts };
         status.rescan_percent = self.rescan_percent();
         status.estimate_s = self.estimate_s();
         status.last_cut = self.last_cut;

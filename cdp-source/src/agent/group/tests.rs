@@ -286,6 +286,7 @@ impl Bench {
             begin: begin.clone(),
             data_key: DataKey::new(KEY),
             interval: Duration::from_millis(20),
+            audit_interval: Duration::from_secs(60),
             limits: CutLimits { bound: Duration::from_secs(2), blocks_max: 512 },
             opener: self.opener(),
             connect: Box::new(move |memo: Memo| {

@@ -34,6 +34,7 @@ impl Group {
         self.wanted.drain(..).for_each(|request| refuse(request, &reason));
         self.trouble = Some(reason);
         self.devices = None;
+        self.audit.forget();
         self.reopen_at = self.setup.clock.monotonic() + REOPEN_EVERY;
     }
 
