@@ -18,7 +18,17 @@ use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 const ROOT_KEYS: &[&str] = &["metrics_listen", "groups"];
-const GROUP_KEYS: &[&str] = &["interval_ms", "cut_bound_ms", "capture_bytes_max", "audit_interval_s", "volumes"];
+const GROUP_KEYS: &[&str] = &[
+    "interval_ms",
+    "cut_bound_ms",
+    "capture_bytes_max",
+    "audit_interval_s",
+    "freeze",
+    "freeze_deadline_ms",
+    "hooks",
+    "volumes",
+];
+const HOOKS_KEYS: &[&str] = &["pre_cut", "post_cut", "deadline_ms"];
 const VOLUME_KEYS: &[&str] = &["name", "slot", "device", "tracker"];
 const MIB: u64 = 1 << 20;
 
@@ -46,9 +56,41 @@ pub struct GroupConfig {
     /// Bytes of blocks that one cut may hold in memory; what is more goes in parts.
     #[serde(default = "default_capture_bytes_max")]
     pub capture_bytes_max: u64,
+    /// Whether its file systems may be frozen for a cut.
+    #[serde(default)]
+    pub freeze: FreezePolicy,
+    /// Milliseconds after which what is frozen is thawed, whatever happens.
+    #[serde(default = "default_deadline_ms")]
+    pub freeze_deadline_ms: u64,
+    /// Programs that are run around the cut of a point that is asked for.
+    pub hooks: Option<HooksConfig>,
     /// Its volumes.
     #[serde(default)]
     pub volumes: Vec<VolumeConfig>,
+}
+
+/// Whether file systems may be frozen for a cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FreezePolicy {
+    /// They are not: where no cut validates, there is no point.
+    #[default]
+    Never,
+    /// After three cuts in a row that did not validate, for the fourth.
+    Fallback,
+}
+
+/// The programs around a cut: each a path and its arguments, no shell.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct HooksConfig {
+    /// Makes the application hold still, and ends when it does.
+    pub pre_cut: Vec<String>,
+    /// Lets it go; none where pre-cut leaves nothing behind.
+    #[serde(default)]
+    pub post_cut: Vec<String>,
+    /// Milliseconds that each may take, and that the application is held still at most between them.
+    #[serde(default = "default_deadline_ms")]
+    pub deadline_ms: u64,
 }
 
 /// One volume.
@@ -130,6 +172,10 @@ const fn default_audit_interval_s() -> u64 {
     28 * 24 * 3600
 }
 
+const fn default_deadline_ms() -> u64 {
+    10_000
+}
+
 const fn default_interval_ms() -> u64 {
     1000
 }
@@ -154,6 +200,9 @@ impl GroupConfig {
             audit_interval_s: default_audit_interval_s(),
             cut_bound_ms: None,
             capture_bytes_max: default_capture_bytes_max(),
+            freeze: FreezePolicy::default(),
+            freeze_deadline_ms: default_deadline_ms(),
+            hooks: None,
             volumes: Vec::new(),
         }
     }
@@ -177,6 +226,12 @@ impl GroupConfig {
                 "capture_bytes_max = {} is not within 1048576 to 4294967296",
                 self.capture_bytes_max
             ));
+        }
+        if !(100..=60_000).contains(&self.freeze_deadline_ms) {
+            return refuse(format!("freeze_deadline_ms = {} is not within 100 to 60000", self.freeze_deadline_ms));
+        }
+        if let Some(hooks) = &self.hooks {
+            hooks.check().or_else(refuse)?;
         }
         if self.volumes.len() > VOLUMES_MAX {
             return refuse(format!("{} volumes, at most {VOLUMES_MAX} are allowed", self.volumes.len()));
@@ -204,6 +259,23 @@ impl GroupConfig {
     }
 }
 
+impl HooksConfig {
+    fn check(&self) -> Result<(), String> {
+        if self.pre_cut.is_empty() {
+            return Err("hooks.pre_cut is empty".into());
+        }
+        for (name, command) in [("pre_cut", &self.pre_cut), ("post_cut", &self.post_cut)] {
+            if command.first().is_some_and(|program| !program.starts_with('/')) {
+                return Err(format!("hooks.{name} does not begin with the absolute path of a program"));
+            }
+        }
+        if !(100..=600_000).contains(&self.deadline_ms) {
+            return Err(format!("hooks.deadline_ms = {} is not within 100 to 600000", self.deadline_ms));
+        }
+        Ok(())
+    }
+}
+
 impl Config {
     /// Parses and checks the file's text.
     ///
@@ -226,6 +298,9 @@ fn check_all_keys(root: &toml::Table) -> Result<(), ConfigError> {
     for (group, content) in root.get("groups").and_then(toml::Value::as_table).into_iter().flatten() {
         let Some(table) = content.as_table() else { continue };
         check_keys(table, GROUP_KEYS, &format!("[groups.{group}]"))?;
+        if let Some(hooks) = table.get("hooks").and_then(toml::Value::as_table) {
+            check_keys(hooks, HOOKS_KEYS, &format!("[groups.{group}.hooks]"))?;
+        }
         for volume in table.get("volumes").and_then(toml::Value::as_array).into_iter().flatten() {
             if let Some(table) = volume.as_table() {
                 check_keys(table, VOLUME_KEYS, &format!("[[groups.{group}.volumes]]"))?;
@@ -329,6 +404,7 @@ mod tests {
             ("metrics_listn = 1", "metrics_listen"),
             ("[groups.main]\nintervall_ms = 1", "interval_ms"),
             ("[[groups.main.volumes]]\ndevise = 'x'", "device"),
+            ("[groups.main]\nhooks.precut = ['/x']", "pre_cut"),
         ] {
             let error = Config::parse(text).expect_err("unknown key");
             assert_eq!(error.hint(), Some(format!("did you mean `{closest}`?")), "{text}");
@@ -343,6 +419,13 @@ mod tests {
             ("[groups.main]\ninterval_ms = -5".to_owned(), "read source.toml"),
             ("[groups.main]\ncut_bound_ms = 0".to_owned(), "cut_bound_ms = 0"),
             ("[groups.main]\ncapture_bytes_max = 7".to_owned(), "capture_bytes_max = 7"),
+            ("[groups.main]\nfreeze = 'always'".to_owned(), "read source.toml"),
+            ("[groups.main]\nfreeze_deadline_ms = 5".to_owned(), "freeze_deadline_ms = 5"),
+            ("[groups.main]\nhooks.pre_cut = []".to_owned(), "hooks.pre_cut is empty"),
+            ("[groups.main]\nhooks.pre_cut = '/x'".to_owned(), "read source.toml"),
+            ("[groups.main]\nhooks.pre_cut = ['sh']".to_owned(), "hooks.pre_cut does not begin with"),
+            ("[groups.main]\nhooks.post_cut = ['/x']".to_owned(), "read source.toml"),
+            ("[groups.main]\nhooks = { pre_cut = ['/x'], deadline_ms = 0 }".to_owned(), "hooks.deadline_ms = 0"),
             ("[groups.'.x']".to_owned(), "a name is"),
             (two("name='a'\nslot=0\ndevice='/a'", "name='a'\nslot=1\ndevice='/b'"), "two volumes are named"),
             (two("name='a'\nslot=0\ndevice='/a'", "name='b'\nslot=0\ndevice='/b'"), "have slot 0"),

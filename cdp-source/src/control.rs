@@ -6,7 +6,7 @@
 use crate::agent::status::AgentStatus;
 use crate::state::StateFolder;
 use cdp_protocol::message::PointSummary;
-use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_protocol::units::{Class, Epoch, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
@@ -85,6 +85,10 @@ pub struct PointReply {
     pub label: Option<String>,
     /// Whether the target has acked it.
     pub acked: bool,
+    /// What it is worth to an application.
+    pub class: Class,
+    /// Why it is not worth more, where hooks were to see to it.
+    pub warning: Option<String>,
 }
 
 /// Why the agent could not be asked.

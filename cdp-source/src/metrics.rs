@@ -37,6 +37,10 @@ pub const CUTS_TRIED_TOTAL: &str = "cdp_source_cuts_tried_total";
 pub const CUTS_VALIDATED_TOTAL: &str = "cdp_source_cuts_validated_total";
 /// Cuts since the agent's start that found nothing changed.
 pub const CUTS_UNCHANGED_TOTAL: &str = "cdp_source_cuts_unchanged_total";
+/// How often file systems were frozen for a cut, since the agent's start.
+pub const FREEZES_TOTAL: &str = "cdp_source_freezes_total";
+/// Runs of hooks since the agent's start that failed or were killed at their deadline.
+pub const HOOK_FAILURES_TOTAL: &str = "cdp_source_hook_failures_total";
 /// 1 where points are made and acked as they should be.
 pub const CONTINUOUS: &str = "cdp_source_continuous";
 /// Writes that the tracker counted.
@@ -93,6 +97,8 @@ pub fn record(status: &GroupStatus) {
     count(CUTS_TRIED_TOTAL, status.cuts_tried);
     count(CUTS_VALIDATED_TOTAL, status.cuts_validated);
     count(CUTS_UNCHANGED_TOTAL, status.cuts_unchanged);
+    count(FREEZES_TOTAL, status.freezes);
+    count(HOOK_FAILURES_TOTAL, status.hooks.as_ref().map_or(0, |hooks| hooks.failures));
     count(WRITES_TOTAL, status.tracker.issued);
     count(TRACKER_MISSES_TOTAL, status.tracker.misses);
     let trust = &status.tracker.trust;

@@ -175,6 +175,8 @@ impl Source {
             interval: Duration::from_secs(1),
             audit_interval: Duration::from_secs(60),
             limits: self.limits,
+            hooks: None,
+            freezer: None,
             opener: Box::new(move || Ok(devices(&world))),
             connect: Box::new(move |memo: Memo| {
                 let mut end = lock(&link);

@@ -7,11 +7,12 @@
 //!
 //! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
 //! what it finds out besides, `answers`
-//! what it does when it is told something, `volumes` how it gets over devices that fail, `standing` what others see.
+//! what it does when it is told something, `hooking` what is done around a point that is asked for, `volumes` how it gets over devices that fail, `standing` what others see.
 
 mod answers;
 mod auditing;
 mod capturing;
+mod hooking;
 mod standing;
 #[cfg(feature = "sim")]
 pub mod steps;
@@ -19,12 +20,15 @@ mod volumes;
 
 use super::encoding::Encoding;
 use super::ledger::Ledger;
-use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus};
+use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus, HooksStatus};
 use crate::audit::Audit;
+use crate::config::HooksConfig;
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
 use crate::digests::Digests;
 use crate::encoder::{BlockDigests, Encoder};
+use crate::freeze::Freezer;
+use crate::hooks::HookEvent;
 use crate::reader::BlockReader;
 use crate::tracker::Tracker;
 use cdp_protocol::record::Begin;
@@ -34,6 +38,7 @@ use cdp_protocol::session::source::{GroupFacts, Outgoing, SourceEvent};
 use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::clock::Clock;
 use cdp_seams::random::Random;
+use hooking::Hooked;
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,6 +67,8 @@ const IDLE_WAIT: Duration = Duration::from_secs(1);
 const ASK_EVERY: Duration = Duration::from_secs(10);
 /// How often blocks that could not be read are tried again.
 const UNREADABLE_EVERY: Duration = Duration::from_secs(60);
+/// Cuts in a row that do not validate after which file systems are frozen for the next, where that is allowed.
+const FREEZE_AFTER: u64 = 3;
 /// Cuts in a row that do not validate after which the group is called stalled.
 const FAILED_CUTS_MAX: u64 = 10;
 
@@ -87,6 +94,8 @@ pub enum Input {
     Encoded(Outgoing, Vec<BlockDigests>),
     /// A point is wanted now.
     Point(PointRequest),
+    /// The hooks around a point have got further.
+    Hook(HookEvent),
     /// The end. The tracking goes on in the kernel.
     Stop,
 }
@@ -141,6 +150,10 @@ pub struct GroupSetup {
     pub audit_interval: Duration,
     /// How far a cut goes.
     pub limits: CutLimits,
+    /// What is run around the cut of a point that is asked for.
+    pub hooks: Option<HooksConfig>,
+    /// Freezes its file systems where cuts do not validate.
+    pub freezer: Option<Freezer>,
     /// Opens its volumes.
     pub opener: Opener,
     /// Makes its way to the target.
@@ -243,6 +256,13 @@ struct Group {
     /// Set once the target has taken the group up.
     open: Option<Open>,
     wanted: VecDeque<PointRequest>,
+    /// A point that is made with hooks around it.
+    hooked: Option<Hooked>,
+    hooks: HooksStatus,
+    /// The other end of what is taken: for hooks, which run on a thread of their own.
+    inputs: Sender<Input>,
+    freezes: u64,
+    freeze_failure: Option<String>,
     /// Points that are waited for, by epoch.
     awaited: Vec<(PointReply, oneshot::Sender<Reply>)>,
     /// Why no points are made.
@@ -317,12 +337,18 @@ impl Group {
         let slots: Vec<VolumeSlot> = setup.facts.volumes.iter().map(|volume| volume.slot).collect();
         let connect = std::mem::replace(&mut setup.connect, Box::new(|_| unreachable!("connected once")));
         let link = connect(memo.clone());
+        let inputs = sender.clone();
         let encoding =
             Encoding::start(Arc::clone(&setup.encoder), slots, setup.begin.clone(), move |outgoing, digests| {
                 // Without a group there is nobody to send it for.
                 let _ = sender.send(Input::Encoded(outgoing, digests));
             });
         let mut group = Self {
+            hooked: None,
+            hooks: HooksStatus::default(),
+            inputs,
+            freezes: 0,
+            freeze_failure: None,
             ledger: Ledger::new(volume_blocks),
             link,
             encoding,
@@ -371,7 +397,7 @@ impl Group {
         }
         let retain = self.retain_at.map_or(IDLE_WAIT, |at| at.saturating_sub(now));
         let cut = match (self.open, self.has_room()) {
-            (Some(_), true) if self.is_too_large() || !self.wanted.is_empty() => Duration::ZERO,
+            (Some(_), true) if self.is_too_large() || self.is_point_due() => Duration::ZERO,
             (Some(_), true) => self.next_cut.saturating_sub(now),
             _ => IDLE_WAIT,
         };
@@ -398,7 +424,7 @@ impl Group {
             Due::Nothing
         } else if self.is_too_large() {
             Due::Part
-        } else if now >= self.next_cut || !self.wanted.is_empty() {
+        } else if now >= self.next_cut || self.is_point_due() {
             Due::Cut
         } else {
             Due::Nothing
@@ -414,6 +440,7 @@ impl Group {
             self.unreadable_at = now + UNREADABLE_EVERY;
             self.ledger.carry_unreadable();
         }
+        self.start_hooks();
         let done = match self.due() {
             Due::Part => self.part(),
             Due::Cut => self.cut(),
@@ -422,6 +449,7 @@ impl Group {
         if let Err(error) = done {
             self.fail(format!("{:#}", anyhow::Error::new(error)));
         }
+        self.let_go_in_time();
         if self.retain_at.is_some_and(|at| at <= self.setup.clock.monotonic()) {
             self.retain();
         }
@@ -452,6 +480,7 @@ impl Group {
                     self.wanted.push_back(request);
                 }
             },
+            Input::Hook(event) => self.hook(event),
             Input::Stop => {}
         }
     }
@@ -461,7 +490,7 @@ impl Group {
         self.setup.digests.write();
         self.setup.kept_memo.keep(&self.memo);
         self.refuse_awaited("the agent is stopping");
-        self.wanted.drain(..).for_each(|request| refuse(request, "the agent is stopping"));
+        self.refuse_wanted("the agent is stopping");
     }
 }
 

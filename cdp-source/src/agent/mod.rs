@@ -13,12 +13,13 @@ pub mod status;
 mod uplink;
 pub mod visit;
 
-use crate::config::{Config, GroupConfig};
+use crate::config::{Config, FreezePolicy, GroupConfig};
 use crate::connect::Identity;
 use crate::control;
 use crate::cut::CutLimits;
 use crate::digests::Digests;
 use crate::encoder::Encoder;
+use crate::freeze::Freezer;
 use crate::metrics;
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
@@ -202,6 +203,12 @@ fn start_group(
             bound: Duration::from_millis(config.cut_bound_ms()),
             blocks_max: config.capture_bytes_max / BLOCK_BYTES as u64,
         },
+        hooks: config.hooks.clone(),
+        freezer: (config.freeze == FreezePolicy::Fallback).then(|| Freezer {
+            storage: Arc::clone(state.storage()),
+            devices: config.volumes.iter().map(|volume| volume.device.clone()).collect(),
+            deadline: Duration::from_millis(config.freeze_deadline_ms),
+        }),
         kept_memo: Box::new(state.kept_memo(name)),
         opener: devices::opener(state.clone(), name.to_owned(), facts, config.volumes.clone()),
         encoder,

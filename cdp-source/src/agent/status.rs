@@ -1,5 +1,6 @@
 //! What the agent tells of itself: to `status`, and to the metrics.
 
+use crate::hooks::HookRun;
 use crate::tracker::{TrackerReport, TrustReport};
 use cdp_protocol::units::{Epoch, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize};
@@ -107,8 +108,25 @@ pub struct GroupStatus {
     pub cuts_validated: u64,
     /// Those of them that found nothing changed.
     pub cuts_unchanged: u64,
+    /// How often file systems were frozen for a cut since the agent's start.
+    pub freezes: u64,
+    /// Why file systems could not be frozen, or not for long enough, when that was tried last.
+    pub freeze_failure: Option<String>,
+    /// How the hooks went; `None` where none are configured.
+    pub hooks: Option<HooksStatus>,
     /// What the tracker says of itself.
     pub tracker: TrackerStatus,
+}
+
+/// How the hooks went.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HooksStatus {
+    /// The last run of the pre-cut hook.
+    pub pre_cut: Option<HookRun>,
+    /// The last run of the post-cut hook.
+    pub post_cut: Option<HookRun>,
+    /// Runs since the agent's start that failed.
+    pub failures: u64,
 }
 
 /// What reading blocks that nobody writes to has come to since the agent's start.

@@ -8,6 +8,7 @@ mod run;
 mod show;
 
 use crate::config::TrackerChoice;
+use crate::freeze;
 use crate::state::StateFolder;
 use cdp_seams::storage::SystemStorage;
 use clap::{Args, Parser, Subcommand};
@@ -45,6 +46,9 @@ enum Command {
     Points(PointsArgs),
     /// What works on this machine, what not, and what to do.
     Doctor(JsonArgs),
+    /// Beside a file system that the agent freezes; the agent starts it.
+    #[command(name = freeze::WATCHDOG_COMMAND, hide = true)]
+    ThawWatchdog { deadline_ms: u64 },
 }
 
 #[derive(Debug, Args)]
@@ -149,6 +153,7 @@ pub fn main() -> ExitCode {
         Command::Point(args) => show::point(&state, args),
         Command::Points(args) => show::points(&state, args),
         Command::Doctor(args) => show::doctor(&state, args.json),
+        Command::ThawWatchdog { deadline_ms } => run::thaw_watchdog(Duration::from_millis(*deadline_ms)),
     };
     match done {
         Ok(code) => code,

@@ -6,6 +6,7 @@ use super::show::print;
 use crate::agent;
 use crate::connect::{ConnectError, Identity, IdentityError, JoinedTarget, QuicConnector};
 use crate::doctor::Finding;
+use crate::freeze;
 use crate::join::{self, JoinError};
 use crate::sender::FAREWELL_TIMEOUT;
 use crate::state::StateFolder;
@@ -13,9 +14,11 @@ use anyhow::{Context, Result};
 use cdp_protocol::bundle::BUNDLE_BYTES_MAX;
 use cdp_seams::clock::SystemClock;
 use cdp_seams::storage;
+use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The target this office joined.
 pub(super) fn identity(state: &StateFolder) -> Result<JoinedTarget> {
@@ -73,6 +76,16 @@ pub(super) fn run(state: &StateFolder) -> Result<ExitCode> {
     let identity = load(state)?;
     runtime()?.block_on(agent::run(state.clone(), identity))?;
     drop(lock);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whoever stops the agent by a signal to all of its processes does not stop this one: it ends when the agent has.
+pub(super) fn thaw_watchdog(deadline: Duration) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let entered = runtime.enter();
+    let _passed_over = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    freeze::watch(io::stdin(), io::stdout(), deadline, &SystemClock::new()).context("wait for the agent")?;
+    drop(entered);
     Ok(ExitCode::SUCCESS)
 }
 

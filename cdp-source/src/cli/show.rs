@@ -2,14 +2,16 @@
 
 use super::failure::UserError;
 use super::{PointArgs, PointsArgs};
-use crate::agent::status::{AgentStatus, AuditStatus, GroupStatus, rfc3339};
+use crate::agent::status::{AgentStatus, AuditStatus, GroupStatus, HooksStatus, rfc3339};
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
+use crate::hooks::HookRun;
 use crate::state::StateFolder;
 use crate::tracker::TrustReport;
 use anyhow::{Result, bail};
 use cdp_protocol::label::check_label;
 use cdp_protocol::message::PointSummary;
+use cdp_protocol::units::Class;
 use serde_json::{Value, json};
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -119,6 +121,8 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
     }
     lines.extend(trust_line(&group.tracker.trust));
     lines.extend(audit_line(&group.audit));
+    lines.extend(group.hooks.iter().flat_map(hook_lines));
+    lines.extend(freeze_line(group));
     for volume in &group.volumes {
         let (name, device) = (&volume.name, volume.device.display());
         lines.push(format!("  volume {name}: {device}, {} bytes, tracker {}", volume.size_bytes, group.tracker.kind));
@@ -136,6 +140,26 @@ fn audit_line(audit: &AuditStatus) -> Option<String> {
     let since = oldest_proof.map_or_else(String::new, |time| format!("; every region since {}", rfc3339(time)));
     (proved_blocks + learnt_blocks + differing_blocks > 0)
         .then(|| format!("  audit: {proved_blocks} blocks proved, {learnt_blocks} learnt{differing}{since}"))
+}
+
+/// How each hook went when it ran last, if it has.
+fn hook_lines(hooks: &HooksStatus) -> Vec<String> {
+    let line = |(name, run): (&str, &Option<HookRun>)| {
+        let HookRun { time, duration_ms, failure, output, .. } = run.as_ref()?;
+        let result = failure.as_deref().unwrap_or("ended with status 0");
+        let last = output.lines().last().unwrap_or_default();
+        let last: String = last.chars().filter(|letter| !letter.is_control()).take(100).collect();
+        let said = if last.is_empty() { last } else { format!(": {last}") };
+        Some(format!("  {name} hook: {result} at {} after {duration_ms} ms{said}", rfc3339(*time)))
+    };
+    [("pre-cut", &hooks.pre_cut), ("post-cut", &hooks.post_cut)].into_iter().filter_map(line).collect()
+}
+
+/// What freezing has come to, where it was tried.
+fn freeze_line(group: &GroupStatus) -> Option<String> {
+    let failure = group.freeze_failure.as_ref().map_or_else(String::new, |reason| format!("; the last time: {reason}"));
+    (group.freezes > 0 || !failure.is_empty())
+        .then(|| format!("  file systems frozen for a cut: {} times{failure}", group.freezes))
 }
 
 /// What there is to say of the tracking's counts, where they are not all as they should be.
@@ -169,6 +193,11 @@ fn with_times(mut value: Value) -> Value {
         {
             replace(time);
         }
+        for hook in ["pre_cut", "post_cut"] {
+            if let Some(time) = group["hooks"][hook].get_mut("time") {
+                replace(time);
+            }
+        }
     }
     value
 }
@@ -185,18 +214,30 @@ pub(super) fn point(state: &StateFolder, args: &PointArgs) -> Result<ExitCode> {
         print_json(&point_json(&point))?;
     } else {
         print(&point_text(&point))?;
+        if let Some(warning) = &point.warning {
+            eprintln!("warning: {warning}: the point is of class {}", class_name(point.class));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn point_json(point: &PointReply) -> Value {
-    json!({ "epoch": point.epoch, "time": rfc3339(point.time), "label": point.label, "acked": point.acked })
+    json!({
+        "epoch": point.epoch,
+        "time": rfc3339(point.time),
+        "class": point.class,
+        "label": point.label,
+        "acked": point.acked,
+        "warning": point.warning,
+    })
 }
 
 fn point_text(point: &PointReply) -> String {
     let label = point.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
     let state = if point.acked { "committed at the target" } else { "captured, on its way" };
-    format!("point {}{label} of {}: {state}", point.epoch, rfc3339(point.time))
+    let class =
+        if point.class == Class::Crash { String::new() } else { format!(", class {}", class_name(point.class)) };
+    format!("point {}{label} of {}{class}: {state}", point.epoch, rfc3339(point.time))
 }
 
 pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode> {
@@ -211,7 +252,7 @@ pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode>
         let mut lines = vec![format!("{:>10}  {:24}  {:11}  {:>12}  label", "epoch", "time", "class", "bytes")];
         lines.extend(points.iter().map(|p| {
             let (time, label) = (rfc3339(p.cut_time), p.label.as_deref().unwrap_or(""));
-            format!("{:>10}  {time:24}  {:11}  {:>12}  {label}", p.epoch.0, class_name(p), p.bytes)
+            format!("{:>10}  {time:24}  {:11}  {:>12}  {label}", p.epoch.0, class_name(p.class), p.bytes)
                 .trim_end()
                 .to_owned()
         }));
@@ -220,8 +261,8 @@ pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-fn class_name(point: &PointSummary) -> String {
-    serde_json::to_value(point.class).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+fn class_name(class: Class) -> String {
+    serde_json::to_value(class).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn summary_json(point: &PointSummary) -> Value {

@@ -3,7 +3,7 @@
 //! Invariant: the memo names a commit before the commit leaves, and a new generation only once all it voids is in
 //! `unacked`.
 
-use super::{Group, Open, RETAIN_EVERY, refuse};
+use super::{Group, Open, RETAIN_EVERY};
 use crate::agent::status::rfc3339;
 use crate::control::{PointReply, Reply};
 use cdp_protocol::message::{RefusalReason, Verdict};
@@ -51,7 +51,7 @@ impl Group {
                 if self.refused.as_ref() != Some(&text) {
                     tracing::error!(group = self.setup.facts.name, reason = text, "the target refuses the group");
                 }
-                self.wanted.drain(..).for_each(|request| refuse(request, &text));
+                self.refuse_wanted(&text);
                 self.refused = Some(text);
             }
             SourceEvent::SendAgain { volume, extents } => self.send_again(volume, &extents),

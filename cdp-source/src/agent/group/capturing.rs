@@ -2,13 +2,15 @@
 //!
 //! Invariant: whatever is captured is in the ledger before it is encoded, and stays in `unacked` until it is acked.
 
-use super::{Cuts, Group, Open, PART_BLOCKS, UNCHANGED_EVERY};
+use super::hooking::Taken;
+use super::{Cuts, FREEZE_AFTER, Group, Open, PART_BLOCKS, UNCHANGED_EVERY};
 use crate::agent::encoding::Job;
 use crate::agent::ledger::{Captured, to_bytes};
 use crate::agent::status::CutStatus;
 use crate::capture::Capture;
 use crate::control::{PointReply, Reply};
 use crate::cut::{self, Cut, CutError};
+use crate::freeze::Frozen;
 use crate::tracker::TrackerError;
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::session::source::{CommitDraft, End};
@@ -50,10 +52,13 @@ impl Group {
         // From the last one that was due, so that the interval does not grow by the cut's own time.
         let due = self.next_cut + self.setup.interval;
         self.next_cut = if due > now { due } else { now + self.setup.interval };
+        let frozen = self.freeze_if_due();
         let Some(devices) = &mut self.devices else { return Ok(()) };
         let clock = Arc::clone(&self.setup.clock);
         let cut =
-            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
+            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits);
+        let class = frozen.map_or(Class::Crash, |frozen| self.thaw(frozen));
+        let cut = cut?;
         self.cuts.count(&cut);
         self.note_rescan();
         let is_validated = match &cut {
@@ -82,7 +87,7 @@ impl Group {
             }
             Cut::Captured(mut capture) => {
                 self.take_out_unchanged(&mut capture);
-                if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture) }
+                if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture, class) }
             }
             Cut::Unchanged { as_of } => self.unchanged(as_of),
             Cut::TooLarge => tracing::debug!(group = self.setup.facts.name, "too much for one cut: parts first"),
@@ -95,6 +100,43 @@ impl Group {
             self.audit();
         }
         Ok(())
+    }
+
+    /// Freezes the file systems for this cut, where so many before it did not validate. Where it does not help, as many
+    /// cuts are made without before it is tried again.
+    fn freeze_if_due(&mut self) -> Option<Frozen> {
+        if self.failed_cuts % (FREEZE_AFTER + 1) != FREEZE_AFTER {
+            return None;
+        }
+        let group = &self.setup.facts.name;
+        match self.setup.freezer.as_ref()?.freeze() {
+            Ok(frozen) => {
+                tracing::info!(group, failed = self.failed_cuts, "cuts did not validate: the file systems are frozen");
+                self.freezes += 1;
+                self.freeze_failure = None;
+                Some(frozen)
+            }
+            Err(error) => {
+                self.freeze_failed(format!("{:#}", anyhow::Error::new(error)));
+                None
+            }
+        }
+    }
+
+    /// What a point of a cut made meanwhile is worth.
+    fn thaw(&mut self, frozen: Frozen) -> Class {
+        if frozen.thaw() {
+            return Class::Filesystem;
+        }
+        self.freeze_failed("it was thawed at the deadline, before the cut was made".into());
+        Class::Crash
+    }
+
+    fn freeze_failed(&mut self, reason: String) {
+        if self.freeze_failure.as_ref() != Some(&reason) {
+            tracing::warn!(group = self.setup.facts.name, reason, "no cut with frozen file systems");
+        }
+        self.freeze_failure = Some(reason);
     }
 
     /// What was marked and holds what the target has of it, after all, is not sent.
@@ -129,7 +171,7 @@ impl Group {
         new
     }
 
-    pub(super) fn captured(&mut self, mut capture: Capture) {
+    pub(super) fn captured(&mut self, mut capture: Capture, class: Class) {
         let Some(open) = self.open else { return };
         capture.meters.recaptured_blocks = self.take_recaptured();
         self.failed_cuts = 0;
@@ -140,18 +182,18 @@ impl Group {
             cut_us: capture.meters.cut_us,
             blocks: capture.meters.dirty_blocks,
         });
-        let request = self.wanted.pop_front();
+        let Taken { request, class, warning } = self.take_request(open.next_epoch, class);
         let label = request.as_ref().and_then(|request| request.label.clone());
         let first = self.ledger.unacked_epochs() == 0;
         let draft = CommitDraft {
-            class: Class::Crash,
+            class,
             cut_time: capture.cut_time,
             meters: capture.meters,
             first_epoch: open.next_epoch,
             after_rollback_to: open.after_rollback_to.filter(|_| first),
             label: label.clone(),
         };
-        let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false };
+        let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false, class, warning };
         self.captured_epoch = Some(open.next_epoch);
         self.send(capture, End::Commit(draft));
         self.open = Some(Open { next_epoch: Epoch(open.next_epoch.0 + 1), ..open });
@@ -171,11 +213,11 @@ impl Group {
         let Some(open) = self.open else { return };
         self.failed_cuts = 0;
         let has_no_point = !open.has_point && self.ledger.unacked_epochs() == 0;
-        if !self.wanted.is_empty() || has_no_point || self.are_parts_open() {
+        if self.is_point_due() || has_no_point || self.are_parts_open() {
             let mut capture = Capture::new(self.setup.facts.volumes.len());
             capture.cut_time = as_of;
             capture.meters.cut_rounds = 1;
-            return self.captured(capture);
+            return self.captured(capture, Class::Crash);
         }
         let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked()) else { return };
         self.put_off = None;

@@ -32,6 +32,9 @@ impl Group {
         status.cuts_tried = self.cuts.tried;
         status.cuts_validated = self.cuts.validated;
         status.cuts_unchanged = self.cuts.unchanged;
+        status.freezes = self.freezes;
+        status.freeze_failure.clone_from(&self.freeze_failure);
+        status.hooks = self.setup.hooks.as_ref().map(|_| self.hooks.clone());
         if let Some(devices) = &self.devices {
             status.tracker = devices.tracker.report().into();
         }

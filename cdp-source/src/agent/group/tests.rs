@@ -2,8 +2,11 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test writes a real image file")]
 
+mod hooks;
+
 use super::{Devices, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
 use crate::agent::status::{GroupPhase, GroupStatus};
+use crate::config::HooksConfig;
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
 use crate::digests::Digests;
@@ -225,6 +228,7 @@ impl Link for Shared {
 struct Bench {
     folder: tempfile::TempDir,
     target: Shared,
+    hooks: Option<HooksConfig>,
 }
 
 struct Running {
@@ -235,7 +239,8 @@ struct Running {
 
 impl Bench {
     fn new() -> Self {
-        let bench = Self { folder: tempfile::tempdir().expect("a folder"), target: Shared::default() };
+        let folder = tempfile::tempdir().expect("a folder");
+        let bench = Self { folder, target: Shared::default(), hooks: None };
         let mut file = std::fs::File::create(bench.image_path()).expect("made");
         let noise: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 512 * 31 + at) as u8 | 1).collect();
         file.write_all(&noise).expect("written");
@@ -288,6 +293,8 @@ impl Bench {
             interval: Duration::from_millis(20),
             audit_interval: Duration::from_secs(60),
             limits: CutLimits { bound: Duration::from_secs(2), blocks_max: 512 },
+            hooks: self.hooks.clone(),
+            freezer: None,
             opener: self.opener(),
             connect: Box::new(move |memo: Memo| {
                 let verdict = {

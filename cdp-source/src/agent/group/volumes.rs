@@ -1,6 +1,6 @@
 //! The group's volumes: taken up, given up when they fail, and opened again.
 
-use super::{Devices, Group, REOPEN_EVERY, refuse};
+use super::{Devices, Group, REOPEN_EVERY};
 
 impl Group {
     /// Goes on with volumes that were opened: what is not acked of old is to be captured.
@@ -31,7 +31,7 @@ impl Group {
         if self.trouble.as_ref() != Some(&reason) {
             tracing::error!(group = self.setup.facts.name, reason, "no recovery points: the volumes failed");
         }
-        self.wanted.drain(..).for_each(|request| refuse(request, &reason));
+        self.refuse_wanted(&reason);
         self.trouble = Some(reason);
         self.devices = None;
         self.audit.forget();
