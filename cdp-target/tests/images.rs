@@ -2,7 +2,7 @@
 
 mod journal_support;
 
-use cdp_protocol::units::{Epoch, Timestamp};
+use cdp_protocol::units::{Block, Epoch, Extent, Timestamp, VolumeSlot};
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::SimStorage;
@@ -250,6 +250,28 @@ fn a_damaged_checkpoint_is_read_around_and_named_where_nothing_else_is_left() {
 fn put(disk: &SimStorage, path: &Path, bytes: &[u8]) {
     let file = disk.create_new(path).expect("made");
     file.write_at(bytes, 0).and_then(|()| file.sync()).expect("written");
+}
+
+#[test]
+fn a_rotten_frame_with_holes_in_it_is_read_round_in_one_go() {
+    let keyring: Keyring = (&key()).into();
+    let disk = SimStorage::new(1);
+    let mut journal = create(&disk, 1 << 20);
+    let mut source = Source::new(1);
+    source.grant(&mut journal).expect("granted");
+    let filled = [0, 1, 3, 4, 6].map(|block| (0, block, Cell::Filled(u64::from(block))));
+    source.make_of(false, &[&filled[..], &[(0, 2, Cell::Zero), (0, 5, Cell::Zero)]].concat());
+    source.send(&mut journal, 0, usize::MAX).expect("no fault is set");
+    source.sync(&mut journal).expect("no fault is set");
+    checkpoint(&mut journal, &disk, Epoch(1), Some(&keyring));
+    let pack = journal.view().packs()[0];
+    disk.flip_bit(&pack.id.path(Path::new(FOLDER)), 8 * 300);
+    let image = beside(&disk).image(Epoch(1), &key()).expect("an image");
+    let mut blocks = 0;
+    let whole = Extent::new(Block(0), 7).expect("blocks");
+    image.read_blocks(VolumeSlot(0), whole, &mut |extent, _| blocks += extent.count).expect("all is in the journal");
+    assert_eq!(blocks, 7);
+    check(&beside(&disk), &source, false);
 }
 
 #[test]
