@@ -11,7 +11,7 @@ use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
 use cdp_target::journal::manifest::SealedSegment;
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
-use cdp_target::prune::{Prune, PruneError, Pruned};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, PruneError, Pruned};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use cdp_target::verify::verify;
@@ -50,6 +50,17 @@ fn checkpoint(journal: &mut GroupJournal, disk: &SimStorage, epoch: Epoch, keys:
 }
 
 fn prune(journal: &mut GroupJournal, keys: Option<&Keyring>, now: i64, max: u64) -> Result<Pruned, PruneError> {
+    prune_in_chunks(journal, keys, now, max, CHUNK_BYTES_MAX)
+}
+
+/// The same, with so many bytes of segments giving way at once.
+fn prune_in_chunks(
+    journal: &mut GroupJournal,
+    keys: Option<&Keyring>,
+    now: i64,
+    max: u64,
+    chunk_bytes_max: u64,
+) -> Result<Pruned, PruneError> {
     let random = SimRandom::new(now as u64);
     let prune = Prune {
         ladder: &LADDER,
@@ -58,6 +69,7 @@ fn prune(journal: &mut GroupJournal, keys: Option<&Keyring>, now: i64, max: u64)
         keys,
         random: &random,
         segment_bytes_max: max,
+        chunk_bytes_max,
         checkpoint_share: 0.5,
         keep_only_newest: true,
     };
@@ -94,6 +106,20 @@ fn is_sound(view: &GroupView) {
     assert_eq!(report.damages, vec![]);
 }
 
+/// Checks that all is read of the journal where a pack above the floor is rotten.
+fn reads_round(disk: &SimStorage, source: &Source) {
+    let view = beside(disk);
+    let floor = view.manifest().floor;
+    let above = |file: FileId| matches!(file, FileId::Slice(slice) if Some(slice.epoch) > floor);
+    for pack in view.packs().into_iter().filter(|pack| above(pack.id)) {
+        let path = pack.id.path(Path::new(FOLDER));
+        let bit = 8 * source.below(pack.len);
+        disk.flip_bit(&path, bit);
+        check(&beside(disk), source, false);
+        disk.flip_bit(&path, bit);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -125,13 +151,19 @@ proptest! {
                 }
                 2 | 3 => {
                     source.sync(&mut journal).expect("no fault is set");
-                    let pruned = prune(&mut journal, keys, source.time, max).expect("pruned");
+                    // So that segments give way a few at a time, and others stay between them.
+                    let chunk = 1 + source.below(40_000);
+                    let pruned = prune_in_chunks(&mut journal, keys, source.time, max, chunk).expect("pruned");
                     let listed = check(&journal.view(), &source, false);
                     prop_assert!(listed.iter().all(|epoch| expected.contains(epoch)), "nothing comes back");
                     prop_assert_eq!(expected.len() - listed.len(), pruned.points as usize);
                     expected = listed;
                 }
                 4 => {
+                    source.sync(&mut journal).expect("no fault is set");
+                    reads_round(&disk, &source);
+                }
+                5 => {
                     source.sync(&mut journal).expect("no fault is set");
                     drop(journal);
                     journal = open(&disk, max);
@@ -142,6 +174,7 @@ proptest! {
         source.sync(&mut journal).expect("no fault is set");
         prop_assert_eq!(&check(&journal.view(), &source, false), &expected);
         prop_assert_eq!(&check(&beside(&disk), &source, false), &expected);
+        reads_round(&disk, &source);
         is_sound(&beside(&disk));
         // The chain is whole: commits are never pruned.
         for point in &source.points {
@@ -253,6 +286,43 @@ fn put(disk: &SimStorage, path: &Path, bytes: &[u8]) {
 }
 
 #[test]
+fn round_a_rotten_pack_nothing_older_is_read_than_what_stands_between_it_and_a_rewritten_segment() {
+    let keyring: Keyring = (&key()).into();
+    let disk = SimStorage::new(1);
+    let mut journal = create(&disk, 1 << 20);
+    let mut source = Source::new(1);
+    source.grant(&mut journal).expect("granted");
+    // Blocks that do not compress: each segment is as much as gives way at once.
+    let noise = |number: u64| Cell::Filled(13 * number);
+    let many = |number: u64| (2..10).map(|block| (0, block, noise(number + u64::from(block)))).collect::<Vec<_>>();
+    let older = [(0, 0, noise(1)), (0, 1, noise(2))];
+    let waste = [many(100), vec![(0, 1, noise(3))]].concat();
+    for cells in [&older[..], &waste, &[(0, 0, noise(4))], &[(0, 30, noise(5))], &many(200), &[(0, 31, noise(6))]] {
+        source.make_of(false, cells);
+        // A segment a point.
+        drop(journal);
+        journal =
+            open(&disk, source.attempt.iter().flat_map(|made| &made.frames).map(|frame| frame.len() as u64).sum());
+        source.send(&mut journal, 0, usize::MAX).expect("no fault is set");
+        source.sync(&mut journal).expect("no fault is set");
+    }
+    journal.pin(Epoch(1), true).expect("pinned");
+    journal.pin(Epoch(5), true).expect("pinned");
+    checkpoint(&mut journal, &disk, Epoch(4), Some(&keyring));
+    let now = source.time + 40 * 24 * HOUR_MS;
+    let pruned = prune_in_chunks(&mut journal, Some(&keyring), now, 16_000, 1).expect("pruned");
+    assert_eq!((pruned.points, pruned.rewritten_segments), (3, 1));
+    let manifest = journal.view().manifest().clone();
+    let newest_runs: Vec<Epoch> = manifest.sealed.iter().map(|sealed| sealed.newest_run).collect();
+    assert_eq!(newest_runs[..4], [Epoch(1), Epoch(5), Epoch(3), Epoch(4)], "what is newer stands before what is older");
+    assert_eq!((manifest.floor, manifest.checkpoints.len()), (None, 1));
+    for pack in journal.view().packs() {
+        disk.flip_bit(&pack.id.path(Path::new(FOLDER)), 8 * pack.len / 2);
+        assert_eq!(check(&beside(&disk), &source, false), [Epoch(1), Epoch(5), Epoch(6)]);
+    }
+}
+
+#[test]
 fn a_rotten_frame_with_holes_in_it_is_read_round_in_one_go() {
     let keyring: Keyring = (&key()).into();
     let disk = SimStorage::new(1);
@@ -287,6 +357,7 @@ fn settings_that_would_delete_everything_are_refused() {
         keys: None,
         random: &random,
         segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: 0.5,
         keep_only_newest: false,
     };

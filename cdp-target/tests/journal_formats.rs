@@ -11,7 +11,7 @@ use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::inspect::{Description, inspect};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header};
 use cdp_target::journal::{GroupJournal, JournalLimits, Manifest};
-use cdp_target::prune::Prune;
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use journal_support::{Source, check, identity, key};
@@ -53,6 +53,7 @@ fn made_and_pruned() -> SimStorage {
         keys: Some(&keys),
         random: &random,
         segment_bytes_max: LIMITS.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: 0.5,
         keep_only_newest: true,
     };

@@ -30,6 +30,9 @@ use std::sync::Arc;
 /// The base of the oldest point is made anew where more than this share of the image was written over since.
 const BASE_WASTE_MAX: f64 = 0.10;
 
+/// Bytes of segments that give way at once, where nobody says otherwise.
+pub const CHUNK_BYTES_MAX: u64 = 1 << 30;
+
 /// What a prune works on and with.
 pub struct Prune<'a> {
     /// The ladder.
@@ -44,6 +47,8 @@ pub struct Prune<'a> {
     pub random: &'a dyn Random,
     /// Size that a rewritten segment is filled to.
     pub segment_bytes_max: u64,
+    /// Bytes of segments that give way at once: until then both the old and the new are on the disk.
+    pub chunk_bytes_max: u64,
     /// A checkpoint between two others goes where the journal between these is less than this share of the image.
     pub checkpoint_share: f64,
     /// Whether nothing but the newest and what is held may be left.

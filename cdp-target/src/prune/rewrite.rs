@@ -27,8 +27,6 @@ use std::sync::Arc;
 
 /// Files are rewritten where they hold more than this much of what is needed.
 const WASTE_MAX: f64 = 1.05;
-/// Bytes of segments that give way at once: until then both the old and the new are on the disk.
-const CHUNK_BYTES_MAX: u64 = 1 << 30;
 /// A segment below this share of a full one is joined with its neighbours.
 const SMALL_SHARE: u64 = 4;
 
@@ -167,7 +165,7 @@ fn pass(
     // Where there is little room, little at a time.
     let (storage, folder) = view.place();
     let free_bytes = storage.free_bytes(folder).map_err(JournalError::io("look at", folder))?;
-    let chunk_bytes_max = CHUNK_BYTES_MAX.min(free_bytes / 2);
+    let chunk_bytes_max = prune.chunk_bytes_max.min(free_bytes / 2);
     let mut met = Met { point: None, blocks: Blocks::new() };
     let mut chunk = Chunk::default();
     for (at, stop) in stops.iter().enumerate() {

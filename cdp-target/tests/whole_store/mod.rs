@@ -17,7 +17,7 @@ use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::enroll::Invite;
 use cdp_target::journal::segment::Header;
 use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
-use cdp_target::prune::Prune;
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use cdp_target::store::{self, GroupPlace, Store};
@@ -295,6 +295,7 @@ fn prune(journal: &mut GroupJournal, source: &Source) {
         keys: Some(&keys),
         random: &random,
         segment_bytes_max: LIMITS.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: 0.5,
         keep_only_newest: true,
     };
