@@ -5,6 +5,8 @@ mod journal_support;
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::SimStorage;
+use cdp_seams::storage::{Storage, read_all};
+use cdp_target::checkpoint::builder::Builder;
 use cdp_target::journal::change::Change;
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
 use cdp_target::prune::{Owner, Prune, PruneError, Pruned};
@@ -12,7 +14,7 @@ use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use cdp_target::verify::verify;
 use journal_support::{Source, identity, image_cells, key};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const FOLDER: &str = "/store/branch/main";
@@ -110,4 +112,72 @@ fn a_rewriting_that_is_taken_late_finds_its_own_files() {
         prune(&mut owner, source.time, 3).expect("pruned");
         is_sound(&disk, &source);
     }
+}
+
+#[test]
+fn a_rewriting_whose_files_were_swept_away_is_refused() {
+    for seed in 0..8 {
+        let (disk, mut journal, source) = history(seed);
+        let mut owner = Late { journal: &mut journal, waiting: None, takes_it: false, is_leased: false };
+        prune(&mut owner, source.time, 1).expect_err("no answer comes");
+        owner.takes_it = true;
+        let refused = prune(&mut owner, source.time, 2).expect_err("the first try is taken first");
+        assert!(refused.to_string().contains("is not there as it was written"), "{refused}");
+        is_sound(&disk, &source);
+        prune(&mut owner, source.time, 3).expect("pruned");
+        is_sound(&disk, &source);
+    }
+}
+
+/// What may have become of a file.
+fn damaged(disk: &SimStorage, path: &Path, check: &mut dyn FnMut(&str)) {
+    let whole = read_all(disk, path, 1 << 30).expect("read");
+    let mut flipped = whole.clone();
+    let at = whole.len() - 30;
+    flipped[at] ^= 1;
+    let cut = whole[..whole.len() - 1].to_vec();
+    for (what, bytes) in [("gone", None), ("flipped", Some(flipped)), ("cut", Some(cut)), ("whole", Some(whole))] {
+        disk.remove(path).unwrap_or_else(|error| assert_eq!(error.kind(), std::io::ErrorKind::NotFound));
+        if let Some(bytes) = bytes {
+            let file = disk.create_new(path).expect("made");
+            file.write_at(&bytes, 0).expect("written");
+        }
+        if what != "whole" {
+            check(what);
+        }
+    }
+}
+
+#[test]
+fn a_change_that_names_what_is_not_there_is_refused_and_changes_nothing() {
+    let (disk, mut journal, source) = history(3);
+    let mut owner = Late { journal: &mut journal, waiting: None, takes_it: false, is_leased: true };
+    prune(&mut owner, source.time, 1).expect_err("no answer comes");
+    let rewriting = owner.waiting.expect("it was sent");
+    let Change::Rewrite { by, .. } = &rewriting else { panic!("{rewriting:?}") };
+    let mut named: Vec<(Change, PathBuf)> = Vec::new();
+    named.extend(by.iter().map(|sealed| (rewriting.clone(), sealed.id().path(Path::new(FOLDER)))));
+
+    let (view, keyring): (_, Keyring) = (journal.view(), (&key()).into());
+    let random = SimRandom::new(5);
+    let builder = Builder { view: &view, keys: Some(&keyring), random: &random, now: Timestamp(5) };
+    let newest = source.points.last().expect("points").head.epoch;
+    let made = builder.build(newest, &mut |_| true, &mut |_, _| {}).expect("built");
+    named.push((Change::Checkpoint(made), made.path(Path::new(FOLDER))));
+    let packs = disk.list(&Path::new(FOLDER).join("packs")).expect("listed").into_iter();
+    let of_newest = packs.filter(|name| name.to_string_lossy().ends_with(&format!("{:016x}.pack", newest.0)));
+    named.extend(of_newest.map(|name| (Change::Checkpoint(made), Path::new(FOLDER).join("packs").join(name))));
+    assert!(named.len() > by.len() + 1, "it has packs of its own");
+
+    let before = journal.view().manifest().clone();
+    for (change, path) in &named {
+        damaged(&disk, path, &mut |what| {
+            let refused = journal.adopt(change);
+            assert!(matches!(refused, Err(JournalError::Stale(_))), "{} {what}: {refused:?}", path.display());
+            assert_eq!(*journal.view().manifest(), before);
+        });
+    }
+    journal.adopt(&Change::Checkpoint(made)).expect("all is there");
+    journal.adopt(&rewriting).expect("all is there");
+    is_sound(&disk, &source);
 }

@@ -321,9 +321,10 @@ impl GroupJournal {
     /// Gives what was prepared elsewhere its place.
     ///
     /// # Errors
-    /// `Stale`, and nothing changed, where it does not fit any more; or where the manifest cannot be replaced.
+    /// `Stale`, and nothing changed, where it does not fit any more or names files that are gone; or where the manifest cannot be replaced.
     pub fn adopt(&mut self, change: &Change) -> Result<(), JournalError> {
         self.check()?;
+        change.check_files(&self.view.shelf(), &self.manifest)?;
         if matches!(change, Change::Checkpoint(_)) {
             self.prove_durably()?;
         }
