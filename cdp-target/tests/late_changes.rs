@@ -8,7 +8,9 @@ use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, read_all};
 use cdp_target::checkpoint::builder::Builder;
 use cdp_target::journal::change::Change;
-use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
+use cdp_target::journal::file::FileId;
+use cdp_target::journal::manifest::SealedSegment;
+use cdp_target::journal::{Damage, GroupJournal, GroupView, JournalError, JournalLimits};
 use cdp_target::prune::{Owner, Prune, PruneError, Pruned};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
@@ -127,6 +129,27 @@ fn a_rewriting_whose_files_were_swept_away_is_refused() {
         prune(&mut owner, source.time, 3).expect("pruned");
         is_sound(&disk, &source);
     }
+}
+
+#[test]
+fn damage_of_a_file_that_gave_way_meanwhile_is_not_noted() {
+    let (disk, mut journal, source) = history(4);
+    let before: Vec<FileId> = journal.view().manifest().sealed.iter().map(SealedSegment::id).collect();
+    let mut owner = Late { journal: &mut journal, waiting: None, takes_it: true, is_leased: false };
+    prune(&mut owner, source.time, 1).expect("pruned");
+    let now: Vec<FileId> = journal.view().manifest().sealed.iter().map(SealedSegment::id).collect();
+    let gone: Vec<FileId> = before.into_iter().filter(|id| !now.contains(id)).collect();
+    assert!(!gone.is_empty(), "segments were rewritten");
+    // Whoever read without a lease met what was swept away.
+    for id in gone {
+        let missing = Damage { first_epoch: Some(Epoch(0)), ..Damage::of(id, "the segment is missing".to_owned()) };
+        journal.note_damages(id, &[missing]).expect("passed over");
+    }
+    assert_eq!(journal.view().damages(), []);
+    let rotten = Damage { first_epoch: Some(Epoch(0)), ..Damage::of(now[0], "rot".to_owned()) };
+    journal.note_damages(now[0], std::slice::from_ref(&rotten)).expect("noted");
+    assert_eq!(journal.view().damages(), [rotten]);
+    drop(disk);
 }
 
 /// What may have become of a file.

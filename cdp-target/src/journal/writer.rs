@@ -302,11 +302,14 @@ impl GroupJournal {
     }
 
     /// What a reading of a whole sealed segment or pack found takes the place of what was known of it, as far as there is room: of more
-    /// the first are enough.
+    /// the first are enough. Nothing, where the file has given way to another meanwhile.
     ///
     /// # Errors
     /// Where the manifest cannot be replaced.
     pub fn note_damages(&mut self, file: FileId, found: &[Damage]) -> Result<(), JournalError> {
+        if !self.view.sealed_files().iter().any(|sealed| sealed.id == file) {
+            return Ok(());
+        }
         let (known, mut damages): (Vec<_>, Vec<_>) =
             self.manifest.damages.iter().cloned().partition(|damage| damage.is_in(file));
         if known == found {
