@@ -393,6 +393,7 @@ impl Desk {
             let maintenance = Maintenance {
                 store: &self.store,
                 catalog: &|| self.catalog(),
+                view: &|place| self.groups.view(place),
                 change: &|office, place, change| {
                     let change = change.clone();
                     self.on_thread(office, place, move |writer| writer.adopt(&change))
