@@ -11,10 +11,11 @@ use crate::journal::change::Change;
 use crate::journal::manifest::Checkpoint;
 use crate::journal::{GroupView, JournalError};
 use crate::pace::Pace;
+use crate::points::Instant;
 use crate::prune::{Owner, Prune, PruneError, Pruned, journal_bytes};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
-use crate::retention::clock::{ClockJump, RetentionClock};
+use crate::retention::clock::{ClockJump, RetentionClock, Watch};
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::clock::Clock;
@@ -164,6 +165,8 @@ struct Look {
     pruned: Option<Duration>,
     /// A checkpoint that was due could not be made: it is tried again when pruning is due.
     has_failed: bool,
+    /// How time has gone on since it was pruned first.
+    watch: Option<Watch>,
 }
 
 /// Why a group was not seen to.
@@ -283,8 +286,7 @@ impl Maintenance<'_> {
         if !prunes || !is_due || view.manifest().frozen.is_some() {
             return Ok(());
         }
-        let clock = retention_clock(&view, wall, false)?;
-        keep_clock(&view, clock)?;
+        let clock = self.retention_now(office, &view, &mut look.watch)?;
         let prune = settings(config, clock.now, wall, keys.as_ref(), self.random);
         let view = Arc::clone(open_group(self.store, place)?.view());
         let done: Pruned = prune.run(view, &mut owner, &mut step, &mut |_, _| {})?;
@@ -293,6 +295,37 @@ impl Maintenance<'_> {
             tracing::info!(office, group = group.name(), points, bytes_before, bytes_after, "pruned");
         }
         Ok(())
+    }
+
+    /// What time it is for a prune, and writes it down: by the machine's clock, but no later than time has gone on while this server ran.
+    fn retention_now(
+        &self,
+        office: &str,
+        view: &GroupView,
+        watch: &mut Option<Watch>,
+    ) -> Result<RetentionClock, ClockError> {
+        let (wall, monotonic) = (Timestamp(self.clock.wall_ms()), self.clock.monotonic());
+        let limit = watch.map_or(wall, |watch| watch.limit(monotonic));
+        let mut clock = retention_clock(view, wall.min(limit), false)?;
+        if watch.is_none() || clock.now > limit {
+            // The first prune of this server; or an operator has confirmed that it is later.
+            let begun = watch.insert(Watch::new(clock, monotonic));
+            clock = clock.advance(wall.min(begun.limit(monotonic)))?;
+        }
+        if wall > clock.now {
+            let (group, now) = (&view.identity().name, Instant(clock.now).to_string());
+            let ahead_s = wall.0.saturating_sub(clock.now.0) / 1000;
+            tracing::error!(
+                office,
+                group,
+                now,
+                ahead_s,
+                "the machine's clock moved on further than time did: points are removed as of an earlier time until an \
+                 operator confirms that it is right (`cdp-target prune --accept-clock`)"
+            );
+        }
+        keep_clock(view, clock)?;
+        Ok(clock)
     }
 
     /// The group's keys; none where the target does not have them, which is no error: frames are then taken over whole.

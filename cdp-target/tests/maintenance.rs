@@ -88,6 +88,13 @@ fn catalog(store: &Store, clock: &Arc<SimClock>) -> Catalog {
     Catalog::new(store, authority.expect("an authority"))
 }
 
+/// The clock of retention as it is kept, in hours since the start.
+fn kept_hours(upkeep: &Upkeep) -> i64 {
+    let text = std::fs::read(upkeep.path("retention-clock")).expect("kept");
+    let kept: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    (kept["now"].as_i64().expect("a number") - START_MS) / 3_600_000
+}
+
 fn is_checkpoint_at_3(change: &Change) -> bool {
     matches!(change, Change::Checkpoint(made) if made.epoch == Epoch(3))
 }
@@ -105,6 +112,29 @@ fn a_checkpoint_that_cannot_be_made_does_not_keep_points_from_going() {
     upkeep.clock.advance(HOUR);
     let taken = upkeep.look();
     assert!(taken.iter().any(is_checkpoint_at_3), "{taken:?}");
+}
+
+#[test]
+fn a_clock_that_jumps_while_the_server_runs_is_believed_an_hour_and_no_more() {
+    let upkeep = Upkeep::new(false);
+    let jump = |days: i64| {
+        upkeep.clock.advance(HOUR);
+        upkeep.clock.set_wall_ms(START_MS + days * DAY_MS);
+        upkeep.look();
+        kept_hours(&upkeep)
+    };
+    assert_eq!(jump(0), 0);
+    assert_eq!(jump(20), 2, "an hour went by, and an hour's slack");
+    assert_eq!(jump(21), 3, "the slack does not add up");
+    // An operator confirms that it is right.
+    let accepted = serde_json::json!({ "now": START_MS + 21 * DAY_MS });
+    std::fs::write(upkeep.path("retention-clock"), accepted.to_string()).expect("written");
+    upkeep.clock.advance(HOUR);
+    upkeep.look();
+    assert_eq!(kept_hours(&upkeep), 21 * 24 + 1);
+    // A server that starts knows no better than what was written down.
+    upkeep.looks.take();
+    assert_eq!(jump(40), 40 * 24);
 }
 
 #[test]
