@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::journal::change::Change;
 use crate::journal::manifest::Checkpoint;
 use crate::journal::{GroupView, JournalError};
+use crate::metrics;
 use crate::pace::Pace;
 use crate::points::Instant;
 use crate::prune::{Owner, Prune, PruneError, Pruned, journal_bytes};
@@ -233,9 +234,15 @@ impl Maintenance<'_> {
             for place in self.store.groups(office.id)? {
                 match self.turn(&office.name, place, looks, ended) {
                     Ok(()) => {}
-                    Err(TurnError::Journal(JournalError::Interrupted)) => return Ok(()),
+                    Err(
+                        TurnError::Journal(JournalError::Interrupted)
+                        | TurnError::Prune(PruneError::Journal(JournalError::Interrupted)),
+                    ) => return Ok(()),
                     Err(error) => {
                         let (office, group) = (&office.name, place.group);
+                        if matches!(error, TurnError::Prune(_) | TurnError::Clock(_)) {
+                            metrics::prunes_failed(1);
+                        }
                         tracing::error!(office, %group, error = one_line(&error), "a group is not maintained");
                     }
                 }
@@ -272,11 +279,13 @@ impl Maintenance<'_> {
             Ok(None) => {}
             Ok(Some(Checkpoint { epoch, needed_bytes: bytes, .. })) => {
                 tracing::info!(office, group = group.name(), %epoch, bytes, "checkpoint made");
+                metrics::checkpoints(1, 0);
             }
             Err(error @ JournalError::Interrupted) => return Err(error.into()),
             // A prune may make the room, or give up what cannot be read.
             Err(error) => {
                 tracing::error!(office, group = group.name(), error = one_line(&error), "no checkpoint is made");
+                metrics::checkpoints(0, 1);
             }
         }
         if is_due {
@@ -289,9 +298,11 @@ impl Maintenance<'_> {
         let clock = self.retention_now(office, &view, &mut look.watch)?;
         let prune = settings(config, clock.now, wall, keys.as_ref(), self.random);
         let view = Arc::clone(open_group(self.store, place)?.view());
-        let done: Pruned = prune.run(view, &mut owner, &mut step, &mut |_, _| {})?;
-        if done.points > 0 || done.rewritten_segments > 0 {
-            let Pruned { points, bytes_before, bytes_after, .. } = done;
+        let done = prune.run(view, &mut owner, &mut step, &mut |_, _| {})?;
+        let Pruned { points, base, rewritten_segments, bytes_before, bytes_after, .. } = done;
+        metrics::checkpoints(u64::from(base.is_some()), 0);
+        metrics::pruned(points, bytes_before.saturating_sub(bytes_after));
+        if points > 0 || rewritten_segments > 0 {
             tracing::info!(office, group = group.name(), points, bytes_before, bytes_after, "pruned");
         }
         Ok(())
