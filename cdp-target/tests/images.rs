@@ -352,6 +352,41 @@ fn a_rotten_frame_with_holes_in_it_is_read_round_in_one_go() {
 }
 
 #[test]
+fn points_of_a_segment_that_is_missing_stay_and_with_them_what_they_need() {
+    let keyring: Keyring = (&key()).into();
+    for (seed, with_pin) in (0..6).flat_map(|seed| [(seed, false), (seed, true)]) {
+        let (disk, mut journal, source) = history(seed, 5000);
+        let manifest = journal.view().manifest().clone();
+        let missing =
+            manifest.sealed[manifest.sealed.len() / 2..].iter().find_map(|sealed| Some((sealed.id(), sealed.points?)));
+        let (file, points) = missing.expect("a segment with points");
+        if with_pin {
+            journal.pin(points.last, true).expect("pinned");
+        }
+        drop(journal);
+        let path = file.path(Path::new(FOLDER));
+        let whole = cdp_seams::storage::read_all(&disk, &path, 1 << 30).expect("read");
+        disk.remove(&path).expect("moved to lost+found");
+        let mut journal = open(&disk, 5000);
+        assert_eq!(journal.view().unlisted().iter().map(|(_, range)| *range).collect::<Vec<_>>(), [points]);
+        for days in [40, 80] {
+            prune(&mut journal, Some(&keyring), source.time + days * 24 * HOUR_MS, 5000).expect("pruned");
+        }
+        drop(journal);
+        put(&disk, &path, &whole);
+        let view = beside(&disk);
+        let were = source.points.iter().map(|point| point.head.epoch);
+        let were: Vec<Epoch> = were.filter(|epoch| (points.first..=points.last).contains(epoch)).collect();
+        let listed = check(&view, &source, true);
+        assert!(were.iter().all(|epoch| listed.contains(epoch)), "{were:?} of {listed:?}");
+        assert!(listed.len() < source.points.len(), "older ones went");
+        for point in source.points.iter().filter(|point| were.contains(&point.head.epoch)) {
+            assert_eq!(image_cells(&view, point.head.epoch).expect("an image"), *point.cells, "{}", point.head.epoch);
+        }
+    }
+}
+
+#[test]
 fn settings_that_would_delete_everything_are_refused() {
     let (disk, mut journal, source) = history(5, 5000);
     let random = SimRandom::new(1);

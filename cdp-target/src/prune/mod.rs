@@ -13,6 +13,7 @@ mod audit;
 pub mod measure;
 pub mod rewrite;
 pub mod sweep;
+mod unlisted;
 
 use crate::checkpoint::builder::{Builder, Progress, Step};
 use crate::checkpoint::index::{self, SliceContent};
@@ -84,6 +85,18 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Points from `first` to `last` stay.
+    fn keep(&mut self, first: Epoch, last: Epoch) {
+        self.oldest_kept.get_or_insert(first);
+        // Up to them, so that numbers that were never points do not part ranges; and none goes over them.
+        if let (Some((from, to)), Some(below)) = (self.ranges.last_mut(), first.0.checked_sub(1))
+            && *from <= *to
+        {
+            *to = Epoch(below);
+        }
+        self.ranges.extend(last.0.checked_add(1).map(|above| (Epoch(above), last)));
+    }
+
     /// How many points stay.
     #[must_use]
     pub const fn kept(&self) -> u64 {
@@ -155,6 +168,8 @@ impl Prune<'_> {
     /// # Errors
     /// Where a segment cannot be read: then nobody knows what stands on it.
     pub fn plan(&self, view: &GroupView) -> Result<Plan, JournalError> {
+        let unlisted = unlisted::unlisted(view);
+        let is_unlisted = |epoch: Epoch| unlisted.iter().any(|unlisted| unlisted.has(epoch));
         let mut failed = None;
         let mut before = None;
         let mut points = Vec::new();
@@ -165,7 +180,7 @@ impl Prune<'_> {
                 let removed = view.is_removed(point.epoch);
                 let (epoch, received) = (point.epoch, point.received);
                 // One that is damaged takes nobody's place, and waits for what may heal it.
-                let is_damaged = point.damaged.is_some() && !removed;
+                let is_damaged = (point.damaged.is_some() || is_unlisted(epoch)) && !removed;
                 points.push((epoch, time, received, removed, is_damaged));
                 Some((!is_damaged).then(|| Candidate {
                     epoch,
@@ -185,7 +200,15 @@ impl Prune<'_> {
         }
         let mut plan = Plan::default();
         let mut decisions = decisions.iter();
+        let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
         for (epoch, time, received, went_before, is_damaged) in points {
+            while let Some((first, last)) = stay.next_if(|(first, _)| *first <= epoch) {
+                plan.keep(*first, *last);
+            }
+            if is_unlisted(epoch) {
+                plan.damaged += 1;
+                continue;
+            }
             let decision = if is_damaged { None } else { decisions.next() };
             if went_before {
                 extend(&mut plan.ranges, epoch);
@@ -197,14 +220,7 @@ impl Prune<'_> {
             plan.damaged += u64::from(is_damaged);
             match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
                 Verdict::Kept(_) => {
-                    plan.oldest_kept.get_or_insert(epoch);
-                    // Up to it, so that numbers that were never points do not part ranges; and none goes over it.
-                    if let (Some((first, last)), Some(below)) = (plan.ranges.last_mut(), epoch.0.checked_sub(1))
-                        && *first <= *last
-                    {
-                        *last = Epoch(below);
-                    }
-                    plan.ranges.push((Epoch(epoch.0 + 1), epoch));
+                    plan.keep(epoch, epoch);
                 }
                 Verdict::Removed(why) => {
                     extend(&mut plan.ranges, epoch);
@@ -240,6 +256,11 @@ impl Prune<'_> {
     ) -> Result<Pruned, PruneError> {
         let bytes_before = sweep::held_bytes(&view)?;
         let mut plan = self.plan(&view)?;
+        for unlisted::Unlisted { segment, points } in unlisted::unlisted(&view) {
+            let points: Vec<String> = points.iter().map(|(first, last)| format!("{first} to {last}")).collect();
+            let points = points.join(", ");
+            tracing::error!(segment, points, "a segment's points cannot be listed: they stay, and all that is older");
+        }
         self.check(&plan)?;
         // What was cut off before, or was still read then, is to be gone before new files want room.
         sweep::sweep(&view, owner.is_leased()?)?;
@@ -301,7 +322,8 @@ impl Prune<'_> {
         let Some(oldest) = plan.oldest_kept else { return Ok(None) };
         let went = first_epoch(view)? < oldest;
         let mut made = None;
-        if went && Self::is_wasteful(view, oldest) {
+        // Of one that cannot be listed no image can be made.
+        if went && view.listed(oldest)?.is_some() && Self::is_wasteful(view, oldest) {
             let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
             let checkpoint = builder.build(oldest, step, progress)?;
             *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
@@ -334,12 +356,14 @@ impl Prune<'_> {
     fn surplus(&self, view: &GroupView, floor: Option<Epoch>) -> Vec<Epoch> {
         let checkpoints: &[Checkpoint] = &view.manifest().checkpoints;
         let floor = floor.max(view.manifest().floor);
+        // Where anything is damaged the one above it may be all that the points behind it stand on.
+        let is_whole = view.damages().is_empty() && unlisted::unlisted(view).is_empty();
         let mut surplus = Vec::new();
         let mut before: Option<Epoch> = None;
         for (at, checkpoint) in checkpoints.iter().enumerate() {
             let is_below = floor.is_some_and(|floor| checkpoint.epoch < floor);
             let is_base = floor == Some(checkpoint.epoch);
-            let next = checkpoints.get(at + 1);
+            let next = checkpoints.get(at + 1).filter(|_| is_whole);
             let is_short = next.is_some_and(|next| {
                 let from = before.unwrap_or(Epoch(0));
                 (journal_bytes(view, from, next.epoch) as f64) < checkpoint.needed_bytes as f64 * self.checkpoint_share

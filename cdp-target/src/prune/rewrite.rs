@@ -7,7 +7,7 @@
 //! next segment. With the key content is sealed anew in block order, without it frames are taken over whole. A segment that is
 //! damaged and not healed is left alone: rewriting it would make final what may yet be healed.
 
-use super::{Owner, Prune};
+use super::{Owner, Prune, unlisted};
 use crate::checkpoint::builder::Step;
 use crate::checkpoint::repack::Repack;
 use crate::journal::change::Change;
@@ -160,7 +160,12 @@ fn pass(
 ) -> Result<(), JournalError> {
     let numbers: Vec<u64> = view.segments_from(0).collect();
     let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed, prune.keys.is_some()));
-    let stops = stops.collect::<Result<Vec<_>, _>>()?;
+    let mut stops = stops.collect::<Result<Vec<_>, _>>()?;
+    // What points need that cannot be listed nobody knows: all that is older stays.
+    let unlisted = unlisted::unlisted(view).last().map(|unlisted| unlisted.segment);
+    for stop in stops.iter_mut().filter(|stop| unlisted >= Some(stop.number)) {
+        stop.movable = None;
+    }
     let floor = view.manifest().floor;
     // Where there is little room, little at a time.
     let (storage, folder) = view.place();
