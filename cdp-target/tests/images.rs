@@ -387,6 +387,24 @@ fn points_of_a_segment_that_is_missing_stay_and_with_them_what_they_need() {
 }
 
 #[test]
+fn a_base_that_is_rotten_ends_no_prune_and_an_older_one_stands_for_it() {
+    let keyring: Keyring = (&key()).into();
+    let (disk, mut journal, source) = history(8, 5000);
+    let (older, newest) = (source.points[10].head.epoch, source.points.last().expect("points").head.epoch);
+    for at in [older, newest] {
+        checkpoint(&mut journal, &disk, at, Some(&keyring));
+    }
+    let of_newest = |file: FileId| matches!(file, FileId::Slice(slice) if slice.epoch == newest);
+    let pack = journal.view().packs().into_iter().find(|pack| of_newest(pack.id)).expect("a pack of its own");
+    disk.flip_bit(&pack.id.path(Path::new(FOLDER)), 4 * pack.len);
+    let now = source.time + 31 * 24 * HOUR_MS;
+    let pruned = prune(&mut journal, Some(&keyring), now, 5000).expect("pruned");
+    assert_eq!(journal.view().manifest().floor, Some(older));
+    assert!(pruned.rewritten_segments > 0 && pruned.bytes_after < pruned.bytes_before, "{pruned:?}");
+    assert_eq!(check(&journal.view(), &source, false), [newest]);
+}
+
+#[test]
 fn settings_that_would_delete_everything_are_refused() {
     let (disk, mut journal, source) = history(5, 5000);
     let random = SimRandom::new(1);

@@ -22,6 +22,7 @@ use crate::journal::manifest::Checkpoint;
 use crate::journal::walk::Blind;
 use crate::journal::{GroupJournal, GroupView, JournalError, Point};
 use crate::points::{Instant, PointTimes, point_time};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Tally, Verdict, decide};
 use cdp_protocol::units::{Epoch, Timestamp};
@@ -324,25 +325,33 @@ impl Prune<'_> {
         let mut made = None;
         // Of one that cannot be listed no image can be made.
         if went && view.listed(oldest)?.is_some() && Self::is_wasteful(view, oldest) {
-            let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
-            let checkpoint = builder.build(oldest, step, progress)?;
-            *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
-            let (storage, folder) = view.place();
-            crate::checkpoint::builder::end(storage.as_ref(), folder)?;
-            made = Some(oldest);
+            match self.make(view, oldest, owner, step, progress) {
+                Ok(()) => made = Some(oldest),
+                Err(error) => pass_over(error, oldest)?,
+            }
         }
-        // One that lacks blocks does not stand for what may yet heal them.
-        let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
-        let base = view.manifest().checkpoints.iter().rev().find(is_whole);
-        let floor = base.map(|base| base.epoch).filter(|_| went);
+        let floor = if went { sound_base(view, oldest, step)? } else { None };
         let checkpoints = self.surplus(view, floor);
         if floor > view.manifest().floor || !checkpoints.is_empty() {
-            if let Some(floor) = floor.filter(|floor| Some(*floor) > view.manifest().floor) {
-                prove(view, floor, step)?;
-            }
             *view = owner.adopt(&Change::Release { checkpoints, floor })?;
         }
         Ok(made)
+    }
+
+    /// Makes a checkpoint at the oldest point that stays.
+    fn make(
+        &self,
+        view: &mut Arc<GroupView>,
+        oldest: Epoch,
+        owner: &mut dyn Owner,
+        step: &mut Step<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), JournalError> {
+        let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
+        let checkpoint = builder.build(oldest, step, progress)?;
+        *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
+        let (storage, folder) = view.place();
+        crate::checkpoint::builder::end(storage.as_ref(), folder)
     }
 
     /// Whether the oldest point that stays has no checkpoint to stand on, or one that was mostly written over since.
@@ -376,6 +385,35 @@ impl Prune<'_> {
         }
         surplus
     }
+}
+
+/// Says why a checkpoint is not the base, and goes on: what else can be given back does not wait for it. Any other error ends the prune.
+fn pass_over(error: JournalError, base: Epoch) -> Result<(), JournalError> {
+    match error {
+        JournalError::Damaged(_) | JournalError::NotRead(_) | JournalError::Full { .. } | JournalError::Io { .. } => {
+            let why = one_line(&error);
+            tracing::error!(%base, error = why, "a checkpoint does not become the base: what is below stays");
+            Ok(())
+        }
+        error => Err(error),
+    }
+}
+
+/// The newest checkpoint at or below the oldest point that stays that can be believed, the present floor at last.
+fn sound_base(view: &GroupView, oldest: Epoch, step: &mut Step<'_>) -> Result<Option<Epoch>, JournalError> {
+    let present = view.manifest().floor;
+    // One that lacks blocks does not stand for what may yet heal them.
+    let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
+    for base in view.manifest().checkpoints.iter().rev().filter(is_whole).map(|base| base.epoch) {
+        if Some(base) <= present {
+            break;
+        }
+        match prove(view, base, step) {
+            Ok(()) => return Ok(Some(base)),
+            Err(error) => pass_over(error, base)?,
+        }
+    }
+    Ok(present)
 }
 
 /// Reads a checkpoint again, whole: what it stands for is given up on its word.

@@ -17,6 +17,7 @@ use crate::journal::manifest::SealedSegment;
 use crate::journal::pack::PackWriter;
 use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, extents, is_no_file, synced_frame};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
@@ -86,7 +87,7 @@ pub(super) fn rewrite(
                 // So that the disk does not have to hold old and new of everything at once.
                 super::sweep::sweep(view, owner.is_leased()?)?;
             }
-            Err(JournalError::Damaged(what)) => {
+            Err(JournalError::Damaged(what) | JournalError::NotRead(what)) => {
                 tracing::error!(what, "a segment is left as it is: `cdp-target verify` names what is damaged");
                 failed.extend(numbers);
             }
@@ -311,7 +312,7 @@ fn write(
     let mut begins = Begins::default();
     let mut commits: Vec<(u64, CommitEntry)> = Vec::new();
     for sealed in chunk.segments.iter().rev() {
-        let walked = view.walk(sealed.number, &mut begins)?;
+        let walked = view.walk(sealed.number, &mut begins).map_err(|error| not_read(error, sealed.number))?;
         let healed = |damage: &&Damage| prune.keys.is_some() && view.repair_of(damage).is_some();
         if let Some(damage) = walked.damages.iter().find(|damage| !healed(damage)) {
             return Err(JournalError::Damaged(format!(
@@ -330,6 +331,14 @@ fn write(
         None => output.whole(&commits, &begins.0, step)?,
     }
     output.finish()
+}
+
+/// What cannot be read of a segment that is to give way is its own affair: the others may.
+fn not_read(error: JournalError, segment: u64) -> JournalError {
+    match error {
+        JournalError::Io { .. } => JournalError::NotRead(format!("segment {segment} ({})", one_line(&error))),
+        error => error,
+    }
 }
 
 /// An extent in parts of at most `PART_BLOCKS`: a first copy is one extent, however large the volume.
@@ -472,7 +481,8 @@ impl<'a> Output<'a> {
         let file = self.view.file_id(number);
         let mut bytes = vec![0; (len as usize).min(FRAME_BYTES_MAX)];
         let path = file.path(self.view.place().1);
-        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path))?;
+        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path));
+        let read = read.map_err(|error| not_read(error, number))?;
         let decoded = frame::decode(&self.view.identity().group, &bytes[..read]).map(|frame| frame.bytes.len());
         match decoded {
             Ok(len) => {
