@@ -9,7 +9,7 @@ use cdp_seams::storage::sim::SimStorage;
 use cdp_target::checkpoint::builder::{Builder, end};
 use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
-use cdp_target::journal::manifest::SealedSegment;
+use cdp_target::journal::manifest::{Checkpoint, SealedSegment};
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
 use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, PruneError, Pruned};
 use cdp_target::restore::keyring::Keyring;
@@ -450,4 +450,16 @@ fn a_change_that_does_not_fit_is_refused_and_changes_nothing() {
         assert!(matches!(refused, Err(JournalError::Stale(_))), "{change:?}: {refused:?}");
         assert_eq!(*journal.view().manifest(), before);
     }
+}
+
+#[test]
+fn what_lacks_blocks_never_replaces_the_floor() {
+    let keyring: Keyring = (&key()).into();
+    let (_disk, mut journal, source) = history(6, 5000);
+    prune(&mut journal, Some(&keyring), source.time + 31 * 24 * HOUR_MS, 5000).expect("pruned");
+    let before = journal.view().manifest().clone();
+    let floor = before.checkpoints.iter().find(|base| Some(base.epoch) == before.floor).expect("a floor");
+    let refused = journal.adopt(&Change::Checkpoint(Checkpoint { lost_blocks: 1, ..*floor }));
+    assert!(matches!(refused, Err(JournalError::Stale(_))), "{refused:?}");
+    assert_eq!(*journal.view().manifest(), before);
 }

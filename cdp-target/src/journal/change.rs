@@ -63,6 +63,11 @@ impl Change {
                 if manifest.floor.is_some_and(|floor| checkpoint.epoch < floor) {
                     return stale("the checkpoint is below what the journal still has");
                 }
+                if manifest.floor == Some(checkpoint.epoch) && checkpoint.lost_blocks > 0 {
+                    return stale(
+                        "the checkpoint lacks blocks, and below the one that it would replace there is nothing",
+                    );
+                }
                 manifest.checkpoints.retain(|known| known.epoch != checkpoint.epoch);
                 let at = manifest.checkpoints.partition_point(|known| known.epoch < checkpoint.epoch);
                 manifest.checkpoints.insert(at, *checkpoint);
