@@ -10,7 +10,7 @@ use cdp_target::checkpoint::builder::{Builder, end};
 use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
 use cdp_target::journal::manifest::{Checkpoint, SealedSegment};
-use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
+use cdp_target::journal::{Damage, GroupJournal, GroupView, JournalError, JournalLimits};
 use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, PruneError, Pruned};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
@@ -402,6 +402,24 @@ fn a_base_that_is_rotten_ends_no_prune_and_an_older_one_stands_for_it() {
     assert_eq!(journal.view().manifest().floor, Some(older));
     assert!(pruned.rewritten_segments > 0 && pruned.bytes_after < pruned.bytes_before, "{pruned:?}");
     assert_eq!(check(&journal.view(), &source, false), [newest]);
+}
+
+#[test]
+fn a_damage_goes_with_the_checkpoint_whose_pack_it_is_in() {
+    let keyring: Keyring = (&key()).into();
+    let (disk, mut journal, source) = history(9, 5000);
+    let at = source.points[10].head.epoch;
+    checkpoint(&mut journal, &disk, at, Some(&keyring));
+    let pack = journal.view().packs()[0];
+    disk.flip_bit(&pack.id.path(Path::new(FOLDER)), 4 * pack.len);
+    let damage = Damage { first_epoch: Some(at), ..Damage::of(pack.id, "rotten".to_owned()) };
+    journal.note_damages(pack.id, &[damage]).expect("noted");
+    // One more does not take it away, what it is in is there yet.
+    checkpoint(&mut journal, &disk, source.points[20].head.epoch, Some(&keyring));
+    assert_eq!(journal.view().damages().len(), 1);
+    journal.adopt(&Change::Release { checkpoints: vec![at], floor: None }).expect("released");
+    assert!(journal.view().damages().is_empty(), "{:?}", journal.view().damages());
+    is_sound(&beside(&disk));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::sealed::Shelf;
 use crate::checkpoint::index::{ImageIndex, SliceContent, copies};
 use cdp_protocol::units::Epoch;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// A change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +51,18 @@ impl Change {
             Self::Rewrite { by, .. } => by.iter().try_for_each(|new| check_file(files, &new.sealed())),
             Self::Remove { .. } | Self::Release { .. } => Ok(()),
         }
+    }
+
+    /// Forgets damages of packs that no checkpoint has any more: they go with their checkpoint, and nobody reads them again.
+    pub(super) fn forget_damages(&self, files: &Shelf<'_>, manifest: &mut Manifest) -> Result<(), JournalError> {
+        let may_go = matches!(self, Self::Checkpoint(_) | Self::Release { .. });
+        if may_go
+            && manifest.damages.iter().any(|damage| damage.slice.is_some())
+            && let Some(named) = named(files, manifest)?
+        {
+            manifest.damages.retain(|damage| damage.slice.is_none_or(|slice| named.contains(&FileId::Slice(slice))));
+        }
+        Ok(())
     }
 
     /// Applies it; `newest` is the newest durable point.
@@ -108,6 +120,26 @@ fn check_image(files: &Shelf<'_>, manifest: &Manifest, checkpoint: &Checkpoint) 
         }
     }
     Ok(())
+}
+
+/// The packs of all checkpoints; `None` where an image index cannot be read, and they cannot all be known.
+fn named(files: &Shelf<'_>, manifest: &Manifest) -> Result<Option<HashSet<FileId>>, JournalError> {
+    let Shelf { storage, folder, group, .. } = *files;
+    let mut named = HashSet::new();
+    for checkpoint in &manifest.checkpoints {
+        let Some(image) = ImageIndex::open(storage, folder, group, checkpoint)? else { return Ok(None) };
+        for record in image.records() {
+            let (_, _, record) = record.map_err(JournalError::io("read", &checkpoint.path(folder)))?;
+            match record.map(|record| record.content) {
+                None => return Ok(None),
+                Some(SliceContent::Zero) => {}
+                Some(SliceContent::Pack { sealed, .. }) => {
+                    named.insert(sealed.id);
+                }
+            }
+        }
+    }
+    Ok(Some(named))
 }
 
 fn remove(manifest: &mut Manifest, removed: &[(Epoch, Epoch)], newest: Option<Epoch>) -> Result<(), JournalError> {
