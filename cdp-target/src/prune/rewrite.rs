@@ -407,6 +407,13 @@ impl<'a> Output<'a> {
         for (slot, blocks) in section {
             for extent in extents(blocks).flat_map(parts) {
                 repack.read(&image, VolumeSlot(*slot), extent, step)?;
+                if repack.lost_blocks() > 0 {
+                    // Nothing comes of it.
+                    let point = commit.head.epoch;
+                    return Err(JournalError::Damaged(format!(
+                        "blocks of point {point} in {extent:?} of volume {slot}"
+                    )));
+                }
                 frames.extend(repack.drain());
                 for frame in frames.drain(..) {
                     self.push(&frame)?;
@@ -414,13 +421,6 @@ impl<'a> Output<'a> {
             }
         }
         repack.flush();
-        if repack.lost_blocks() > 0 {
-            return Err(JournalError::Damaged(format!(
-                "{} blocks of point {}",
-                repack.lost_blocks(),
-                commit.head.epoch
-            )));
-        }
         frames.extend(repack.drain());
         frames.iter().try_for_each(|frame| self.push(frame))
     }
