@@ -423,6 +423,25 @@ fn a_damage_goes_with_the_checkpoint_whose_pack_it_is_in() {
 }
 
 #[test]
+fn lost_blocks_are_charged_once() {
+    let keyring: Keyring = (&key()).into();
+    let (disk, journal, source) = history(4, 5000);
+    let missing = journal.view().manifest().sealed.iter().rev().map(SealedSegment::id).nth(1).expect("segments");
+    drop(journal);
+    disk.remove(&missing.path(Path::new(FOLDER))).expect("removed");
+    let (view, random) = (beside(&disk), SimRandom::new(1));
+    let builder = Builder { view: &view, keys: Some(&keyring), random: &random, now: Timestamp(5) };
+    let (mut charged, newest) = (0, source.points.last().expect("points").head.epoch);
+    let mut step = |bytes| {
+        charged += bytes;
+        true
+    };
+    let made = builder.build(newest, &mut step, &mut |_, _| {}).expect("built");
+    assert!(made.lost_blocks > 10, "{made:?}");
+    assert_eq!(charged, journal_support::volumes().iter().map(|volume| volume.size_bytes).sum::<u64>());
+}
+
+#[test]
 fn settings_that_would_delete_everything_are_refused() {
     let (disk, mut journal, source) = history(5, 5000);
     let random = SimRandom::new(1);
