@@ -71,6 +71,8 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let mut prune = settings(store.config(), clock.now, wall, keys.as_ref(), &SystemRandom);
     prune.keep_only_newest = arguments.keep_only_newest;
     if arguments.dry_run {
+        // A prune beside us takes nothing away that is still to be read.
+        let (group, _lease) = group.held(&store)?;
         return preview(arguments, &store, &group, &prune);
     }
     let _hold = hold_group(&store, &group)?;

@@ -282,6 +282,22 @@ impl Shelf<'_> {
         opened.is_err_and(|error| is_no_file(&error))
     }
 
+    /// Whether a file is there with the length and the footer it was written with. What was read of one of that name before is forgotten.
+    pub(super) fn is_there(&self, sealed: &Sealed) -> Result<bool, JournalError> {
+        self.caches.forget(sealed.id);
+        let path = sealed.id.path(self.folder);
+        let file = match self.storage.open(&path) {
+            Err(error) if is_no_file(&error) => return Ok(false),
+            opened => opened.map_err(JournalError::io("open", &path))?,
+        };
+        let has_len = file.len().map_err(JournalError::io("read", &path))? == sealed.len;
+        match load_footer(file.as_ref(), sealed) {
+            Ok(_) => Ok(has_len),
+            Err(IndexError::Damaged) => Ok(false),
+            Err(IndexError::Io(error)) => Err(JournalError::io("read", &path)(error)),
+        }
+    }
+
     /// Everything but the extents.
     pub(crate) fn summary(&self, sealed: &Sealed) -> Result<Arc<Summary>, JournalError> {
         if let Some(summary) = locked(&self.caches.summaries).find(sealed.id) {

@@ -236,6 +236,8 @@ impl Prune<'_> {
         let bytes_before = sweep::held_bytes(&view)?;
         let mut plan = self.plan(&view)?;
         self.check(&plan)?;
+        // What was cut off before, or was still read then, is to be gone before new files want room.
+        sweep::sweep(&view, owner.is_leased()?)?;
         // They may be half a million, and all that follows goes by the ranges.
         let removed = std::mem::take(&mut plan.removed);
         let points = removed.len() as u64;

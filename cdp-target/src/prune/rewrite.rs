@@ -16,7 +16,7 @@ use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
 use crate::journal::manifest::SealedSegment;
 use crate::journal::pack::PackWriter;
 use crate::journal::walk::{Blind, Visit};
-use crate::journal::{Damage, GroupView, JournalError, extents, synced_frame};
+use crate::journal::{Damage, GroupView, JournalError, extents, is_no_file, synced_frame};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
@@ -495,7 +495,7 @@ impl<'a> Output<'a> {
             Some(writer) => writer,
             none => {
                 let number = self.numbers.pop().expect("there are no more new files than old ones");
-                let id = FileId::Segment { number, revision: self.view.manifest().change + 1 };
+                let id = free_name(self.view, number)?;
                 let (storage, folder) = self.view.place();
                 none.insert(PackWriter::create(storage.as_ref(), folder, self.view.identity().group, id)?)
             }
@@ -532,5 +532,25 @@ impl<'a> Output<'a> {
         let journal = folder.join("journal");
         storage.sync_dir(&journal).map_err(JournalError::io("sync folder", &journal))?;
         Ok(self.done)
+    }
+}
+
+/// A name that no file has. What a rewriting left behind that was given up may have its place in the manifest yet, where the group's
+/// writer was only late: such a file stays what it is.
+fn free_name(view: &GroupView, number: u64) -> Result<FileId, JournalError> {
+    let (storage, folder) = view.place();
+    let mut revision = view.manifest().change + 1;
+    loop {
+        let id = FileId::Segment { number, revision };
+        let path = id.path(folder);
+        match storage.open(&path) {
+            Err(error) if is_no_file(&error) => {
+                // One that was swept away may have had it.
+                view.shelf().caches.forget(id);
+                return Ok(id);
+            }
+            opened => drop(opened.map_err(JournalError::io("look at", &path))?),
+        }
+        revision += 1;
     }
 }
