@@ -116,7 +116,7 @@ fn preview_text(arguments: &Arguments, plan: &Plan, kept: u64, bytes_back: u64, 
     let mut table = Table::new(&[">epoch", "time", "received", "why it goes"]);
     for point in plan.removed.iter().take(POINTS_NAMED) {
         let Removed { epoch, time, received, reason } = point;
-        table.row(vec![epoch.to_string(), time.to_string(), received.to_string(), reason.clone()]);
+        table.row(vec![epoch.to_string(), time.to_string(), received.to_string(), reason.to_string()]);
     }
     if let Some(more) = plan.removed.len().checked_sub(POINTS_NAMED).filter(|more| *more > 0) {
         table.note(format!("and {more} more"));

@@ -263,20 +263,25 @@ pub(crate) struct Shelf<'a> {
 impl Shelf<'_> {
     /// A file, open to read; one of nothing where it is missing: its points are gone, the others are to be served.
     pub(crate) fn file(&self, id: FileId) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
+        Ok(self.open_file(id)?.unwrap_or_else(|| Arc::new(Box::new(Nothing))))
+    }
+
+    /// A file, open to read, if it is there.
+    fn open_file(&self, id: FileId) -> Result<Option<Arc<Box<dyn StorageFile>>>, JournalError> {
         if let Some(file) = locked(&self.caches.files).find(id) {
-            return Ok(file);
+            return Ok(Some(file));
         }
         let path = id.path(self.folder);
         let file = match self.storage.open(&path) {
             // Not kept: it may be put back.
-            Err(error) if is_no_file(&error) => return Ok(Arc::new(Box::new(Nothing))),
+            Err(error) if is_no_file(&error) => return Ok(None),
             opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
         };
         locked(&self.caches.files).keep(id, &file, 1, FILES_MAX);
-        Ok(file)
+        Ok(Some(file))
     }
 
-    /// Whether a file is not there.
+    /// Whether nothing has a file's name any more, also where it is still open here.
     pub(crate) fn is_missing(&self, id: FileId) -> bool {
         let opened = self.storage.open(&id.path(self.folder));
         opened.is_err_and(|error| is_no_file(&error))
@@ -325,6 +330,11 @@ impl Shelf<'_> {
             }
             None => Ok(self.make_anew(sealed)?.extents),
         }
+    }
+
+    /// The same; `None` where the file is missing.
+    pub(crate) fn extents_if_there(&self, sealed: &Sealed) -> Result<Option<Arc<Extents>>, JournalError> {
+        self.open_file(sealed.id)?.map(|_| self.extents(sealed)).transpose()
     }
 
     /// A part of the index from the file; `None` where the index does not verify, now or before.
