@@ -337,6 +337,14 @@ impl Shelf<'_> {
         self.open_file(sealed.id)?.map(|_| self.extents(sealed)).transpose()
     }
 
+    /// The attempts, and the damage that hides any extents: little beside the rest, read anew each time.
+    pub(crate) fn runs(&self, sealed: &Sealed) -> Result<(Vec<Run>, Vec<Lost>), JournalError> {
+        match self.load(sealed, load_runs)? {
+            Some(runs) => Ok(runs),
+            None => self.make_anew(sealed).map(|parts| (parts.summary.runs.clone(), parts.summary.lost.clone())),
+        }
+    }
+
     /// A part of the index from the file; `None` where the index does not verify, now or before.
     fn load<T>(
         &self,
@@ -484,14 +492,19 @@ fn load_touched(file: &dyn StorageFile, sealed: &Sealed) -> Result<Touched, Inde
     Ok(Touched::of(part.bitmaps, &part.lost))
 }
 
+fn load_runs(file: &dyn StorageFile, sealed: &Sealed) -> Result<(Vec<Run>, Vec<Lost>), IndexError> {
+    let footer = load_footer(file, sealed)?;
+    let (runs, lost) = (load_section(file, &footer, Section::Runs)?, load_section(file, &footer, Section::Lost)?);
+    let part = Summary::decode(&runs, &[], &lost, &[]).map_err(|_| IndexError::Damaged)?;
+    Ok((part.runs, part.lost))
+}
+
 fn load_extents(file: &dyn StorageFile, sealed: &Sealed) -> Result<Extents, IndexError> {
     let footer = load_footer(file, sealed)?;
-    let load = |section| load_section(file, &footer, section);
-    let (runs, lost) = (load(Section::Runs)?, load(Section::Lost)?);
-    let part = Summary::decode(&runs, &[], &lost, &[]).map_err(|_| IndexError::Damaged)?;
-    let (content, bare) = (load(Section::Content)?, load(Section::Bare)?);
+    let (content, bare) = (load_section(file, &footer, Section::Content)?, load_section(file, &footer, Section::Bare)?);
     let tables = Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)?;
-    Ok(Extents { tables, runs: part.runs, lost: part.lost })
+    let (runs, lost) = load_runs(file, sealed)?;
+    Ok(Extents { tables, runs, lost })
 }
 
 #[cfg(test)]

@@ -72,8 +72,8 @@ pub struct Plan {
     pub removed: Vec<Removed>,
     /// The same as ranges of epochs, joined over points that went before.
     pub ranges: Vec<(Epoch, Epoch)>,
-    /// The oldest point that stays.
-    pub oldest_kept: Option<Epoch>,
+    /// The points that stay, oldest first.
+    pub stays: Vec<Epoch>,
     /// How many stay, and for what; but for those that are damaged.
     pub tally: Tally,
     /// How many stay because they are damaged, and may be healed.
@@ -93,7 +93,7 @@ impl Plan {
         self.damaged += u64::from(point.is_damaged);
         match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
             Verdict::Kept(_) => {
-                self.oldest_kept.get_or_insert(epoch);
+                self.stays.push(epoch);
                 // Up to it, so that numbers that were never points do not part ranges; and none goes over it.
                 if let (Some((first, last)), Some(below)) = (self.ranges.last_mut(), epoch.0.checked_sub(1))
                     && *first <= *last
@@ -108,6 +108,11 @@ impl Plan {
                 self.removed.push(Removed { epoch, time, received, reason });
             }
         }
+    }
+
+    /// The oldest point that stays.
+    fn oldest_kept(&self) -> Option<Epoch> {
+        self.stays.first().copied()
     }
 
     /// How many points stay.
@@ -238,9 +243,8 @@ impl Prune<'_> {
             return Err(error);
         }
         plan.ranges.retain(|(first, last)| first <= last);
-        if let Some(first) =
-            plan.ranges.first_mut().filter(|(first, _)| plan.oldest_kept.is_none_or(|oldest| *first < oldest))
-        {
+        let oldest = plan.oldest_kept();
+        if let Some(first) = plan.ranges.first_mut().filter(|(first, _)| oldest.is_none_or(|oldest| *first < oldest)) {
             // Numbers below the first point there was are gone with it.
             first.0 = Epoch(0);
         }
@@ -272,7 +276,7 @@ impl Prune<'_> {
         }
         drop(removed);
         let base = self.base(&mut view, &plan, owner, step, progress)?;
-        let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
+        let rewritten = rewrite::rewrite(self, &mut view, &plan.stays, owner, step)?;
         // What the journal is shorter by may make another short cut needless.
         let checkpoints = self.surplus(&view, None);
         if !checkpoints.is_empty() {
@@ -288,12 +292,12 @@ impl Prune<'_> {
     /// # Errors
     /// Where a segment cannot be read.
     pub fn estimate(&self, view: &Arc<GroupView>, plan: &Plan) -> Result<u64, JournalError> {
-        let went = first_epoch(view)? < plan.oldest_kept.unwrap_or_default();
+        let went = first_epoch(view)? < plan.oldest_kept().unwrap_or_default();
         let after = view.as_if(|manifest| {
             plan.ranges.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
-            manifest.floor = manifest.floor.max(plan.oldest_kept.filter(|_| went));
+            manifest.floor = manifest.floor.max(plan.oldest_kept().filter(|_| went));
         });
-        rewrite::estimate(self, &Arc::new(after))
+        rewrite::estimate(self, &Arc::new(after), &plan.stays)
     }
 
     /// Refuses what would leave next to nothing.
@@ -316,7 +320,7 @@ impl Prune<'_> {
         step: &mut Step<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<Option<Epoch>, JournalError> {
-        let Some(oldest) = plan.oldest_kept else { return Ok(None) };
+        let Some(oldest) = plan.oldest_kept() else { return Ok(None) };
         let went = first_epoch(view)? < oldest;
         let mut made = None;
         if went && Self::is_wasteful(view, oldest) {
