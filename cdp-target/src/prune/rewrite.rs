@@ -9,7 +9,7 @@
 
 use super::{Owner, Prune};
 use crate::checkpoint::builder::Step;
-use crate::checkpoint::repack::Repack;
+use crate::checkpoint::repack::{Repack, parts};
 use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
@@ -20,7 +20,7 @@ use crate::journal::{Damage, GroupView, JournalError, extents, synced_frame};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
-use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, VolumeSlot};
+use cdp_protocol::units::{AttemptId, Epoch, VolumeSlot};
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -31,9 +31,6 @@ const WASTE_MAX: f64 = 1.05;
 const CHUNK_BYTES_MAX: u64 = 1 << 30;
 /// A segment below this share of a full one is joined with its neighbours.
 const SMALL_SHARE: u64 = 4;
-
-/// Blocks sealed before they are written: bounds what is held in memory.
-const PART_BLOCKS: u32 = 2048;
 
 type Blocks = BTreeMap<u16, RoaringBitmap>;
 
@@ -344,15 +341,6 @@ fn write(
         None => output.whole(step)?,
     }
     output.finish()
-}
-
-/// An extent in parts of at most `PART_BLOCKS`: a first copy is one extent, however large the volume.
-fn parts(extent: Extent) -> impl Iterator<Item = Extent> {
-    let starts = (u64::from(extent.start.0)..extent.end()).step_by(PART_BLOCKS as usize);
-    starts.map(move |start| {
-        let count = (extent.end() - start).min(u64::from(PART_BLOCKS)) as u32;
-        Extent { start: Block(start as u32), count }
-    })
 }
 
 /// The files that take a chunk's place.
