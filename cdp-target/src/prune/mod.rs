@@ -11,7 +11,7 @@
 
 mod audit;
 pub mod measure;
-pub mod rewrite;
+mod rewrite;
 pub mod sweep;
 
 use crate::checkpoint::builder::{Builder, Progress, Step};
@@ -251,7 +251,7 @@ impl Prune<'_> {
         Ok(plan)
     }
 
-    /// Prunes.
+    /// Prunes; `progress` is that of the checkpoint, where one is made.
     ///
     /// # Errors
     /// Where the settings would leave next to nothing and that was not asked for, the storage fails or `step` ends it.
