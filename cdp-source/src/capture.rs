@@ -75,6 +75,22 @@ impl Capture {
         self.volumes.iter().map(of).collect()
     }
 
+    /// Takes out blocks of which nothing has to be sent. They stay counted as found dirty.
+    pub(crate) fn take_out(&mut self, blocks: &[RoaringBitmap]) {
+        let dirty = self.meters.dirty_blocks;
+        for (volume, blocks) in self.volumes.iter_mut().zip(blocks) {
+            volume.remove(blocks);
+        }
+        self.count();
+        self.meters.dirty_blocks = dirty;
+    }
+
+    /// Whether nothing is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.volumes.iter().all(|volume| volume.blocks.is_empty())
+    }
+
     /// Counts what is held into the meters.
     pub(crate) fn count(&mut self) {
         let (mut content, mut unreadable) = (0, 0);
@@ -157,6 +173,17 @@ impl CapturedVolume {
         self.hold(block, Holding::Unreadable);
     }
 
+    /// Forgets blocks that are held.
+    pub(crate) fn remove(&mut self, blocks: &RoaringBitmap) {
+        self.blocks -= blocks;
+        self.zeros -= blocks;
+        for block in blocks {
+            if let Some(Holding::Slot(slot)) = self.holdings.remove(&block) {
+                self.free.push(slot);
+            }
+        }
+    }
+
     fn hold(&mut self, block: Block, holding: Holding) {
         self.blocks.insert(block.0);
         self.zeros.remove(block.0);
@@ -205,11 +232,17 @@ mod tests {
     enum Put {
         Bytes(u8),
         Unreadable,
+        /// What is there is taken out.
+        Nothing,
     }
 
     fn puts() -> impl Strategy<Value = Vec<(u32, Put)>> {
         // Zero, and so a hole, is one of few fills.
-        let put = any::<u8>().prop_map(|fill| if fill > 250 { Put::Unreadable } else { Put::Bytes(fill % 4) });
+        let put = any::<u8>().prop_map(|fill| match fill {
+            251.. => Put::Unreadable,
+            230.. => Put::Nothing,
+            _ => Put::Bytes(fill % 4),
+        });
         proptest::collection::vec((0..150u32, put), 0..400)
     }
 
@@ -222,6 +255,11 @@ mod tests {
                 match put {
                     Put::Bytes(fill) => capture.volumes[0].put(Block(block), &[fill; BLOCK_BYTES]),
                     Put::Unreadable => capture.volumes[0].put_unreadable(Block(block)),
+                    Put::Nothing => {
+                        capture.volumes[0].remove(&RoaringBitmap::from_iter([block]));
+                        oracle.remove(&block);
+                        continue;
+                    }
                 }
                 oracle.insert(block, put);
             }

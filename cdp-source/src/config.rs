@@ -18,7 +18,7 @@ use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 const ROOT_KEYS: &[&str] = &["metrics_listen", "groups"];
-const GROUP_KEYS: &[&str] = &["interval_ms", "cut_bound_ms", "capture_bytes_max", "volumes"];
+const GROUP_KEYS: &[&str] = &["interval_ms", "cut_bound_ms", "capture_bytes_max", "audit_interval_s", "volumes"];
 const VOLUME_KEYS: &[&str] = &["name", "slot", "device", "tracker"];
 const MIB: u64 = 1 << 20;
 
@@ -38,6 +38,9 @@ pub struct GroupConfig {
     /// Milliseconds from cut to cut.
     #[serde(default = "default_interval_ms")]
     pub interval_ms: u64,
+    /// In so many seconds every block that nobody writes to is read once and held against its digest.
+    #[serde(default = "default_audit_interval_s")]
+    pub audit_interval_s: u64,
     /// Milliseconds a cut may try to validate; a quarter of the interval by default, and not below 100.
     pub cut_bound_ms: Option<u64>,
     /// Bytes of blocks that one cut may hold in memory; what is more goes in parts.
@@ -122,6 +125,11 @@ impl ConfigError {
     }
 }
 
+/// Four weeks.
+const fn default_audit_interval_s() -> u64 {
+    28 * 24 * 3600
+}
+
 const fn default_interval_ms() -> u64 {
     1000
 }
@@ -143,6 +151,7 @@ impl GroupConfig {
     pub fn empty() -> Self {
         Self {
             interval_ms: default_interval_ms(),
+            audit_interval_s: default_audit_interval_s(),
             cut_bound_ms: None,
             capture_bytes_max: default_capture_bytes_max(),
             volumes: Vec::new(),
@@ -153,6 +162,9 @@ impl GroupConfig {
         let refuse = |what: String| Err(ConfigError::Value(format!("groups.{group}: {what}")));
         if !is_name(group) {
             return refuse("a name is 1 to 64 of a-z A-Z 0-9 . _ - and starts with a letter, digit or _".into());
+        }
+        if !(10..=31_536_000).contains(&self.audit_interval_s) {
+            return refuse(format!("audit_interval_s = {} is not within 10 to 31536000", self.audit_interval_s));
         }
         if !(20..=86_400_000).contains(&self.interval_ms) {
             return refuse(format!("interval_ms = {} is not within 20 to 86400000", self.interval_ms));

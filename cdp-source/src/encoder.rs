@@ -11,6 +11,7 @@ use cdp_protocol::frame::{self, Encoding};
 use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, CONTENT_BYTES_MAX, EXTENTS_MAX, HOLE_BLOCKS_MAX};
 use cdp_protocol::packer::Packer;
 use cdp_protocol::record::{Begin, FrameList, Meters};
+use cdp_protocol::seal::Digest;
 use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, FrameHash, Sequence, VolumeSlot};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,6 +32,17 @@ pub struct EncodedAttempt {
     pub meters: Meters,
     /// Bytes of all frames.
     pub bytes: u64,
+    /// The digests of the blocks with content.
+    pub digests: Vec<BlockDigests>,
+}
+
+/// Digests of blocks of one volume.
+#[derive(Clone, Debug)]
+pub struct BlockDigests {
+    /// The volume.
+    pub volume: VolumeSlot,
+    /// Each block's.
+    pub blocks: Vec<(Block, Digest)>,
 }
 
 /// Encodes captures on its threads. May be shared by the groups of an agent.
@@ -68,6 +80,7 @@ struct Made {
     sequence: Sequence,
     hash: FrameHash,
     frame: Bytes,
+    digests: Option<BlockDigests>,
 }
 
 impl Encoder {
@@ -110,7 +123,7 @@ impl Encoder {
         assert_eq!(capture.volumes.len(), slots.len(), "every volume has a slot");
         let (made, finished) = channel();
         let begin = Bytes::from(sealer.begin(begin));
-        let _ = made.send(Made { sequence: Sequence(0), hash: frame::hash(&begin), frame: begin });
+        let _ = made.send(Made { sequence: Sequence(0), hash: frame::hash(&begin), frame: begin, digests: None });
         let (epoch, attempt) = (sealer.epoch(), sealer.attempt());
         let mut plan = Plan { way: &self.way, sealer, made, volume: VolumeSlot(0), next: Sequence(1) };
         for (volume, slot) in capture.volumes.iter().zip(slots) {
@@ -150,12 +163,16 @@ fn serve(queue: &Mutex<Receiver<Job>>) {
 
 fn make(job: Job, packer: &mut Packer) {
     let Job { sealer, volume, sequence, extents, work, made } = job;
-    let frame = match work {
-        Work::Content(draft) => sealer.content_of(packer, volume, sequence, extents, draft),
-        Work::Bare(encoding) => sealer.bare(encoding, volume, sequence, extents).into(),
+    let (frame, digests) = match work {
+        Work::Content(draft) => {
+            let blocks: Vec<Block> = extents.iter().flat_map(|extent| extent.blocks()).collect();
+            let (frame, digests) = sealer.digested_content_of(packer, volume, sequence, extents, draft);
+            (frame, Some(BlockDigests { volume, blocks: blocks.into_iter().zip(digests).collect() }))
+        }
+        Work::Bare(encoding) => (sealer.bare(encoding, volume, sequence, extents).into(), None),
     };
     // The receiver is gone only if the one who waits has panicked.
-    let _ = made.send(Made { sequence, hash: frame::hash(&frame), frame });
+    let _ = made.send(Made { sequence, hash: frame::hash(&frame), frame, digests });
 }
 
 /// Puts the frames in order.
@@ -175,8 +192,9 @@ fn collect(
     }
     let bytes = made.iter().map(|made| made.frame.len() as u64).sum();
     meters.frame_bytes = bytes;
-    let frames = made.into_iter().map(|made| made.frame).collect();
-    EncodedAttempt { epoch, attempt, frames, list: hasher.list(), meters, bytes }
+    let (frames, digests): (Vec<Bytes>, Vec<_>) = made.into_iter().map(|made| (made.frame, made.digests)).unzip();
+    let digests = digests.into_iter().flatten().collect();
+    EncodedAttempt { epoch, attempt, frames, list: hasher.list(), meters, bytes, digests }
 }
 
 /// Decides which blocks share a frame, and numbers the frames.

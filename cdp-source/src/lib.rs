@@ -1,12 +1,14 @@
 //! The branch office's end: tracks, cuts, reads, encodes and sends.
 
 pub mod agent;
+pub mod audit;
 pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod connect;
 pub mod control;
 pub mod cut;
+pub mod digests;
 pub mod doctor;
 pub mod encoder;
 pub mod join;

@@ -19,6 +19,12 @@ pub const DIRTY_BYTES: &str = "cdp_source_dirty_bytes";
 pub const UNACKED_BYTES: &str = "cdp_source_unacked_bytes";
 /// Bytes of frames acked since the agent's start.
 pub const ACKED_BYTES_TOTAL: &str = "cdp_source_acked_bytes_total";
+/// Bytes of blocks since the agent's start that were marked and held what the target had already.
+pub const UNCHANGED_BYTES_TOTAL: &str = "cdp_source_unchanged_bytes_total";
+/// Blocks that nobody wrote to and that were found to hold what the target does, since the agent's start.
+pub const PROVED_BLOCKS_TOTAL: &str = "cdp_source_proved_blocks_total";
+/// Blocks that nobody was known to have written to and that held something else: above zero, writes were missed.
+pub const DIFFERING_BLOCKS_TOTAL: &str = "cdp_source_differing_blocks_total";
 /// Duration of the last cut.
 pub const CUT_SECONDS: &str = "cdp_source_cut_seconds";
 /// Rounds of the last cut.
@@ -81,6 +87,9 @@ pub fn record(status: &GroupStatus) {
     set(CONTINUOUS, f64::from(u8::from(status.state == GroupPhase::Continuous)));
     let count = |name: &'static str, total: u64| counter!(name, "group" => group()).absolute(total);
     count(ACKED_BYTES_TOTAL, status.acked_bytes);
+    count(UNCHANGED_BYTES_TOTAL, status.unchanged_bytes);
+    count(PROVED_BLOCKS_TOTAL, status.audit.proved_blocks);
+    count(DIFFERING_BLOCKS_TOTAL, status.audit.differing_blocks);
     count(CUTS_TRIED_TOTAL, status.cuts_tried);
     count(CUTS_VALIDATED_TOTAL, status.cuts_validated);
     count(CUTS_UNCHANGED_TOTAL, status.cuts_unchanged);

@@ -307,7 +307,9 @@ impl Shared {
             | TargetMessage::Acked { group, .. }
             | TargetMessage::PartAcked { group, .. }
             | TargetMessage::Busy { group, .. }
-            | TargetMessage::SendAgain { group, .. } => group,
+            | TargetMessage::SendAgain { group, .. }
+            | TargetMessage::Changes { group, .. }
+            | TargetMessage::ChangesUnknown { group, .. } => group,
         };
         if matches!(message, TargetMessage::Acked { .. } | TargetMessage::PartAcked { .. }) {
             self.acked.store(true, Ordering::Relaxed);

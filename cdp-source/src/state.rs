@@ -6,6 +6,7 @@
 //! groups/NAME/group.toml    group id, key's name, escrow envelope, next slot, sizes of the volumes
 //! groups/NAME/data.key      the data key, mode 0600
 //! groups/NAME/tracking/     what the group's tracker keeps
+//! groups/NAME/digests/      what the target holds of each block (`digests`)
 //! lock, changes.lock        one agent at a time; one change of the configuration at a time
 //! run.sock                  the agent's control socket
 //! ```
@@ -157,6 +158,12 @@ impl StateFolder {
     #[must_use]
     pub fn tracking(&self, group: &str) -> PathBuf {
         self.root.join("groups").join(group).join("tracking")
+    }
+
+    /// The digests of a group's blocks.
+    #[must_use]
+    pub fn digests(&self, group: &str) -> PathBuf {
+        self.root.join("groups").join(group).join("digests")
     }
 
     /// The configuration's text; empty where there is none.

@@ -8,16 +8,16 @@ use crate::journal::file::FileId;
 use crate::journal::{
     Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point,
 };
-use crate::receiver::{GroupStore, GroupWriter, StoreError};
+use crate::receiver::{Changed, GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
 use cdp_protocol::join::{KNOWN_GROUPS_MAX, KnownGroup};
-use cdp_protocol::limits::OFFICE_GROUPS_MAX;
+use cdp_protocol::limits::{MESSAGE_EXTENTS_MAX, OFFICE_GROUPS_MAX};
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
-use cdp_protocol::units::{Epoch, Generation, GroupId, Head, OfficeId, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Head, OfficeId, Timestamp};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -261,6 +261,17 @@ impl GroupWriter for JournalWriter {
             cut_rounds: point.meters.cut_rounds,
         };
         Ok(points.into_iter().map(summary).collect())
+    }
+
+    fn changes_since(&self, since: Head) -> Result<Option<Vec<Changed>>, StoreError> {
+        let Some(changes) = self.journal.view().changes_since(since).map_err(failed)? else { return Ok(None) };
+        let messages = changes.iter().flat_map(|(slot, extents)| {
+            extents.chunks(MESSAGE_EXTENTS_MAX).map(|extents| {
+                let plain = |extent: &Extent| (extent.start, extent.count);
+                (*slot, extents.iter().map(plain).collect())
+            })
+        });
+        Ok(Some(messages.collect()))
     }
 
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {

@@ -12,7 +12,7 @@ use crate::journal::{Damage, GroupView};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::store::GroupPlace;
-use cdp_protocol::limits::SEND_AGAIN_EXTENTS_MAX;
+use cdp_protocol::limits::MESSAGE_EXTENTS_MAX;
 use cdp_protocol::units::{Extent, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use cdp_seams::random::Random;
@@ -198,7 +198,7 @@ impl Wanted {
     fn add(&mut self, volume: VolumeSlot, blocks: &RoaringBitmap) -> bool {
         self.extents += proof::to_extents(blocks).len();
         // The blocks of one frame always fit: an empty look is never too small for them.
-        if self.extents > MESSAGES_MAX * SEND_AGAIN_EXTENTS_MAX && !self.volumes.is_empty() {
+        if self.extents > MESSAGES_MAX * MESSAGE_EXTENTS_MAX && !self.volumes.is_empty() {
             return false;
         }
         *self.volumes.entry(volume).or_default() |= blocks;
@@ -209,7 +209,7 @@ impl Wanted {
         let mut messages = Vec::new();
         for (volume, blocks) in self.volumes {
             let extents = proof::to_extents(&blocks);
-            messages.extend(extents.chunks(SEND_AGAIN_EXTENTS_MAX).map(|extents| (volume, extents.to_vec())));
+            messages.extend(extents.chunks(MESSAGE_EXTENTS_MAX).map(|extents| (volume, extents.to_vec())));
         }
         messages
     }

@@ -14,7 +14,7 @@ mod store_api;
 
 pub use connection::ConnectionError;
 pub use live::{LiveGroup, Unchanged};
-pub use store_api::{GroupStore, GroupWriter, StoreError};
+pub use store_api::{Changed, GroupStore, GroupWriter, StoreError};
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};

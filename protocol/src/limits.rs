@@ -18,8 +18,8 @@ pub const OFFICE_GROUPS_MAX: usize = 64;
 pub const VOLUMES_MAX: usize = 64;
 /// Bytes of a name: office, group, volume, label.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Extents that one message may ask for again: 8 bytes each, half a message.
-pub const SEND_AGAIN_EXTENTS_MAX: usize = 4096;
+/// Extents that one message may name: 8 bytes each, half a message.
+pub const MESSAGE_EXTENTS_MAX: usize = 4096;
 /// Bytes of one control message.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 

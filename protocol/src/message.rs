@@ -51,6 +51,13 @@ pub enum SourceMessage {
     },
     /// Asks for a `Pong`.
     Ping,
+    /// Asks which blocks the target has been sent since a point: what the source's digests do not know.
+    ListChanges {
+        /// The group.
+        group: GroupId,
+        /// The point.
+        since: Head,
+    },
 }
 
 /// A source's view of a group at hello.
@@ -161,8 +168,32 @@ pub enum TargetMessage {
         group: GroupId,
         /// The volume.
         volume: VolumeSlot,
-        /// First block and number of blocks; at most `SEND_AGAIN_EXTENTS_MAX`, the rest in further messages.
+        /// First block and number of blocks; at most `MESSAGE_EXTENTS_MAX`, the rest in further messages.
         extents: Vec<(Block, u32)>,
+    },
+    /// Blocks that were sent after a point, whatever they hold: of epochs, and of parts that no epoch has taken in. None that
+    /// was sent is missing; some that were not may be among them.
+    Changes {
+        /// The group.
+        group: GroupId,
+        /// The point.
+        since: Head,
+        /// The volume.
+        volume: VolumeSlot,
+        /// First block and number of blocks; at most `MESSAGE_EXTENTS_MAX`.
+        extents: Vec<(Block, u32)>,
+        /// Number of the message within the answer, from 0.
+        page: u32,
+        /// Whether more follow.
+        more: bool,
+    },
+    /// Which blocks were sent after a point cannot be told: it is not of the history that goes on, or what came after it is damaged
+    /// or no longer kept apart.
+    ChangesUnknown {
+        /// The group.
+        group: GroupId,
+        /// The point.
+        since: Head,
     },
 }
 
@@ -313,7 +344,7 @@ fn config() -> impl bincode::config::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::SEND_AGAIN_EXTENTS_MAX;
+    use crate::limits::MESSAGE_EXTENTS_MAX;
 
     #[test]
     fn hello_is_these_bytes_for_ever() {
@@ -335,8 +366,26 @@ mod tests {
         let two = ask(vec![(Block(7), 1), (Block(u32::MAX), 2)]);
         assert_eq!(encode(&two), bytes);
         assert_eq!(decode::<TargetMessage>(&bytes).expect("a message"), two);
-        let full = ask(vec![(Block(u32::MAX), u32::MAX); SEND_AGAIN_EXTENTS_MAX]);
+        let full = ask(vec![(Block(u32::MAX), u32::MAX); MESSAGE_EXTENTS_MAX]);
         assert_eq!(decode::<TargetMessage>(&encode(&full)).expect("a message"), full);
+    }
+
+    #[test]
+    fn changes_are_asked_for_and_told_in_these_bytes() {
+        let (group, since) = (GroupId([0xab; 16]), Head { epoch: Epoch(5), hash: crate::units::FrameHash([0xcd; 32]) });
+        let ask = SourceMessage::ListChanges { group, since };
+        let named = [&[32, 0, 0, 0, 0, 0, 0, 0][..], &b"ab".repeat(16)].concat();
+        let bytes = encode(&ask);
+        assert_eq!(bytes[..44], [&[5, 0, 0, 0][..], &named].concat());
+        assert_eq!(decode::<SourceMessage>(&bytes).expect("a message"), ask);
+        let extents = vec![(Block(u32::MAX), u32::MAX); MESSAGE_EXTENTS_MAX];
+        let full = TargetMessage::Changes { group, since, volume: VolumeSlot(3), extents, page: 2, more: true };
+        let unknown = TargetMessage::ChangesUnknown { group, since };
+        for (message, variant) in [(full, 10), (unknown, 11)] {
+            let bytes = encode(&message);
+            assert_eq!(bytes[..44], [&[variant, 0, 0, 0][..], &named].concat());
+            assert_eq!(decode::<TargetMessage>(&bytes).expect("a message"), message);
+        }
     }
 
     #[test]

@@ -89,11 +89,13 @@ impl DigestKey {
     /// The digest of each block of `BLOCK_BYTES` in `blocks`, in their order.
     #[must_use]
     pub fn digests(&self, blocks: &[u8]) -> Vec<Digest> {
-        let digest = |block: &[u8]| {
-            let hash = blake3::keyed_hash(&self.0, block);
-            *hash.as_bytes().first_chunk().expect("a hash has 32 bytes")
-        };
-        blocks.chunks_exact(BLOCK_BYTES).map(digest).collect()
+        blocks.chunks_exact(BLOCK_BYTES).map(|block| self.digest(block)).collect()
+    }
+
+    /// The digest of one block.
+    #[must_use]
+    pub fn digest(&self, block: &[u8]) -> Digest {
+        *blake3::keyed_hash(&self.0, block).as_bytes().first_chunk().expect("a hash has 32 bytes")
     }
 }
 

@@ -69,6 +69,7 @@ impl Format for SourceWords {
             SourceMessage::Unchanged { group: GROUP, epoch: Epoch(8), as_of: Timestamp(6) },
             SourceMessage::ListPoints { request: 1, group: GROUP, after: Some(Epoch(3)) },
             SourceMessage::Ping,
+            SourceMessage::ListChanges { group: GROUP, since: head(7) },
         ]
         .map(|message| message::encode(&message))
         .to_vec()
@@ -128,6 +129,15 @@ impl Format for TargetWords {
                 volume: VolumeSlot(3),
                 extents: vec![(Block(7), 2), (Block(90), 1)],
             },
+            TargetMessage::Changes {
+                group: GROUP,
+                since: head(9),
+                volume: VolumeSlot(3),
+                extents: vec![(Block(7), 2), (Block(90), 1)],
+                page: 0,
+                more: true,
+            },
+            TargetMessage::ChangesUnknown { group: GROUP, since: head(9) },
         ]
         .map(|message| message::encode(&message))
         .to_vec()

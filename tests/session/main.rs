@@ -128,7 +128,11 @@ fn capture(handle: &GroupHandle, random: &SimRandom, mut memo: Memo) -> (Vec<Hea
                 memo.acked(head);
                 acked.push(head);
             }
-            SourceEvent::PartAcked { .. } | SourceEvent::Busy { .. } | SourceEvent::SendAgain { .. } => {}
+            SourceEvent::PartAcked { .. }
+            | SourceEvent::Busy { .. }
+            | SourceEvent::SendAgain { .. }
+            | SourceEvent::Changes { .. }
+            | SourceEvent::ChangesUnknown(_) => {}
             SourceEvent::Refused(reason) => panic!("refused: {reason:?}"),
         }
     }

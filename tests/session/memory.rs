@@ -12,7 +12,7 @@ use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
 use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
 use cdp_target::journal::{Damage, Fork};
-use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
+use cdp_target::receiver::{Changed, GroupStore, GroupWriter, StoreError};
 
 /// What a disk holds of a group, in order.
 #[derive(Clone)]
@@ -222,6 +222,10 @@ impl GroupWriter for MemoryWriter {
 
     fn points(&self, _after: Option<Epoch>, _max: usize) -> Result<Vec<PointSummary>, StoreError> {
         Ok(Vec::new())
+    }
+
+    fn changes_since(&self, _since: Head) -> Result<Option<Vec<Changed>>, StoreError> {
+        Ok(None)
     }
 
     fn adopt(&mut self, _change: &Change) -> Result<(), StoreError> {

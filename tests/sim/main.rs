@@ -17,7 +17,7 @@ mod tally;
 mod target;
 mod trace;
 
-use run::{found, replay, rot_under_a_living_source};
+use run::{Manner, found, replay, rot_under_a_living_source};
 use sabotage::Sabotage;
 use tally::Tally;
 
@@ -56,7 +56,8 @@ fn seeds() {
     let (first, count) = (env("CDP_SIM_SEED", 1), env("CDP_SIM_SEEDS", 1000));
     let mut total = Tally::default();
     for seed in first..first + count {
-        total += found(seed, Sabotage::None, true).unwrap_or_else(|why| panic!("seed {seed}: {why}; {}", replay(seed)));
+        total += found(seed, Sabotage::None, Manner::of(seed))
+            .unwrap_or_else(|why| panic!("seed {seed}: {why}; {}", replay(seed)));
     }
     println!("{} crashes simulated, 0 losses: {total:?}", total.crashes());
     // The run means something only if everything happened in it.
@@ -79,10 +80,10 @@ fn what_rots_is_asked_again_and_healed_where_the_source_still_has_it() {
 #[test]
 fn what_was_found_once_is_not_found_again() {
     for (seed, what) in KNOWN_BAD {
-        found(seed, Sabotage::None, false).unwrap_or_else(|why| panic!("seed {seed}: {what}: {why}"));
+        found(seed, Sabotage::None, Manner::Plain).unwrap_or_else(|why| panic!("seed {seed}: {what}: {why}"));
     }
     for (seed, what) in KNOWN_BAD_TENDED {
-        found(seed, Sabotage::None, true).unwrap_or_else(|why| panic!("{what}: {why}; {}", replay(seed)));
+        found(seed, Sabotage::None, Manner::Tended).unwrap_or_else(|why| panic!("{what}: {why}; {}", replay(seed)));
     }
 }
 
@@ -92,7 +93,9 @@ fn sabotage_is_found_within_a_thousand_seeds() {
     std::panic::set_hook(Box::new(|_| {}));
     let finds: Vec<_> = Sabotage::ALL
         .iter()
-        .map(|sabotage| (sabotage, (1..=1000).find_map(|seed| Some((seed, found(seed, *sabotage, true).err()?)))))
+        .map(|sabotage| {
+            (sabotage, (1..=1000).find_map(|seed| Some((seed, found(seed, *sabotage, Manner::of(seed)).err()?))))
+        })
         .collect();
     std::panic::set_hook(hook);
     for (sabotage, found) in finds {

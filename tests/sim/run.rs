@@ -55,12 +55,30 @@ struct Simulation {
     tally: Tally,
 }
 
-/// What a seed finds; a panic of the product is a find too. `is_tended`: whether anybody looks after the points.
+/// How the two ends go about it. A seed is another history in each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// Everything marked is sent, and nobody looks after the points.
+    Plain,
+    /// Everything marked is sent; checkpoints are built and points removed.
+    Tended,
+    /// The same, and the source keeps digests: what it put back is not sent.
+    Thrifty,
+}
+
+impl Manner {
+    /// Of the seeds that are gone through, every other one is thrifty.
+    pub(crate) const fn of(seed: u64) -> Self {
+        if seed.is_multiple_of(2) { Self::Tended } else { Self::Thrifty }
+    }
+}
+
+/// What a seed finds; a panic of the product is a find too.
 ///
 /// # Errors
 /// What was lost.
-pub(crate) fn found(seed: u64, sabotage: Sabotage, is_tended: bool) -> Result<Tally, String> {
-    catch_unwind(|| run(seed, sabotage, is_tended)).unwrap_or_else(|why| {
+pub(crate) fn found(seed: u64, sabotage: Sabotage, manner: Manner) -> Result<Tally, String> {
+    catch_unwind(|| run(seed, sabotage, manner)).unwrap_or_else(|why| {
         let text = why.downcast_ref::<String>().map(String::as_str).or_else(|| why.downcast_ref::<&str>().copied());
         Err(format!("panicked: {}", text.unwrap_or("without a word")))
     })
@@ -73,16 +91,18 @@ pub(crate) fn replay(seed: u64) -> String {
     )
 }
 
-/// Simulates what `seed` says, wrong in the way of `sabotage`, with its points looked after or not.
+/// Simulates what `seed` says, wrong in the way of `sabotage`.
 ///
 /// # Errors
 /// What was lost or never can be.
-fn run(seed: u64, sabotage: Sabotage, is_tended: bool) -> Result<Tally, String> {
+fn run(seed: u64, sabotage: Sabotage, manner: Manner) -> Result<Tally, String> {
     #[cfg(feature = "sabotage")]
     cdp_protocol::session::chain::sabotage::set_unchecked(sabotage == Sabotage::ChainUnchecked);
+    #[cfg(feature = "sabotage")]
+    cdp_source::digests::sabotage::set_pass_over_under_way(sabotage == Sabotage::UnderWayPassedOver);
     let random = SimRandom::new(seed);
-    let mut simulation = Simulation::new(random, sabotage);
-    if is_tended {
+    let mut simulation = Simulation::new(random, sabotage, manner);
+    if manner != Manner::Plain {
         simulation.look_after(seed);
     }
     let steps = 300 + simulation.random.below(900);
@@ -93,8 +113,10 @@ fn run(seed: u64, sabotage: Sabotage, is_tended: bool) -> Result<Tally, String> 
     Ok(simulation.tally)
 }
 
-fn profile(random: &SimRandom) -> Profile {
+fn profile(random: &SimRandom, manner: Manner) -> Profile {
+    let repeat_permille = if manner == Manner::Thrifty { 200 + random.below(700) } else { 0 };
     Profile {
+        repeat_permille,
         // The second volume ends within a block.
         sectors: vec![8 * (4 + random.below(20) as u32), 8 * (2 + random.below(6) as u32) + 3],
         issue_permille: 10 + random.below(120),
@@ -107,11 +129,14 @@ fn profile(random: &SimRandom) -> Profile {
 }
 
 impl Simulation {
-    fn new(random: SimRandom, sabotage: Sabotage) -> Self {
-        let profile = profile(&random);
+    fn new(random: SimRandom, sabotage: Sabotage, manner: Manner) -> Self {
+        let profile = profile(&random, manner);
         let limits = CutLimits { bound: Duration::from_millis(random.below(20)), blocks_max: 4 + random.below(30) };
         let model = Model::new(&profile.sectors);
-        let source = Source::new(random.next(), profile, limits, sabotage.of_tracker());
+        let mut source = Source::new(random.next(), profile, limits, sabotage.of_tracker());
+        if manner == Manner::Thrifty {
+            source.save_bytes();
+        }
         let limits = JournalLimits { segment_bytes_max: 1500 + random.below(20_000) };
         let target = Target::new(random.next(), limits, sabotage);
         let line = match random.below(3) {

@@ -20,7 +20,7 @@ use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
 use cdp_target::journal::{Damage, Fork, GroupView};
 use cdp_target::prune::Prune;
-use cdp_target::receiver::{GroupStore, GroupWriter, StoreError};
+use cdp_target::receiver::{Changed, GroupStore, GroupWriter, StoreError};
 use cdp_target::retention::{Candidate, Decision, Held, Verdict, decide, keeps_only_newest};
 
 /// What is done wrong.
@@ -40,6 +40,9 @@ pub(crate) enum Sabotage {
     /// Frames need not follow one another, lists of frames need not match. (Feature `sabotage`.)
     #[cfg(feature = "sabotage")]
     ChainUnchecked,
+    /// A block is called unchanged though something is under way for it. (Feature `sabotage`.)
+    #[cfg(feature = "sabotage")]
+    UnderWayPassedOver,
     /// The tracker does not wait for its runs under way when it flips.
     BarrierLeftOut,
     /// What was read is not held against the marks of writes issued meanwhile.
@@ -57,6 +60,8 @@ impl Sabotage {
         Self::SyncRetried,
         #[cfg(feature = "sabotage")]
         Self::ChainUnchecked,
+        #[cfg(feature = "sabotage")]
+        Self::UnderWayPassedOver,
         Self::BarrierLeftOut,
         Self::ValidationLeftOut,
         Self::PruneBySourceClock,
@@ -231,6 +236,9 @@ impl GroupWriter for HastyWriter {
     }
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
         self.0.points(after, max)
+    }
+    fn changes_since(&self, since: Head) -> Result<Option<Vec<Changed>>, StoreError> {
+        self.0.changes_since(since)
     }
     fn note_damages(&mut self, file: FileId, damages: &[Damage]) -> Result<(), StoreError> {
         self.0.note_damages(file, damages)

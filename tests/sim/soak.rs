@@ -20,7 +20,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use cdp_seams::clock::{Clock, SystemClock};
-use run::{found, replay, rot_under_a_living_source};
+use run::{Manner, found, replay, rot_under_a_living_source};
 use sabotage::Sabotage;
 use tally::Tally;
 
@@ -109,10 +109,11 @@ impl Soak {
     fn work(&self) {
         while !self.is_over() {
             let seed = self.next_seed.fetch_add(1, Ordering::Relaxed);
-            let found = found(seed, self.until.sabotage, true).and_then(|tally| match self.until.sabotage {
-                Sabotage::None => rot_under_a_living_source(seed).map(|_| tally),
-                _ => Ok(tally),
-            });
+            let found =
+                found(seed, self.until.sabotage, Manner::of(seed)).and_then(|tally| match self.until.sabotage {
+                    Sabotage::None => rot_under_a_living_source(seed).map(|_| tally),
+                    _ => Ok(tally),
+                });
             let mut sum = self.lock();
             match found {
                 Ok(tally) => sum.0 += tally,

@@ -25,6 +25,7 @@ use cdp_source::agent::group::steps::GroupSteps;
 use cdp_source::agent::group::{Devices, GroupSetup, Input, Link};
 use cdp_source::agent::status::GroupStatus;
 use cdp_source::cut::CutLimits;
+use cdp_source::digests::Digests;
 use cdp_source::encoder::Encoder;
 use cdp_source::sim::{Died, Instant, Profile, SimReader, SimTracker, World};
 use cdp_source::state::MemoFile;
@@ -43,6 +44,8 @@ pub(crate) struct Source {
     random: Arc<SimRandom>,
     sectors: Vec<u32>,
     limits: CutLimits,
+    /// Whether it keeps digests, and sends nothing that has not changed.
+    is_thrifty: bool,
     agent: Option<Agent>,
 }
 
@@ -62,6 +65,8 @@ struct End {
     proceeds: VecDeque<Head>,
     events: VecDeque<SourceEvent>,
     unchanged: Option<(Epoch, Timestamp, Arc<Instant>)>,
+    /// The point after which the target is asked what it was sent.
+    question: Option<Head>,
     /// The connection that stands.
     wire: Option<u64>,
     /// Whether the group was put off and is to be opened again.
@@ -98,6 +103,10 @@ impl Link for SimLink {
         end.unchanged = Some((epoch, as_of, instant));
     }
 
+    fn list_changes(&self, since: Head) {
+        lock(&self.0).question = Some(since);
+    }
+
     fn is_connected(&self) -> bool {
         lock(&self.0).wire.is_some()
     }
@@ -109,7 +118,20 @@ impl Source {
         let disk = SimStorage::new(seed ^ 0xd15c);
         disk.create_dir_all(Path::new(STATE)).expect("no fault is set");
         let (sectors, random) = (profile.sectors.clone(), Arc::new(SimRandom::new(seed ^ 0xa6e7)));
-        Self { world: World::new(seed, profile, sabotage), disk, random, sectors, limits, agent: None }
+        Self {
+            world: World::new(seed, profile, sabotage),
+            disk,
+            random,
+            sectors,
+            limits,
+            is_thrifty: false,
+            agent: None,
+        }
+    }
+
+    /// Keeps digests from here on: to be said before the first agent starts.
+    pub(crate) const fn save_bytes(&mut self) {
+        self.is_thrifty = true;
     }
 
     pub(crate) const fn is_up(&self) -> bool {
@@ -128,17 +150,30 @@ impl Source {
             proceeds: VecDeque::new(),
             events: VecDeque::new(),
             unchanged: None,
+            question: None,
             wire: None,
             asks_again: false,
             is_superseded: false,
             is_welcome: false,
         }));
+        let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
+        let digests = if self.is_thrifty {
+            let folder = Path::new(STATE).join("digests");
+            Self::living(|| Digests::open(storage, &folder, GROUP, key().digest_key(), &facts.volumes, &*self.random))
+        } else {
+            Some(Digests::none(storage, key().digest_key()))
+        };
+        let Some(digests) = digests.filter(|_| !self.disk.is_down()) else {
+            self.after_disk();
+            return;
+        };
         let (link, status, world) = (Arc::clone(&end), Arc::default(), Arc::clone(&self.world));
         let setup = GroupSetup {
             begin: Begin { key: KEY_ID, volumes: facts.volumes.clone() },
             facts,
             data_key: key(),
             interval: Duration::from_secs(1),
+            audit_interval: Duration::from_secs(60),
             limits: self.limits,
             opener: Box::new(move || Ok(devices(&world))),
             connect: Box::new(move |memo: Memo| {
@@ -149,6 +184,7 @@ impl Source {
             }),
             kept_memo: Box::new(MemoFile::new(Arc::new(self.disk.clone()), Path::new(STATE).join("memo"))),
             encoder: encoder(),
+            digests,
             clock: Arc::clone(&self.world.clock) as Arc<dyn Clock>,
             random: Arc::clone(&self.random) as Arc<_>,
             status: Arc::clone(&status),
@@ -415,6 +451,9 @@ impl End {
         if let Some((epoch, as_of, instant)) = self.unchanged.take() {
             model.unchanged(epoch, &instant)?;
             wire.to_target.push_back(message::encode(&SourceMessage::Unchanged { group: GROUP, epoch, as_of }));
+        }
+        if let Some(since) = self.question.take() {
+            wire.to_target.push_back(message::encode(&SourceMessage::ListChanges { group: GROUP, since }));
         }
         match self.session().next_frame() {
             Next::Frame(bytes) => {

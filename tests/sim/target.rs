@@ -276,6 +276,10 @@ impl Target {
                 process.steps.unchanged(session, epoch, as_of);
             }
             Ok(TargetAction::ListPoints { .. }) => {}
+            Ok(TargetAction::ListChanges { since, .. }) => {
+                let session = connection.held.unwrap_or(0);
+                process.steps.changes(session, since);
+            }
             // What comes twice may be one too many; its connection ends.
             Err(_) => {
                 self.close(wire);

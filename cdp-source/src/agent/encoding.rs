@@ -4,7 +4,7 @@
 //! three captures at a time: being read, waiting, being encoded.
 
 use crate::capture::Capture;
-use crate::encoder::{EncodedAttempt, Encoder};
+use crate::encoder::{BlockDigests, EncodedAttempt, Encoder};
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::record::Begin;
 use cdp_protocol::session::source::{End, Outgoing};
@@ -38,10 +38,13 @@ impl Encoding {
         encoder: Arc<Encoder>,
         slots: Vec<VolumeSlot>,
         begin: Begin,
-        done: impl Fn(Outgoing) + Send + 'static,
+        done: impl Fn(Outgoing, Vec<BlockDigests>) + Send + 'static,
     ) -> Self {
         if encoder.is_inline() {
-            return Self(Way::Inline(Box::new(move |job| done(encode(job, &encoder, &slots, &begin)))));
+            return Self(Way::Inline(Box::new(move |job| {
+                let (outgoing, digests) = encode(job, &encoder, &slots, &begin);
+                done(outgoing, digests);
+            })));
         }
         let (jobs, queue) = sync_channel(1);
         let builder = std::thread::Builder::new().name("encode-group".into());
@@ -76,19 +79,26 @@ impl Drop for Encoding {
     }
 }
 
-fn serve(queue: &Receiver<Job>, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin, done: impl Fn(Outgoing)) {
+fn serve(
+    queue: &Receiver<Job>,
+    encoder: &Encoder,
+    slots: &[VolumeSlot],
+    begin: &Begin,
+    done: impl Fn(Outgoing, Vec<BlockDigests>),
+) {
     for job in queue {
-        done(encode(job, encoder, slots, begin));
+        let (outgoing, digests) = encode(job, encoder, slots, begin);
+        done(outgoing, digests);
     }
 }
 
-fn encode(job: Job, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin) -> Outgoing {
+fn encode(job: Job, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin) -> (Outgoing, Vec<BlockDigests>) {
     let Job { capture, sealer, mut end } = job;
     let made = encoder.encode(&capture, slots, begin, Arc::clone(&sealer));
     drop(capture);
-    let EncodedAttempt { epoch, attempt, frames, list, meters, bytes } = made;
+    let EncodedAttempt { epoch, attempt, frames, list, meters, bytes, digests } = made;
     if let End::Commit(draft) = &mut end {
         draft.meters = meters;
     }
-    Outgoing { epoch, attempt, frames, list, bytes, end, sealer }
+    (Outgoing { epoch, attempt, frames, list, bytes, end, sealer }, digests)
 }

@@ -5,10 +5,12 @@
 //! * the memo names a commit before the commit leaves, and a new generation only once all it voids is in `unacked`;
 //! * nothing is written for an epoch but the tracker's own pinned memory, so that an idle volume stays idle.
 //!
-//! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `answers`
+//! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
+//! what it finds out besides, `answers`
 //! what it does when it is told something, `volumes` how it gets over devices that fail, `standing` what others see.
 
 mod answers;
+mod auditing;
 mod capturing;
 mod standing;
 #[cfg(feature = "sim")]
@@ -17,10 +19,12 @@ mod volumes;
 
 use super::encoding::Encoding;
 use super::ledger::Ledger;
-use super::status::{CutStatus, GroupPhase, GroupStatus};
+use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus};
+use crate::audit::Audit;
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
-use crate::encoder::Encoder;
+use crate::digests::Digests;
+use crate::encoder::{BlockDigests, Encoder};
 use crate::reader::BlockReader;
 use crate::tracker::Tracker;
 use cdp_protocol::record::Begin;
@@ -54,6 +58,8 @@ const UNCHANGED_EVERY: Duration = Duration::from_secs(20);
 const REOPEN_EVERY: Duration = Duration::from_secs(5);
 /// How long the thread sleeps where nothing is due: so often the status is brought up to date.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
+/// How often the target is asked again what it was sent: the question, or some of the answer, may have gone with a line.
+const ASK_EVERY: Duration = Duration::from_secs(10);
 /// How often blocks that could not be read are tried again.
 const UNREADABLE_EVERY: Duration = Duration::from_secs(60);
 /// Cuts in a row that do not validate after which the group is called stalled.
@@ -67,6 +73,8 @@ pub trait Link: Send {
     fn proceed(&self, head: Head);
     /// The volumes are as they were at `epoch`.
     fn unchanged(&self, epoch: Epoch, as_of: Timestamp);
+    /// Asks which blocks the target was sent after a point.
+    fn list_changes(&self, since: Head);
     /// Whether there is a line now.
     fn is_connected(&self) -> bool;
 }
@@ -75,8 +83,8 @@ pub trait Link: Send {
 pub enum Input {
     /// The line or the target says something.
     Link(SourceEvent),
-    /// An attempt is encoded.
-    Encoded(Outgoing),
+    /// An attempt is encoded; the digests of its blocks.
+    Encoded(Outgoing, Vec<BlockDigests>),
     /// A point is wanted now.
     Point(PointRequest),
     /// The end. The tracking goes on in the kernel.
@@ -129,6 +137,8 @@ pub struct GroupSetup {
     pub data_key: DataKey,
     /// From cut to cut.
     pub interval: Duration,
+    /// In so long every block that nobody writes to is read once.
+    pub audit_interval: Duration,
     /// How far a cut goes.
     pub limits: CutLimits,
     /// Opens its volumes.
@@ -139,6 +149,8 @@ pub struct GroupSetup {
     pub kept_memo: Box<dyn KeptMemo>,
     /// Encodes.
     pub encoder: Arc<Encoder>,
+    /// What the target holds.
+    pub digests: Digests,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Ids of attempts.
@@ -249,6 +261,8 @@ struct Group {
     next_cut: Duration,
     /// When blocks that could not be read are tried again.
     unreadable_at: Duration,
+    /// When the target is asked again what it was sent.
+    ask_at: Duration,
     reopen_at: Duration,
     retain_at: Option<Duration>,
     told_unchanged: Option<Duration>,
@@ -261,6 +275,10 @@ struct Group {
     acked_time: Option<Timestamp>,
     unchanged_as_of: Option<Timestamp>,
     acked_bytes: u64,
+    /// Bytes of blocks that were marked and not sent, since the target had them.
+    unchanged_bytes: u64,
+    audit: Audit,
+    audit_counts: AuditStatus,
     opened_at: Option<Duration>,
     last_cut: Option<CutStatus>,
 }
@@ -299,10 +317,11 @@ impl Group {
         let slots: Vec<VolumeSlot> = setup.facts.volumes.iter().map(|volume| volume.slot).collect();
         let connect = std::mem::replace(&mut setup.connect, Box::new(|_| unreachable!("connected once")));
         let link = connect(memo.clone());
-        let encoding = Encoding::start(Arc::clone(&setup.encoder), slots, setup.begin.clone(), move |outgoing| {
-            // Without a group there is nobody to send it for.
-            let _ = sender.send(Input::Encoded(outgoing));
-        });
+        let encoding =
+            Encoding::start(Arc::clone(&setup.encoder), slots, setup.begin.clone(), move |outgoing, digests| {
+                // Without a group there is nobody to send it for.
+                let _ = sender.send(Input::Encoded(outgoing, digests));
+            });
         let mut group = Self {
             ledger: Ledger::new(volume_blocks),
             link,
@@ -320,6 +339,7 @@ impl Group {
             memo_is_kept: false,
             next_cut: Duration::ZERO,
             unreadable_at: Duration::ZERO,
+            ask_at: Duration::ZERO,
             reopen_at: Duration::ZERO,
             retain_at: None,
             told_unchanged: None,
@@ -331,6 +351,9 @@ impl Group {
             acked_time: None,
             unchanged_as_of: None,
             acked_bytes: 0,
+            unchanged_bytes: 0,
+            audit: Audit::default(),
+            audit_counts: AuditStatus::default(),
             opened_at: None,
             last_cut: None,
             setup,
@@ -356,7 +379,9 @@ impl Group {
     }
 
     fn has_room(&self) -> bool {
+        // Until the target has told what it was sent, nothing could be said to be unchanged.
         self.refused.is_none()
+            && self.setup.digests.asking().is_none()
             && self.ledger.unacked_bytes() < UNACKED_BYTES_MAX
             && self.ledger.unacked_epochs() < UNACKED_EPOCHS_MAX
             && self.ledger.attempts() < ATTEMPTS_MAX
@@ -400,12 +425,18 @@ impl Group {
         if self.retain_at.is_some_and(|at| at <= self.setup.clock.monotonic()) {
             self.retain();
         }
+        if let Some(since) = self.setup.digests.asking().filter(|_| now >= self.ask_at) {
+            self.ask_at = now + ASK_EVERY;
+            self.link.list_changes(since);
+        }
+        self.setup.digests.write_if_due(now);
     }
 
     fn take(&mut self, input: Input) {
         match input {
             Input::Link(event) => self.event(event),
-            Input::Encoded(outgoing) => {
+            Input::Encoded(outgoing, digests) => {
+                self.setup.digests.encoded(outgoing.attempt, digests);
                 self.ledger.encoded(outgoing.attempt, outgoing.bytes);
                 self.link.submit(outgoing);
             }
@@ -427,6 +458,7 @@ impl Group {
 
     fn finish(mut self) {
         self.retain();
+        self.setup.digests.write();
         self.setup.kept_memo.keep(&self.memo);
         self.refuse_awaited("the agent is stopping");
         self.wanted.drain(..).for_each(|request| refuse(request, "the agent is stopping"));

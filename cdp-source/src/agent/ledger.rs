@@ -113,6 +113,14 @@ impl Ledger {
         self.captured.push_back(captured);
     }
 
+    /// The target holds these blocks' content already.
+    pub fn unchanged(&mut self, blocks: &[RoaringBitmap]) {
+        for (volume, blocks) in blocks.iter().enumerate() {
+            self.carry[volume] -= blocks;
+            self.unreadable[volume] -= blocks;
+        }
+    }
+
     /// How many bytes the attempt's frames turned out to have.
     pub fn encoded(&mut self, attempt: AttemptId, bytes: u64) {
         if let Some(captured) = self.captured.iter_mut().find(|captured| captured.attempt == attempt) {

@@ -17,6 +17,7 @@ use crate::config::{Config, GroupConfig};
 use crate::connect::Identity;
 use crate::control;
 use crate::cut::CutLimits;
+use crate::digests::Digests;
 use crate::encoder::Encoder;
 use crate::metrics;
 use crate::state::{GroupState, StateFolder};
@@ -184,14 +185,19 @@ fn start_group(
     }));
     let (inputs, receiver) = channel();
     shared.add(name, facts.group, inputs.clone(), Arc::clone(&status));
+    let data_key = state.data_key(name)?;
     let (begin, envelope) = (Begin { key: facts.key, volumes: volumes.clone() }, facts.envelope.clone());
+    let (storage, folder) = (Arc::clone(state.storage()), state.digests(name));
+    let digests = Digests::open(storage, &folder, facts.group, data_key.digest_key(), &volumes, &SystemRandom);
     let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), instance, envelope, volumes };
     let setup = GroupSetup {
-        begin,
         connect: uplink.connect(group_facts.clone(), inputs.clone()),
         facts: group_facts,
-        data_key: state.data_key(name)?,
+        begin,
+        digests,
+        data_key,
         interval: Duration::from_millis(config.interval_ms),
+        audit_interval: Duration::from_secs(config.audit_interval_s),
         limits: CutLimits {
             bound: Duration::from_millis(config.cut_bound_ms()),
             blocks_max: config.capture_bytes_max / BLOCK_BYTES as u64,

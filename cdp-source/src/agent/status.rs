@@ -39,7 +39,7 @@ pub enum GroupPhase {
     Backlog,
     /// No points are made: a person has to act, or a cut has not validated for long.
     Stalled,
-    /// Everything is compared or sent again, because tracking or history was interrupted.
+    /// Everything is compared with what the target holds, because tracking or history was interrupted.
     Rescan,
 }
 
@@ -91,6 +91,12 @@ pub struct GroupStatus {
     pub unacked_bytes: u64,
     /// Bytes acked since the agent's start.
     pub acked_bytes: u64,
+    /// Bytes of blocks since the agent's start that were marked and not sent, because the target held just that already.
+    pub unchanged_bytes: u64,
+    /// What the audit has found.
+    pub audit: AuditStatus,
+    /// How much of what has to be compared again was, in percent; `None` where nothing has to.
+    pub rescan_percent: Option<u8>,
     /// The last cut that validated.
     pub last_cut: Option<CutStatus>,
     /// Cuts that did not validate since the last one that did.
@@ -103,6 +109,19 @@ pub struct GroupStatus {
     pub cuts_unchanged: u64,
     /// What the tracker says of itself.
     pub tracker: TrackerStatus,
+}
+
+/// What reading blocks that nobody writes to has come to since the agent's start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditStatus {
+    /// Blocks that hold what the target does.
+    pub proved_blocks: u64,
+    /// Blocks of which was not known what the target holds: just that.
+    pub learnt_blocks: u64,
+    /// Blocks that held something else: writes were missed. They are sent again.
+    pub differing_blocks: u64,
+    /// Since when every region of 64 MiB has been gone through; `None` while one never was.
+    pub oldest_proof: Option<Timestamp>,
 }
 
 /// A volume of a group.

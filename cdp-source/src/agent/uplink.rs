@@ -104,6 +104,10 @@ impl Link for GroupHandle {
         Self::unchanged(self, epoch, as_of);
     }
 
+    fn list_changes(&self, since: Head) {
+        Self::list_changes(self, since);
+    }
+
     fn is_connected(&self) -> bool {
         self.link.snapshot().connected_since.is_some()
     }

@@ -2,7 +2,7 @@
 
 use super::failure::UserError;
 use super::{PointArgs, PointsArgs};
-use crate::agent::status::{AgentStatus, GroupStatus, rfc3339};
+use crate::agent::status::{AgentStatus, AuditStatus, GroupStatus, rfc3339};
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
 use crate::state::StateFolder;
@@ -87,7 +87,8 @@ fn status_text(status: &AgentStatus) -> String {
 fn group_lines(group: &GroupStatus) -> Vec<String> {
     let number =
         |epoch: Option<cdp_protocol::units::Epoch>| epoch.map_or_else(|| "-".into(), |epoch| epoch.to_string());
-    let reason = group.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+    let percent = group.rescan_percent.map_or_else(String::new, |percent| format!(", {percent} % compared"));
+    let reason = group.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason}{percent})"));
     let mut lines = vec![
         format!("group {}: {}{reason}", group.group, group.state.name()),
         format!(
@@ -117,11 +118,24 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
         ));
     }
     lines.extend(trust_line(&group.tracker.trust));
+    lines.extend(audit_line(&group.audit));
     for volume in &group.volumes {
         let (name, device) = (&volume.name, volume.device.display());
         lines.push(format!("  volume {name}: {device}, {} bytes, tracker {}", volume.size_bytes, group.tracker.kind));
     }
     lines
+}
+
+/// What the audit has found, once it has looked at anything.
+fn audit_line(audit: &AuditStatus) -> Option<String> {
+    let AuditStatus { proved_blocks, learnt_blocks, differing_blocks, oldest_proof } = *audit;
+    let differing = match differing_blocks {
+        0 => String::new(),
+        blocks => format!("; {blocks} held something else, and were sent again: writes were missed"),
+    };
+    let since = oldest_proof.map_or_else(String::new, |time| format!("; every region since {}", rfc3339(time)));
+    (proved_blocks + learnt_blocks + differing_blocks > 0)
+        .then(|| format!("  audit: {proved_blocks} blocks proved, {learnt_blocks} learnt{differing}{since}"))
 }
 
 /// What there is to say of the tracking's counts, where they are not all as they should be.

@@ -61,6 +61,7 @@ pub struct GroupHandle {
 enum Word {
     Proceed(Head),
     Unchanged(Epoch, Timestamp),
+    ListChanges(Head),
 }
 
 impl GroupHandle {
@@ -89,6 +90,12 @@ impl GroupHandle {
     /// Where the sender has ended.
     pub fn proceed(&self, head: Head) -> Result<(), SenderGone> {
         self.words.blocking_send(Word::Proceed(head)).map_err(|_| SenderGone)
+    }
+
+    /// Asks which blocks the target was sent after a point. Forgotten where it cannot be asked now, or the line breaks: who wants to
+    /// know asks again.
+    pub fn list_changes(&self, since: Head) {
+        let _ = self.words.try_send(Word::ListChanges(since));
     }
 
     /// Says that nothing was written since a point. Forgotten where it cannot be said now: the next one says more.
@@ -202,6 +209,7 @@ impl GroupTask {
             Action::Submitted(Some(outgoing)) => self.session.submit(outgoing),
             Action::Said(Some(Word::Proceed(head))) => self.session.proceed(head),
             Action::Said(Some(Word::Unchanged(epoch, as_of))) => self.unchanged(epoch, as_of),
+            Action::Said(Some(Word::ListChanges(since))) => self.list_changes(since),
             Action::Message(number, message) => self.message(number, &message),
             Action::Line(up) => {
                 self.session.line_down();
@@ -268,6 +276,12 @@ impl GroupTask {
     fn unchanged(&self, epoch: Epoch, as_of: Timestamp) {
         if let Some(up) = self.up.as_ref().filter(|_| !self.superseded) {
             let _ = up.control.try_send(SourceMessage::Unchanged { group: self.session.group(), epoch, as_of });
+        }
+    }
+
+    fn list_changes(&self, since: Head) {
+        if let Some(up) = self.up.as_ref().filter(|_| !self.superseded) {
+            let _ = up.control.try_send(SourceMessage::ListChanges { group: self.session.group(), since });
         }
     }
 

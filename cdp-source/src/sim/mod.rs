@@ -32,6 +32,8 @@ const SECTOR: usize = 512;
 const START_MS: i64 = 1_700_000_000_000;
 /// One in so many steps of a slow write does anything.
 const SLOWNESS: u64 = 40;
+/// Contents that writes put back.
+const REPEATED: u64 = 3;
 /// How long a step takes.
 const STEP: Duration = Duration::from_micros(10);
 
@@ -50,6 +52,8 @@ pub struct Profile {
     pub hot_permille: u64,
     /// How many of 1000 writes take long: only one in 40 of the steps they are given does anything.
     pub slow_permille: u64,
+    /// How many of 1000 writes put a whole block back to one of three contents, so that blocks go A, B, A.
+    pub repeat_permille: u64,
     /// How many of 1000 runs of the tracker's programs are held up between their entry and their exit.
     pub held_up_permille: u64,
 }
@@ -72,12 +76,13 @@ impl Default for Profile {
             write_sectors_max: 24,
             hot_permille: 300,
             slow_permille: 100,
+            repeat_permille: 0,
             held_up_permille: 100,
         }
     }
 }
 
-/// Content of every sector of every volume: the number of the write it is from, 0 for none.
+/// Content of every sector of every volume: the number of the write it is from, or of the first one with that content; 0 for none.
 pub type Image = Vec<Vec<u64>>;
 
 /// A set of blocks of each volume.
@@ -251,11 +256,17 @@ impl State {
         let volume = random.below(profile.sectors.len() as u64) as usize;
         let all = profile.sectors[volume];
         let is_hot = random.below(1000) < profile.hot_permille;
-        let start = random.below(u64::from(if is_hot { all.min(16) } else { all })) as u32;
-        let len = 1 + random.below(u64::from(profile.write_sectors_max.min(all - start))) as u32;
+        let mut start = random.below(u64::from(if is_hot { all.min(16) } else { all })) as u32;
+        let mut len = 1 + random.below(u64::from(profile.write_sectors_max.min(all - start))) as u32;
         self.writes += 1;
+        let mut number = self.writes;
+        if profile.repeat_permille > 0 && random.below(1000) < profile.repeat_permille {
+            start -= start % BLOCK_SECTORS as u32;
+            len = (BLOCK_SECTORS as u32).min(all - start);
+            number = 1 + random.below(REPEATED);
+        }
         let (landed, run) = (vec![None; len as usize], Some(self.marks.enter(false)));
-        let (number, is_slow) = (self.writes, random.below(1000) < profile.slow_permille);
+        let is_slow = random.below(1000) < profile.slow_permille;
         self.in_flight.push(Write { number, volume, sectors: start..start + len, landed, run, is_slow });
         if random.below(1000) >= profile.held_up_permille {
             self.exit(self.in_flight.len() - 1);

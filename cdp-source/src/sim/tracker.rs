@@ -32,6 +32,7 @@ pub struct SimTracker {
     /// Drained by a flip that failed.
     kept: Blocks,
     instant: Arc<Instant>,
+    was_quiet: bool,
     /// How many of 1000 flips meet a straggler.
     pub straggler_permille: u64,
     /// How many of 1000 questions are answered with a conflict that is none, as a hashed filter does.
@@ -61,6 +62,7 @@ impl SimTracker {
             kept: vec![RoaringBitmap::new(); volumes.len()],
             volumes,
             instant: Arc::new(world.instant()),
+            was_quiet: false,
             straggler_permille: 0,
             false_hit_permille: 0,
             failure: None,
@@ -93,6 +95,7 @@ impl Tracker for SimTracker {
         self.world.run(self.world.random.below(5));
         self.instant = {
             let mut state = self.world.lock();
+            self.was_quiet = state.in_flight.is_empty();
             state.flip();
             Arc::clone(&state.flipped)
         };
@@ -111,6 +114,10 @@ impl Tracker for SimTracker {
         }
         let nothing = self.nothing();
         Ok(std::mem::replace(&mut self.kept, nothing))
+    }
+
+    fn was_quiet(&self) -> bool {
+        self.was_quiet
     }
 
     fn is_conflicted(&self, volume: usize, block: Block) -> bool {

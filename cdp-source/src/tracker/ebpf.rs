@@ -63,6 +63,8 @@ pub struct EbpfTracker {
     blind: Blind,
     rescans: u64,
     recaptured_blocks: u64,
+    /// Nothing was in flight at the last flip, which stood.
+    was_quiet: bool,
     rescanned: Option<String>,
     programs: Programs,
     clock: SystemClock,
@@ -157,6 +159,7 @@ impl EbpfTracker {
             blind: Blind { seen: counts.blind, rescan_at: None },
             rescans: 0,
             recaptured_blocks: 0,
+            was_quiet: false,
             rescanned: None,
             programs: Programs::PLAIN,
             clock,
@@ -379,7 +382,10 @@ impl Tracker for EbpfTracker {
         self.drain(old);
         let verdict = self.trust.judge(&self.instance, &before, self.clock.monotonic()).map_err(failed)?;
         let counts = self.counts_of("read the counts after the flip")?;
+        let is_quiet = verdict.quiet;
+        self.was_quiet = false;
         self.distrust(verdict, counts)?;
+        self.was_quiet = is_quiet;
         let none = vec![RoaringBitmap::new(); self.volumes.len()];
         Ok(std::mem::replace(&mut self.pending, none))
     }
@@ -389,6 +395,10 @@ impl Tracker for EbpfTracker {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         let issued = &self.instance.issued[self.instance.active()];
         !self.programs.skips_validation && filter_has(issued, &self.instance.places[volume], block)
+    }
+
+    fn was_quiet(&self) -> bool {
+        self.was_quiet
     }
 
     /// The last mark of a block with its hole bit set was the successful completion of a discard or write-zeroes. Asked

@@ -66,6 +66,12 @@ pub trait Tracker: Send {
         RoaringBitmap::new()
     }
 
+    /// Whether nothing was in flight at the last flip, so that a block that no flip since has given is what it was then. `false` where that
+    /// is not known.
+    fn was_quiet(&self) -> bool {
+        false
+    }
+
     /// Ends a round: whether what was read since the last flip and is not conflicted stands. (A tracker that has no
     /// marks of issued writes compares the volume once more here.)
     ///

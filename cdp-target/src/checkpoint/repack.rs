@@ -15,6 +15,8 @@ use cdp_seams::random::{Random, array};
 
 /// Blocks read at once.
 const READ_BLOCKS: u32 = 1024;
+/// Blocks sealed before they are written: bounds what is held in memory.
+const PART_BLOCKS: u32 = 2048;
 
 /// Seals content anew, frame by frame. Holds one frame, and frames that no pack has taken yet.
 pub(crate) struct Repack {
@@ -227,6 +229,15 @@ impl Repack {
     pub(crate) const fn lost_blocks(&self) -> u64 {
         self.lost_blocks
     }
+}
+
+/// An extent in parts that are written before the next is sealed: a first copy is one extent, however large the volume.
+pub(crate) fn parts(extent: Extent) -> impl Iterator<Item = Extent> {
+    let starts = (u64::from(extent.start.0)..extent.end()).step_by(PART_BLOCKS as usize);
+    starts.map(move |start| {
+        let count = (extent.end() - start).min(u64::from(PART_BLOCKS)) as u32;
+        Extent { start: Block(start as u32), count }
+    })
 }
 
 /// Adds a run of blocks behind the others, joined with the last where they touch and may be one.

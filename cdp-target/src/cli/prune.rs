@@ -80,7 +80,7 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     keep_clock(group.view(), clock)?;
     let stop = context::stop_on_signal(Path::new("prune"));
-    let style = ProgressStyle::with_template("prune {spinner} {msg}").expect("the template is constant");
+    let style = ProgressStyle::with_template("prune {spinner} {msg}{prefix}").expect("the template is constant");
     let bar = ProgressBar::new_spinner().with_style(style);
     let mut owner = CommandOwner::new(&store, &arguments.group, group.place());
     let (mut worked, view) = (0, Arc::clone(group.view()));
@@ -91,7 +91,11 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
         bar.tick();
         !stop.load(Ordering::Relaxed)
     };
-    let done = prune.run(view, &mut owner, &mut spend, &mut |_, _| {});
+    let mut progress = |done: u64, slices: u64| {
+        let left = slices - done;
+        bar.set_prefix(if left > 0 { format!(", {left} slices to the checkpoint") } else { String::new() });
+    };
+    let done = prune.run(view, &mut owner, &mut spend, &mut progress);
     bar.finish_and_clear();
     let done = done?;
     print(&if arguments.json { json(&done) } else { text(arguments, &done) })?;
@@ -120,7 +124,7 @@ fn preview_text(arguments: &Arguments, plan: &Plan, kept: u64, bytes_back: u64, 
     let mut table = Table::new(&[">epoch", "time", "received", "why it goes"]);
     for point in plan.removed.iter().take(POINTS_NAMED) {
         let Removed { epoch, time, received, reason } = point;
-        table.row(vec![epoch.to_string(), time.to_string(), received.to_string(), reason.clone()]);
+        table.row(vec![epoch.to_string(), time.to_string(), received.to_string(), reason.to_string()]);
     }
     if let Some(more) = plan.removed.len().checked_sub(POINTS_NAMED).filter(|more| *more > 0) {
         table.note(format!("and {more} more"));

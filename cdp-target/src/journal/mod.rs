@@ -8,12 +8,13 @@
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
 //!   block at a point; `repairs`: what stands for damaged frames; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
 //!   not be read; `images`: the checkpoints' packs.
-//! * `change`: what was prepared elsewhere and takes its place in the manifest.
+//! * `changes`: what a source sent after a point. `change`: what was prepared elsewhere and takes its place in the manifest.
 //!
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
 pub(crate) mod bytes;
 pub mod change;
+pub mod changes;
 pub mod file;
 mod images;
 pub mod index;

@@ -185,13 +185,10 @@ impl GroupView {
         is_floor: bool,
     ) -> Result<Option<String>, JournalError> {
         let FileId::Slice(slice) = sealed.id else { unreachable!("a slice is in a pack of its own") };
-        if self.shelf().is_missing(sealed.id) {
-            return Ok(Some(format!("the {slice} is missing")));
-        }
         if !is_floor && self.shelf().caches.is_bad(slice) {
             return Ok(Some(format!("the {slice} is damaged")));
         }
-        let extents = match self.shelf().extents(sealed) {
+        let extents = match self.shelf().extents_if_there(sealed) {
             Err(error @ (JournalError::Io { .. } | JournalError::Damaged(_))) => {
                 if matches!(error, JournalError::Io { .. }) {
                     self.shelf().caches.note_failed_read();
@@ -200,6 +197,7 @@ impl GroupView {
             }
             other => other?,
         };
+        let Some(extents) = extents else { return Ok(Some(format!("the {slice} is missing"))) };
         if let Some(lost) = extents.lost.first() {
             return Ok(Some(format!("the {slice} is damaged at offset {}", lost.offset)));
         }

@@ -11,7 +11,7 @@
 
 mod audit;
 pub mod measure;
-pub mod rewrite;
+mod rewrite;
 pub mod sweep;
 mod unlisted;
 
@@ -24,9 +24,11 @@ use crate::journal::{GroupJournal, GroupView, JournalError, Point};
 use crate::points::{Instant, PointTimes, point_time};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
-use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Tally, Verdict, decide};
+use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Removal, Tally, Verdict, decide};
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::random::Random;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// The base of the oldest point is made anew where more than this share of the image was written over since.
@@ -67,7 +69,7 @@ pub struct Removed {
     /// When it was received.
     pub received: Instant,
     /// Why.
-    pub reason: String,
+    pub reason: Removal,
 }
 
 /// What the ladder says.
@@ -77,8 +79,8 @@ pub struct Plan {
     pub removed: Vec<Removed>,
     /// The same as ranges of epochs, joined over points that went before.
     pub ranges: Vec<(Epoch, Epoch)>,
-    /// The oldest point that stays.
-    pub oldest_kept: Option<Epoch>,
+    /// The points that stay, oldest first.
+    pub stays: Vec<Epoch>,
     /// How many stay, and for what; but for those that are damaged.
     pub tally: Tally,
     /// How many stay because they are damaged, and may be healed.
@@ -88,7 +90,7 @@ pub struct Plan {
 impl Plan {
     /// Points from `first` to `last` stay.
     fn keep(&mut self, first: Epoch, last: Epoch) {
-        self.oldest_kept.get_or_insert(first);
+        self.stays.push(first);
         // Up to them, so that numbers that were never points do not part ranges; and none goes over them.
         if let (Some((from, to)), Some(below)) = (self.ranges.last_mut(), first.0.checked_sub(1))
             && *from <= *to
@@ -98,10 +100,70 @@ impl Plan {
         self.ranges.extend(last.0.checked_add(1).map(|above| (Epoch(above), last)));
     }
 
+    /// Takes in the next point; one that is damaged was not decided on.
+    fn take(&mut self, point: &Judged, decision: Option<&Decision>) {
+        let epoch = point.epoch;
+        if point.went_before {
+            return extend(&mut self.ranges, epoch);
+        }
+        if let Some(decision) = decision {
+            self.tally.add(decision);
+        }
+        self.damaged += u64::from(point.is_damaged);
+        if point.is_unlisted {
+            // Kept with all that its segment had.
+            if self.stays.last() != Some(&epoch) {
+                self.stays.push(epoch);
+            }
+            return;
+        }
+        match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
+            Verdict::Kept(_) => self.keep(epoch, epoch),
+            Verdict::Removed(reason) => {
+                extend(&mut self.ranges, epoch);
+                let (time, received) = (Instant(point.time), Instant(point.received));
+                self.removed.push(Removed { epoch, time, received, reason });
+            }
+        }
+    }
+
+    /// The oldest point that stays.
+    fn oldest_kept(&self) -> Option<Epoch> {
+        self.stays.first().copied()
+    }
+
     /// How many points stay.
     #[must_use]
     pub const fn kept(&self) -> u64 {
         self.tally.on_a_rung + self.tally.held + self.tally.newest + self.damaged
+    }
+}
+
+/// A point as the ladder sees it.
+#[derive(Clone, Copy)]
+struct Judged {
+    epoch: Epoch,
+    time: Timestamp,
+    received: Timestamp,
+    held: Option<Held>,
+    went_before: bool,
+    is_damaged: bool,
+    /// It is in a segment whose points cannot all be listed.
+    is_unlisted: bool,
+}
+
+impl Judged {
+    fn of(view: &GroupView, point: &Point, time: Timestamp, is_unlisted: bool) -> Self {
+        let went_before = view.is_removed(point.epoch);
+        let held = held(point).filter(|_| !went_before);
+        let is_damaged = (point.damaged.is_some() || is_unlisted) && !went_before;
+        Self { epoch: point.epoch, time, received: point.received, held, went_before, is_damaged, is_unlisted }
+    }
+
+    /// One that is damaged takes nobody's place, and waits for what may heal it.
+    fn candidate(&self) -> Option<Candidate> {
+        let Self { epoch, time, received, held, .. } = *self;
+        (!self.is_damaged).then_some(Candidate { epoch, time, received, held })
     }
 }
 
@@ -171,80 +233,53 @@ impl Prune<'_> {
     pub fn plan(&self, view: &GroupView) -> Result<Plan, JournalError> {
         let unlisted = unlisted::unlisted(view);
         let is_unlisted = |epoch: Epoch| unlisted.iter().any(|unlisted| unlisted.has(epoch));
-        let mut failed = None;
+        let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
+        let mut take = |plan: &mut Plan, point: &Judged, decision: Option<&Decision>| {
+            while let Some((first, last)) = stay.next_if(|(first, _)| *first <= point.epoch) {
+                plan.keep(*first, *last);
+            }
+            plan.take(point, decision);
+        };
+        // Between what is read and what is decided only the next point: a history has half a million.
+        let (waiting, failed) = (RefCell::new(VecDeque::new()), Cell::new(None));
         let mut before = None;
-        let mut points = Vec::new();
         let candidates = view.all_points().map_while(|point| match point {
             Ok(point) => {
                 let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
                 before = Some(time);
-                let removed = view.is_removed(point.epoch);
-                let (epoch, received) = (point.epoch, point.received);
-                // One that is damaged takes nobody's place, and waits for what may heal it.
-                let is_damaged = (point.damaged.is_some() || is_unlisted(epoch)) && !removed;
-                points.push((epoch, time, received, removed, is_damaged));
-                Some((!is_damaged).then(|| Candidate {
-                    epoch,
-                    time,
-                    received,
-                    held: held(&point).filter(|_| !removed),
-                }))
+                let point = Judged::of(view, &point, time, is_unlisted(point.epoch));
+                waiting.borrow_mut().push_back(point);
+                Some(point.candidate())
             }
             Err(error) => {
-                failed = Some(error);
+                failed.set(Some(error));
                 None
             }
         });
-        let decisions: Vec<Decision> = decide(self.ladder, candidates.flatten(), self.now).collect();
-        if let Some(error) = failed {
+        let mut plan = Plan::default();
+        for decision in decide(self.ladder, candidates.flatten(), self.now) {
+            while let Some(point) = waiting.borrow_mut().pop_front() {
+                if !point.is_damaged {
+                    take(&mut plan, &point, Some(&decision));
+                    break;
+                }
+                take(&mut plan, &point, None);
+            }
+        }
+        waiting.take().iter().for_each(|point| take(&mut plan, point, None));
+        if let Some(error) = failed.take() {
             return Err(error);
         }
-        let mut plan = Plan::default();
-        let mut decisions = decisions.iter();
-        let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
-        for (epoch, time, received, went_before, is_damaged) in points {
-            while let Some((first, last)) = stay.next_if(|(first, _)| *first <= epoch) {
-                plan.keep(*first, *last);
-            }
-            if is_unlisted(epoch) {
-                plan.damaged += 1;
-                continue;
-            }
-            let decision = if is_damaged { None } else { decisions.next() };
-            if went_before {
-                extend(&mut plan.ranges, epoch);
-                continue;
-            }
-            if let Some(decision) = decision {
-                plan.tally.add(decision);
-            }
-            plan.damaged += u64::from(is_damaged);
-            match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
-                Verdict::Kept(_) => {
-                    plan.keep(epoch, epoch);
-                }
-                Verdict::Removed(why) => {
-                    extend(&mut plan.ranges, epoch);
-                    plan.removed.push(Removed {
-                        epoch,
-                        time: Instant(time),
-                        received: Instant(received),
-                        reason: why.to_string(),
-                    });
-                }
-            }
-        }
         plan.ranges.retain(|(first, last)| first <= last);
-        if let Some(first) =
-            plan.ranges.first_mut().filter(|(first, _)| plan.oldest_kept.is_none_or(|oldest| *first < oldest))
-        {
+        let oldest = plan.oldest_kept();
+        if let Some(first) = plan.ranges.first_mut().filter(|(first, _)| oldest.is_none_or(|oldest| *first < oldest)) {
             // Numbers below the first point there was are gone with it.
             first.0 = Epoch(0);
         }
         Ok(plan)
     }
 
-    /// Prunes.
+    /// Prunes; `progress` is that of the checkpoint, where one is made.
     ///
     /// # Errors
     /// Where the settings would leave next to nothing and that was not asked for, the storage fails or `step` ends it.
@@ -276,7 +311,7 @@ impl Prune<'_> {
         }
         drop(removed);
         let base = self.base(&mut view, &plan, owner, step, progress)?;
-        let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
+        let rewritten = rewrite::rewrite(self, &mut view, &plan.stays, owner, step)?;
         // What the journal is shorter by may make another short cut needless.
         let checkpoints = self.surplus(&view, None);
         if !checkpoints.is_empty() {
@@ -292,12 +327,12 @@ impl Prune<'_> {
     /// # Errors
     /// Where a segment cannot be read.
     pub fn estimate(&self, view: &Arc<GroupView>, plan: &Plan) -> Result<u64, JournalError> {
-        let went = first_epoch(view)? < plan.oldest_kept.unwrap_or_default();
+        let went = first_epoch(view)? < plan.oldest_kept().unwrap_or_default();
         let after = view.as_if(|manifest| {
             plan.ranges.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
-            manifest.floor = manifest.floor.max(plan.oldest_kept.filter(|_| went));
+            manifest.floor = manifest.floor.max(plan.oldest_kept().filter(|_| went));
         });
-        rewrite::estimate(self, &Arc::new(after))
+        rewrite::estimate(self, &Arc::new(after), &plan.stays)
     }
 
     /// Refuses what would leave next to nothing.
@@ -320,7 +355,7 @@ impl Prune<'_> {
         step: &mut Step<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<Option<Epoch>, JournalError> {
-        let Some(oldest) = plan.oldest_kept else { return Ok(None) };
+        let Some(oldest) = plan.oldest_kept() else { return Ok(None) };
         let went = first_epoch(view)? < oldest;
         let mut made = None;
         // Of one that cannot be listed no image can be made.

@@ -222,6 +222,10 @@ impl Connection {
             TargetAction::ListPoints { request, group, after } => {
                 (group, Command::Points { request, after, outbox: self.outbox.clone() })
             }
+            TargetAction::ListChanges { group, since } => {
+                let session = self.held(group).map_or(0, |held| held.session);
+                (group, Command::Changes { session, since })
+            }
         };
         if let Some(held) = self.held(group)
             && held.handle.commands.send(command).await.is_err()

@@ -10,7 +10,7 @@ use cdp_protocol::frame;
 use cdp_protocol::message::{GroupOpened, Instance, OpenGroup, RefusalReason, Resume, TargetMessage, Verdict};
 use cdp_protocol::session::chain::Step;
 use cdp_protocol::session::target::{Claim, Judgement, Standing, judge};
-use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Timestamp, VolumeSlot};
+use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Head, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tracing::{error, info, warn};
@@ -46,6 +46,8 @@ pub(super) enum Command {
     Unchanged { session: u64, epoch: Epoch, as_of: Timestamp },
     /// A page of points.
     Points { request: u64, after: Option<Epoch>, outbox: Outbox },
+    /// Which blocks were sent after a point.
+    Changes { session: u64, since: Head },
     /// Blocks that are damaged here: whoever has the group open is asked for them.
     SendAgain { volume: VolumeSlot, extents: Vec<Extent> },
     /// The session's line is gone.
@@ -183,6 +185,8 @@ impl GroupThread {
                 }
             }
             Command::Points { request, after, outbox } => self.points(request, after, &outbox),
+            Command::Changes { session, since } if self.holds(session) => self.changes(since),
+            Command::Changes { .. } => {}
             Command::SendAgain { volume, extents } => {
                 if let Some(session) = &self.session {
                     let extents = extents.iter().map(|extent| (extent.start, extent.count)).collect();
@@ -492,6 +496,28 @@ impl GroupThread {
         let more = points.len() > PAGE_POINTS;
         points.truncate(PAGE_POINTS);
         outbox.send(TargetMessage::Points { request, points, more });
+    }
+
+    /// Tells the session what it was not acked, or does not know to have sent, since the point. What is appended and not durable yet counts
+    /// as well.
+    fn changes(&self, since: Head) {
+        let (Some(writer), Some(session)) = (&self.writer, &self.session) else { return };
+        let group = self.group;
+        let changes = writer.changes_since(since).unwrap_or_else(|error| {
+            warn!(office = self.office, %group, error = text(&error), "what was sent after a point cannot be told");
+            None
+        });
+        let Some(mut changes) = changes else {
+            return session.outbox.send(TargetMessage::ChangesUnknown { group, since });
+        };
+        if changes.is_empty() {
+            changes.push((VolumeSlot(0), Vec::new()));
+        }
+        let last = changes.len() - 1;
+        for (page, (volume, extents)) in changes.into_iter().enumerate() {
+            let (page, more) = (page as u32, page < last);
+            session.outbox.send(TargetMessage::Changes { group, since, volume, extents, page, more });
+        }
     }
 
     fn ensure(&mut self, request: Option<&OpenGroup>) -> Result<(), StoreError> {

@@ -6,7 +6,7 @@ use super::group::{Command, GroupThread, Outbox, Session};
 use super::live::LiveGroup;
 use super::store_api::{GroupStore, GroupWriter, StoreError};
 use cdp_protocol::message::{OpenGroup, TargetMessage};
-use cdp_protocol::units::{Epoch, Extent, GroupId, Timestamp, VolumeSlot};
+use cdp_protocol::units::{Epoch, Extent, GroupId, Head, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
@@ -69,6 +69,11 @@ impl GroupSteps {
     /// A session's word that nothing was written.
     pub fn unchanged(&mut self, session: u64, epoch: Epoch, as_of: Timestamp) {
         self.0.apply(Command::Unchanged { session, epoch, as_of });
+    }
+
+    /// A session asks which blocks were sent after a point.
+    pub fn changes(&mut self, session: u64, since: Head) {
+        self.0.apply(Command::Changes { session, since });
     }
 
     /// The session's line is gone.

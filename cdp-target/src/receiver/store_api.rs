@@ -10,7 +10,10 @@ use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
-use cdp_protocol::units::{Epoch, Generation, GroupId, Head, Timestamp};
+use cdp_protocol::units::{Block, Epoch, Generation, GroupId, Head, Timestamp, VolumeSlot};
+
+/// Blocks of a volume: first block and number of blocks.
+pub type Changed = (VolumeSlot, Vec<(Block, u32)>);
 
 /// The groups of a store.
 pub trait GroupStore: Send + Sync {
@@ -90,6 +93,13 @@ pub trait GroupWriter: Send {
     /// # Errors
     /// Where the history cannot be read.
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError>;
+
+    /// Blocks that were sent after a point, durable or not, in pieces of at most `MESSAGE_EXTENTS_MAX` extents; `None` where it cannot
+    /// be told, or the point is not here.
+    ///
+    /// # Errors
+    /// Where the history cannot be read.
+    fn changes_since(&self, since: Head) -> Result<Option<Vec<Changed>>, StoreError>;
 
     /// Names a point, or takes its name away.
     ///

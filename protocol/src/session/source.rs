@@ -18,7 +18,9 @@ use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
 use crate::message::{GroupOpened, Instance, OpenGroup, RefusalReason, TargetMessage, Verdict};
 use crate::record::{Commit, FrameList, Meters, PartChain, PartEnd, Predecessor, Volume};
-use crate::units::{AttemptId, Class, Epoch, Extent, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
+use crate::units::{
+    AttemptId, Block, Class, Epoch, Extent, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot,
+};
 
 /// What a group is, as its source tells the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,6 +127,21 @@ pub enum SourceEvent {
         /// The blocks.
         extents: Vec<Extent>,
     },
+    /// Blocks that were sent after the point that was asked about; none of them need be of the volume.
+    Changes {
+        /// The point.
+        since: Head,
+        /// The volume.
+        volume: VolumeSlot,
+        /// The blocks.
+        extents: Vec<Extent>,
+        /// Number of the message within the answer.
+        page: u32,
+        /// Whether more follow.
+        more: bool,
+    },
+    /// What was sent after that point cannot be told.
+    ChangesUnknown(Head),
     /// Nothing that was submitted will be acked: cut it again. `Opened` with the new generation follows at once; nothing
     /// is to be submitted between the two.
     Voided,
@@ -349,10 +366,13 @@ impl SourceSession {
                 events.push(SourceEvent::Refused(reason.clone()));
             }
             TargetMessage::SendAgain { volume, extents, .. } => {
-                // What is no extent is no block of any volume.
-                let extents = extents.iter().filter_map(|(start, count)| Extent::new(*start, *count)).collect();
-                events.push(SourceEvent::SendAgain { volume: *volume, extents });
+                events.push(SourceEvent::SendAgain { volume: *volume, extents: to_extents(extents) });
             }
+            TargetMessage::Changes { since, volume, extents, page, more, .. } => {
+                let (since, volume, extents) = (*since, *volume, to_extents(extents));
+                events.push(SourceEvent::Changes { since, volume, extents, page: *page, more: *more });
+            }
+            TargetMessage::ChangesUnknown { since, .. } => events.push(SourceEvent::ChangesUnknown(*since)),
             TargetMessage::Welcome { .. }
             | TargetMessage::Refused { .. }
             | TargetMessage::Points { .. }
@@ -449,6 +469,11 @@ impl SourceSession {
         };
         self.queue[index].build(before);
     }
+}
+
+/// What is no extent is no block of any volume.
+fn to_extents(extents: &[(Block, u32)]) -> Vec<Extent> {
+    extents.iter().filter_map(|(start, count)| Extent::new(*start, *count)).collect()
 }
 
 impl Stand {

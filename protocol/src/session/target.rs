@@ -48,6 +48,13 @@ pub enum TargetAction {
         /// Only points above this number.
         after: Option<Epoch>,
     },
+    /// Answer with the blocks that were sent after the point.
+    ListChanges {
+        /// The group.
+        group: GroupId,
+        /// The point.
+        since: Head,
+    },
 }
 
 /// Why a connection ends.
@@ -123,6 +130,10 @@ impl TargetSession {
             SourceMessage::ListPoints { request, group, after } => {
                 self.opened(group)?;
                 Ok(TargetAction::ListPoints { request, group, after })
+            }
+            SourceMessage::ListChanges { group, since } => {
+                self.opened(group)?;
+                Ok(TargetAction::ListChanges { group, since })
             }
         }
     }

@@ -11,7 +11,7 @@ use cdp_target::verify::{Healed, VerifyReport, verify};
 use super::super::check::Depth;
 use super::super::model::{GROUP, key};
 use super::super::sabotage::Sabotage;
-use super::{LineFaults, ROUNDS_MAX, Simulation};
+use super::{LineFaults, Manner, ROUNDS_MAX, Simulation};
 
 /// Bits that flip in one history.
 const FLIPS: u64 = 6;
@@ -31,7 +31,7 @@ struct Content {
 /// # Errors
 /// What a point holds that it should not, or does not hold that it should.
 pub(crate) fn rot_under_a_living_source(seed: u64) -> Result<(u64, u64), String> {
-    let mut simulation = Simulation::new(SimRandom::new(seed), Sabotage::None);
+    let mut simulation = Simulation::new(SimRandom::new(seed), Sabotage::None, Manner::Plain);
     (simulation.line, simulation.flips_left) = (LineFaults::default(), 0);
     simulation.target.start();
     for _ in 0..12 {

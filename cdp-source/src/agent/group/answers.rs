@@ -10,6 +10,7 @@ use cdp_protocol::message::{RefusalReason, Verdict};
 use cdp_protocol::record::PartChain;
 use cdp_protocol::session::source::SourceEvent;
 use cdp_protocol::units::{Epoch, Extent, Generation, Head, VolumeSlot};
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 impl Group {
@@ -32,6 +33,7 @@ impl Group {
                 if self.keep_memo()
                     && let Some(part) = self.ledger.part_acked(attempt)
                 {
+                    self.setup.digests.part_acked(attempt);
                     self.acked_bytes += part.bytes;
                     self.retain_soon();
                 }
@@ -53,9 +55,15 @@ impl Group {
                 self.refused = Some(text);
             }
             SourceEvent::SendAgain { volume, extents } => self.send_again(volume, &extents),
+            SourceEvent::Changes { since, volume, extents, page, more } => {
+                let head = self.memo.head();
+                self.setup.digests.changed(since, volume, &extents, page, !more, head);
+            }
+            SourceEvent::ChangesUnknown(since) => self.setup.digests.changed_unknown(since, self.memo.head()),
             SourceEvent::Voided => {
                 tracing::info!(group = self.setup.facts.name, "what was under way is void and captured again");
                 self.ledger.void();
+                self.setup.digests.void();
                 self.refuse_awaited("the point was voided by a new generation; ask again");
             }
         }
@@ -77,8 +85,9 @@ impl Group {
         let newest = self.memo.head().map(|head| head.epoch).max(head.map(|head| head.epoch));
         let after = Epoch(newest.unwrap_or_default().0 + 1);
         if is_new {
-            tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is sent");
+            tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is compared");
             self.ledger.carry_everything();
+            self.setup.digests.void();
             self.rescan = match verdict {
                 Verdict::New => None,
                 Verdict::Continue => Some("a new generation".into()),
@@ -87,6 +96,8 @@ impl Group {
             };
             self.retain();
         }
+        self.setup.digests.opened(head, parts.is_some());
+        self.ask_at = Duration::ZERO;
         self.memo.opened(generation, verdict, head, parts);
         self.keep_memo();
         if is_new {
@@ -108,6 +119,7 @@ impl Group {
         self.put_off = None;
         self.memo.acked(head);
         self.keep_memo();
+        self.setup.digests.acked(head);
         if let Some(point) = self.ledger.acked(head.epoch) {
             self.acked_time = Some(point.cut_time);
             self.acked_bytes += point.bytes;
@@ -140,6 +152,7 @@ impl Group {
             tracing::warn!(group, %slot, blocks, "the target asks for blocks of a volume that is not in the group any more");
             return;
         };
+        self.setup.digests.forget(slot, extents);
         let beyond = self.ledger.carry_again(volume, extents);
         tracing::info!(group, %slot, blocks, "the target asks for blocks that are damaged there: the next point has them again");
         if beyond > 0 {

@@ -14,11 +14,14 @@ use cdp_protocol::codec::Sealer;
 use cdp_protocol::session::source::{CommitDraft, End};
 use cdp_protocol::units::{AttemptId, Class, Epoch, Timestamp};
 use cdp_seams::random;
+use roaring::RoaringBitmap;
 use std::sync::Arc;
 
 impl Group {
     /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
     pub(super) fn part(&mut self) -> Result<(), CutError> {
+        // A part's flip is nobody's who looks at what it gave.
+        self.audit.forget();
         let Some(devices) = &mut self.devices else { return Ok(()) };
         if !self.primed {
             // What was marked so far is read now; a tracker that compares takes its first look. Without it the volume
@@ -30,12 +33,15 @@ impl Group {
                 Err(error) => return Err(error.into()),
             }
         }
-        let capture = cut::read_part(&*devices.tracker, &mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
+        let mut capture = cut::read_part(&*devices.tracker, &mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
         if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
             self.fail("every block read came back with an error".into());
             return Ok(());
         }
-        self.send(capture, End::Part);
+        self.take_out_unchanged(&mut capture);
+        if !capture.is_empty() {
+            self.send(capture, End::Part);
+        }
         Ok(())
     }
 
@@ -50,6 +56,22 @@ impl Group {
             cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
         self.cuts.count(&cut);
         self.note_rescan();
+        let is_validated = match &cut {
+            Cut::Captured(capture) => {
+                let touched: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+                self.audited(&touched);
+                true
+            }
+            Cut::Unchanged { .. } => {
+                self.audited(&vec![RoaringBitmap::new(); self.setup.facts.volumes.len()]);
+                true
+            }
+            // What its flips gave, if there were any, is not all known here.
+            Cut::TooLarge | Cut::NotValidated => {
+                self.audit.forget();
+                false
+            }
+        };
         match cut {
             Cut::Captured(capture)
                 if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) =>
@@ -58,7 +80,10 @@ impl Group {
                 self.ledger.carry_more(&blocks);
                 self.fail("every changed block came back with an error".into());
             }
-            Cut::Captured(capture) => self.captured(capture),
+            Cut::Captured(mut capture) => {
+                self.take_out_unchanged(&mut capture);
+                if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture) }
+            }
             Cut::Unchanged { as_of } => self.unchanged(as_of),
             Cut::TooLarge => tracing::debug!(group = self.setup.facts.name, "too much for one cut: parts first"),
             Cut::NotValidated => {
@@ -66,7 +91,21 @@ impl Group {
                 tracing::debug!(group = self.setup.facts.name, failed = self.failed_cuts, "the cut did not validate");
             }
         }
+        if is_validated {
+            self.audit();
+        }
         Ok(())
+    }
+
+    /// What was marked and holds what the target has of it, after all, is not sent.
+    fn take_out_unchanged(&mut self, capture: &mut Capture) {
+        let unchanged = self.setup.digests.take_out_unchanged(capture);
+        let blocks: u64 = unchanged.iter().map(RoaringBitmap::len).sum();
+        if blocks > 0 {
+            self.ledger.unchanged(&unchanged);
+            self.unchanged_bytes += to_bytes(blocks);
+            self.retain_soon();
+        }
     }
 
     /// Whether the tracker has made everything dirty by itself, and why, for `status`.
@@ -169,6 +208,7 @@ impl Group {
             blocks,
             bytes: to_bytes(capture.meters.content_blocks),
         };
+        self.setup.digests.captured(captured.epoch, attempt, captured.blocks.clone(), unreadable.clone());
         self.ledger.capture(captured, &unreadable);
         self.encoding.submit(Job { capture, sealer: Arc::new(sealer), end });
     }

@@ -2,7 +2,7 @@
 
 use super::{FAILED_CUTS_MAX, Group, lock};
 use crate::agent::ledger::to_bytes;
-use crate::agent::status::GroupPhase;
+use crate::agent::status::{AuditStatus, GroupPhase};
 use cdp_protocol::units::Timestamp;
 
 impl Group {
@@ -23,6 +23,9 @@ impl Group {
         status.unacked_epochs = self.ledger.unacked_epochs();
         status.unacked_bytes = self.ledger.unacked_bytes();
         status.acked_bytes = self.acked_bytes;
+        status.unchanged_bytes = self.unchanged_bytes;
+        status.audit = AuditStatus { oldest_proof: self.setup.digests.oldest_proof(), ..self.audit_counts };
+        status.rescan_percent = self.rescan_percent();
         status.estimate_s = self.estimate_s();
         status.last_cut = self.last_cut;
         status.failed_cuts = self.failed_cuts;
@@ -38,7 +41,15 @@ impl Group {
     pub(super) fn estimate_s(&self) -> Option<u64> {
         let since = self.setup.clock.monotonic().saturating_sub(self.opened_at?).as_secs_f64();
         let left = to_bytes(self.ledger.carried()) + self.ledger.unacked_bytes();
-        (left > 0 && self.acked_bytes > 0).then(|| (left as f64 * since / self.acked_bytes as f64).ceil() as u64)
+        let done = self.acked_bytes + self.unchanged_bytes;
+        (left > 0 && done > 0).then(|| (left as f64 * since / done as f64).ceil() as u64)
+    }
+
+    /// How far comparing has got.
+    fn rescan_percent(&self) -> Option<u8> {
+        self.rescan.as_ref()?;
+        let all = self.ledger.volume_blocks().max(1);
+        Some((100 - (100 * self.ledger.carried()).div_ceil(all).min(100)) as u8)
     }
 
     /// Why the tracker makes no cut possible now.

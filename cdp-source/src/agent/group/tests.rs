@@ -6,6 +6,7 @@ use super::{Devices, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, ru
 use crate::agent::status::{GroupPhase, GroupStatus};
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
+use crate::digests::Digests;
 use crate::encoder::Encoder;
 use crate::reader::{self, ReadTarget};
 use crate::tracker::scan::ScanTracker;
@@ -211,6 +212,10 @@ impl Link for Shared {
         self.change(|target| target.unchanged.push(epoch));
     }
 
+    fn list_changes(&self, since: Head) {
+        self.change(|target| target.hear(&TargetMessage::ChangesUnknown { group: GROUP, since }));
+    }
+
     fn is_connected(&self) -> bool {
         true
     }
@@ -275,11 +280,13 @@ impl Bench {
         let (inputs, receiver) = channel();
         let (link, to_group, session_facts) = (self.target.clone(), inputs.clone(), facts.clone());
         let status = Arc::new(Mutex::new(GroupStatus::default()));
+        let begin = Begin { key: KeyId::default(), volumes };
         let setup = GroupSetup {
             facts,
-            begin: Begin { key: KeyId::default(), volumes },
+            begin: begin.clone(),
             data_key: DataKey::new(KEY),
             interval: Duration::from_millis(20),
+            audit_interval: Duration::from_secs(60),
             limits: CutLimits { bound: Duration::from_secs(2), blocks_max: 512 },
             opener: self.opener(),
             connect: Box::new(move |memo: Memo| {
@@ -296,6 +303,14 @@ impl Bench {
             }),
             kept_memo: Box::new(NothingKept),
             encoder: Arc::new(Encoder::new(2)),
+            digests: Digests::open(
+                Arc::new(SystemStorage),
+                &self.folder.path().join("digests"),
+                GROUP,
+                DataKey::new(KEY).digest_key(),
+                &begin.volumes,
+                &SystemRandom,
+            ),
             clock: Arc::new(SystemClock::new()),
             random: Arc::new(SystemRandom),
             status: Arc::clone(&status),

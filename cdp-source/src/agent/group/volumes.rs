@@ -17,7 +17,7 @@ impl Group {
             if self.memo.head().is_none() {
                 tracing::info!(group, reason, "first copy");
             } else {
-                tracing::warn!(group, reason, "tracking was interrupted: everything is sent again");
+                tracing::warn!(group, reason, "tracking was interrupted: everything is compared");
                 self.rescan = Some(reason);
             }
         }
@@ -34,6 +34,7 @@ impl Group {
         self.wanted.drain(..).for_each(|request| refuse(request, &reason));
         self.trouble = Some(reason);
         self.devices = None;
+        self.audit.forget();
         self.reopen_at = self.setup.clock.monotonic() + REOPEN_EVERY;
     }
 

@@ -1,0 +1,176 @@
+//! The audit: blocks that nobody writes to are read now and then, and held against what the target is known to hold of them.
+//!
+//! It is the proof that no write was missed, and how digests that were lost come back without a byte on the line. A block counts only
+//! if it cannot have changed around its read: nothing was in flight at the flip before it, and no flip after it has a mark of it.
+//! Owns what is to be read next and at what pace. Reads nothing itself, and does not say what becomes of what it finds.
+
+use crate::digests::Digests;
+use crate::reader::{self, READ_BLOCKS_MAX, ReadRequest};
+use cdp_protocol::seal::Digest;
+use cdp_protocol::units::Block;
+use roaring::RoaringBitmap;
+use std::time::Duration;
+
+/// Blocks read at a time where digests are to be had back: 4 MiB after a cut.
+const UNKNOWN_BLOCKS: u64 = 1024;
+/// Blocks read at a time on the round: at least 256 KiB, so that an idle disk is not woken for each block; and no more than 1 MiB, however long nothing could be
+/// looked at.
+const ROUND_BLOCKS: (u64, u64) = (64, 256);
+
+/// What a block was found to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Zeros.
+    Hole,
+    /// What has this digest.
+    Content(Digest),
+}
+
+/// A block that was read and may have changed meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// The volume, by its place in the group.
+    pub volume: usize,
+    /// The block.
+    pub block: Block,
+    /// What it held.
+    pub found: Found,
+}
+
+/// Where the audit stands.
+#[derive(Debug, Default)]
+pub struct Audit {
+    /// Read since the last flip.
+    looks: Vec<Look>,
+    /// The next block of the round.
+    next: (usize, u64),
+    /// The next block of those that nothing is known of.
+    next_unknown: (usize, u64),
+    /// Blocks that the round may read.
+    allowed: f64,
+    allowed_at: Option<Duration>,
+}
+
+impl Audit {
+    /// What to read now, so that every block is looked at once in `round`. `busy` are blocks that are to be captured or are being sent: nothing is to be learnt of them.
+    pub fn requests(
+        &mut self,
+        digests: &Digests,
+        busy: &[RoaringBitmap],
+        round: Duration,
+        now: Duration,
+    ) -> Vec<ReadRequest> {
+        let sizes = digests.volume_blocks();
+        let all: u64 = sizes.iter().sum();
+        let since = now.saturating_sub(self.allowed_at.replace(now).unwrap_or(now));
+        let (blocks_min, blocks_max) = ROUND_BLOCKS;
+        let more = all as f64 * since.as_secs_f64() / round.as_secs_f64();
+        self.allowed = (self.allowed + more).min(blocks_max as f64);
+        let unknown = |volume: usize, from: u32| digests.next_unknown(volume, from);
+        let blocks = take(&mut self.next_unknown, &sizes, UNKNOWN_BLOCKS, unknown);
+        let blocks = if blocks.iter().any(|blocks| !blocks.is_empty()) {
+            blocks
+        } else if self.allowed >= blocks_min.min(all) as f64 {
+            let count = self.allowed as u64;
+            self.allowed -= count as f64;
+            take(&mut self.next, &sizes, count, |_, from| Some(from))
+        } else {
+            return Vec::new();
+        };
+        let volumes = blocks.into_iter().zip(busy).enumerate();
+        let requests = volumes.flat_map(|(volume, (blocks, busy))| {
+            let extents = reader::runs(&(blocks - busy), READ_BLOCKS_MAX);
+            extents.into_iter().map(move |extent| ReadRequest { volume, extent })
+        });
+        requests.collect()
+    }
+
+    /// Keeps what was read until the next flip.
+    pub fn looked(&mut self, look: Look) {
+        self.looks.push(look);
+    }
+
+    /// A flip: gives what was read before it and was not touched since.
+    pub fn flipped(&mut self, touched: &[RoaringBitmap]) -> Vec<Look> {
+        let looks = std::mem::take(&mut self.looks).into_iter();
+        looks.filter(|look| !touched[look.volume].contains(look.block.0)).collect()
+    }
+
+    /// What was read does not count.
+    pub fn forget(&mut self) {
+        self.looks.clear();
+    }
+}
+
+/// Up to `count` blocks of each kind that `next_of` names, from `next` on, which moves behind them; once around the volumes at most.
+fn take(
+    next: &mut (usize, u64),
+    sizes: &[u64],
+    count: u64,
+    next_of: impl Fn(usize, u32) -> Option<u32>,
+) -> Vec<RoaringBitmap> {
+    let mut taken = vec![RoaringBitmap::new(); sizes.len()];
+    let mut left = count;
+    // The first volume may be begun in its middle, and is come back to.
+    for _ in 0..=sizes.len() {
+        let (volume, mut from) = *next;
+        let Some(size) = sizes.get(volume) else {
+            *next = (0, 0);
+            continue;
+        };
+        while left > 0 && from < *size {
+            let Some(block) = next_of(volume, from as u32).filter(|block| u64::from(*block) < *size) else { break };
+            if !taken[volume].insert(block) {
+                return taken;
+            }
+            (left, from) = (left - 1, u64::from(block) + 1);
+        }
+        *next = (volume, from);
+        if left == 0 {
+            break;
+        }
+        *next = (volume + 1, 0);
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_round_comes_by_every_block_and_begins_again() {
+        let (mut next, sizes) = ((0, 0), [5, 0, 3]);
+        let mut seen = Vec::new();
+        for _ in 0..5 {
+            let taken = take(&mut next, &sizes, 3, |_, from| Some(from));
+            seen.push(taken.iter().map(|blocks| blocks.iter().collect::<Vec<_>>()).collect::<Vec<_>>());
+        }
+        assert_eq!(seen[0], [vec![0, 1, 2], vec![], vec![]]);
+        assert_eq!(seen[1], [vec![3, 4], vec![], vec![0]]);
+        let all: Vec<u32> = seen.iter().flat_map(|taken| taken[0].clone()).collect();
+        assert!((0..5).all(|block| all.iter().filter(|seen| **seen == block).count() >= 1), "{seen:?}");
+    }
+
+    #[test]
+    fn unknown_blocks_are_gone_through_from_where_it_stands_and_each_once() {
+        let unknown = RoaringBitmap::from_iter([2, 3, 9]);
+        let next_of = |_: usize, from: u32| unknown.range(from..).next();
+        let (mut next, sizes) = ((0, 3), [10]);
+        assert_eq!(take(&mut next, &sizes, 8, next_of)[0].iter().collect::<Vec<_>>(), [3, 9]);
+        assert_eq!(take(&mut next, &sizes, 8, next_of)[0].iter().collect::<Vec<_>>(), [2, 3, 9]);
+        assert!(take(&mut next, &sizes, 8, |_, _| None)[0].is_empty());
+    }
+
+    #[test]
+    fn what_was_touched_after_its_read_does_not_count() {
+        let mut audit = Audit::default();
+        let look = |block| Look { volume: 1, block: Block(block), found: Found::Hole };
+        for block in 1..=3 {
+            audit.looked(look(block));
+        }
+        let touched = [RoaringBitmap::from_iter([1]), RoaringBitmap::from_iter([2])];
+        assert_eq!(audit.flipped(&touched), [look(1), look(3)]);
+        assert!(audit.flipped(&touched).is_empty());
+    }
+}
