@@ -45,7 +45,7 @@ enum Way {
     Pool(Option<SyncSender<Job>>),
     /// By whoever asks, at once: for simulations, in which nothing may happen beside.
     #[cfg(any(test, feature = "sim"))]
-    Inline(Mutex<Packer>),
+    Inline(Box<Mutex<Packer>>),
 }
 
 /// One frame to be made.
@@ -89,7 +89,7 @@ impl Encoder {
     #[cfg(any(test, feature = "sim"))]
     #[must_use]
     pub fn inline() -> Self {
-        Self { way: Way::Inline(Mutex::default()), threads: Vec::new() }
+        Self { way: Way::Inline(Box::default()), threads: Vec::new() }
     }
 
     /// Whether it has no threads.
