@@ -9,6 +9,7 @@ use crate::record::{Begin, FrameList, MAC_BYTES};
 use crate::seal::{AttemptKey, DIGEST_BYTES, DataKey, Digest, DigestKey, SealBroken, Section, TAG_BYTES};
 use crate::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, FrameHash, Generation, GroupId, Sequence, VolumeSlot};
 use bytes::Bytes;
+use std::cell::RefCell;
 use zstd::zstd_safe::{self, DCtx};
 
 /// Seals the frames of one attempt. Each sequence is to be used once; who holds the sealer counts them.
@@ -254,6 +255,11 @@ pub fn open_content(frame: &Frame<'_>, key: &AttemptKey) -> Result<Vec<u8>, Cont
     }
 }
 
+thread_local! {
+    /// What zstd unpacks with: to make it anew takes longer than to unpack a block.
+    static UNPACKER: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+}
+
 /// The content of one zstd frame. It is written where it belongs at once, so no window is allocated, whatever the frame says of
 /// one; what was declared is all that is allocated.
 fn unpack_zstd(packed: &[u8], content_len: usize) -> Result<Vec<u8>, ContentError> {
@@ -264,7 +270,7 @@ fn unpack_zstd(packed: &[u8], content_len: usize) -> Result<Vec<u8>, ContentErro
         return Err(ContentError::Compression);
     }
     let mut content = vec![0; content_len];
-    let unpacked = DCtx::create().decompress(&mut content[..], packed);
+    let unpacked = UNPACKER.with_borrow_mut(|unpacker| unpacker.decompress(&mut content[..], packed));
     if unpacked.ok() == Some(content_len) { Ok(content) } else { Err(ContentError::Compression) }
 }
 
