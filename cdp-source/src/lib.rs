@@ -14,6 +14,7 @@ pub mod encoder;
 pub mod join;
 pub mod metrics;
 pub mod mounts;
+pub mod packing;
 pub mod probe;
 pub mod reader;
 pub mod sender;

@@ -9,7 +9,7 @@ use crate::restore::point::{Content, PointImage, ReadError};
 use cdp_protocol::codec::{Draft, Sealer};
 use cdp_protocol::frame::Encoding;
 use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, EXTENTS_MAX};
-use cdp_protocol::packer::Packer;
+use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Extent, Generation, Sequence, VolumeSlot};
 use cdp_seams::random::{Random, array};
 
@@ -48,7 +48,8 @@ impl Repack {
         let sealer = Sealer::new(view.identity().group, epoch, generation, attempt, keys.present()).resealing();
         Self {
             sealer,
-            packer: Packer::default(),
+            // What came packed with zstd is not to grow for being sealed anew.
+            packer: Packer::new(Packing::zstd(3)),
             next: 0,
             slot: VolumeSlot(0),
             draft: Draft::default(),
