@@ -21,6 +21,10 @@ const POINTS: u64 = 500_000;
 const FREE_BYTES_MIN: u64 = 16 << 30;
 /// Days from one checkpoint to the next.
 const CHECKPOINT_DAYS: u64 = 5;
+/// Readers of one point at once.
+const READERS: [u64; 4] = [1, 2, 4, 8];
+/// What a reader of a small and of a large frame reads of the disk.
+const DISK_READ_BYTES: [u64; 2] = [4096, 65_536];
 /// The first argument of a child.
 pub(crate) const CHILD: &str = "scale-child";
 
@@ -38,7 +42,8 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     );
     let scale = Scale { folder: folder.join("scale"), plan };
     scale.make()?;
-    let without = scale.readings(1)?;
+    let (without, mut rates) = (scale.readings(1)?, scale.disk_rates()?);
+    rates.extend(scale.read_rates(1, "without checkpoints")?);
     println!("\n| checkpoint | seconds | MiB needed | MiB written | peak MiB |\n|---|---|---|---|---|");
     let checkpointed = keep::checkpointed(plan, CHECKPOINT_DAYS);
     for (at, epoch) in checkpointed.iter().enumerate() {
@@ -61,6 +66,11 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     for ((what, without, aim), (_, with, _)) in without.iter().zip(&with) {
         println!("| {what} | {without} | {with} | {aim} |");
     }
+    rates.extend(scale.read_rates(checkpointed[0], "with checkpoints")?);
+    println!("\n| reads a second by | 1 reader | 2 | 4 | 8 | aim |\n|---|---|---|---|---|---|");
+    for (what, rates, aim) in rates {
+        println!("| {what} | {} | {aim} |", rates.map(|rate| format!("{rate:.0}")).join(" | "));
+    }
     scale.prune()?;
     std::fs::remove_dir_all(&scale.folder)?;
     ingest::run(folder)
@@ -68,6 +78,9 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
 
 /// A row of readings: what, how much, and what it should be.
 type Reading = (&'static str, String, &'static str);
+
+/// A row of rates: of what, a second by so many readers, and what it should be.
+type Rates = (String, [f64; READERS.len()], &'static str);
 
 struct Scale {
     folder: PathBuf,
@@ -88,32 +101,52 @@ impl Scale {
     }
 
     fn readings(&self, oldest: u64) -> Result<Vec<Reading>> {
-        let range = [&oldest, &self.plan.points];
-        let open = self.child("open", &range)?;
+        let open = self.child("open", &[&oldest, &self.plan.points])?;
         let list = self.child("list", &[])?;
         ensure!(list["points"].as_u64() == Some(self.plan.points), "{list} are not all points");
-        let blocks = |of_database: bool, threads: u64| {
-            self.child("blocks", &[&oldest, range[1], &u64::from(of_database), &threads])
-        };
-        let (database, database_2) = (blocks(true, 1)?, blocks(true, 2)?);
-        let (files, files_2) = (blocks(false, 1)?, blocks(false, 2)?);
-        let peak = [&open, &database, &database_2, &files, &files_2].map(|figures| mib(figures, "peak_bytes"));
-        let peak = peak.into_iter().collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or_default();
-        let rate = |figures: &Value, key: &str| Ok::<_, anyhow::Error>(format!("{:.0}", number(figures, key)?));
+        let (one, many) = (self.blocks(oldest, true, 1)?, self.blocks(oldest, false, READERS[READERS.len() - 1])?);
+        let peaks = [&open, &one, &many].map(|figures| mib(figures, "peak_bytes"));
+        let peak = peaks.into_iter().collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or_default();
         let opened = format!("{:.0}, {:.0}", number(&open, "median_ms")?, number(&open, "max_ms")?);
+        let kept_rate = format!("{:.0}", number(&one, "kept_rate")?);
         Ok(vec![
             ("any point opened from cold files, a block read: median, longest, ms", opened, "1000"),
             ("all points listed from cold files, s", format!("{:.1}", number(&list, "seconds")?), ""),
-            ("reads a second of the database, cold files, 1 thread", rate(&database, "cold_rate")?, "10000"),
-            ("the same, 2 threads", rate(&database_2, "cold_rate")?, ""),
-            ("the same, files in the page cache, no frame kept, 1 thread", rate(&database, "warm_rate")?, ""),
-            ("reads a second of other files, cold, 1 thread", rate(&files, "cold_rate")?, "10000"),
-            ("the same, 2 threads", rate(&files_2, "cold_rate")?, ""),
-            ("the same, files in the page cache, no frame kept, 1 thread", rate(&files, "warm_rate")?, ""),
-            ("reads a second, decoded frames, 1 thread", rate(&database, "kept_rate")?, "20000"),
+            ("reads a second, decoded frames, 1 thread", kept_rate, "20000"),
             ("most memory while reading, MiB", peak.to_string(), "256"),
             ("most memory while listing, MiB", mib(&list, "peak_bytes")?.to_string(), "256"),
         ])
+    }
+
+    fn blocks(&self, oldest: u64, of_database: bool, readers: u64) -> Result<Value> {
+        self.child("blocks", &[&oldest, &self.plan.points, &u64::from(of_database), &readers])
+    }
+
+    /// What there is to be had of the disk.
+    fn disk_rates(&self) -> Result<Vec<Rates>> {
+        let rates = DISK_READ_BYTES.map(|bytes| {
+            let mut rates = [0.0; READERS.len()];
+            for (rate, readers) in rates.iter_mut().zip(&READERS) {
+                *rate = number(&self.child("disk", &[&bytes, readers])?, "rate")?;
+            }
+            Ok((format!("`fio`, {} KiB each, past the page cache", bytes >> 10), rates, ""))
+        });
+        rates.into_iter().collect()
+    }
+
+    /// Of the database and of other files: from cold files, and from files in the page cache, of which no frame is kept.
+    fn read_rates(&self, oldest: u64, how: &str) -> Result<Vec<Rates>> {
+        let mut rows = Vec::new();
+        for (of_database, what) in [(true, "the database"), (false, "other files")] {
+            let (mut cold, mut warm) = ([0.0; READERS.len()], [0.0; READERS.len()]);
+            for (at, readers) in READERS.iter().enumerate() {
+                let figures = self.blocks(oldest, of_database, *readers)?;
+                (cold[at], warm[at]) = (number(&figures, "cold_rate")?, number(&figures, "warm_rate")?);
+            }
+            rows.push((format!("{what} {how}, cold files"), cold, "10000"));
+            rows.push(("the same, files in the page cache".to_owned(), warm, ""));
+        }
+        Ok(rows)
     }
 
     /// The first prune rewrites all but a day; the second follows when a day more was received.
@@ -172,6 +205,7 @@ pub(crate) fn child(arguments: &[String]) -> Result<()> {
         ("blocks", [oldest, newest, of_database, threads]) => {
             reads::blocks(folder, *oldest, *newest, *of_database != 0, *threads as usize)?
         }
+        ("disk", [read_bytes, readers]) => reads::disk(folder, *read_bytes, *readers)?,
         ("checkpoint", [epoch]) => keep::checkpoint(folder, plan, *epoch)?,
         ("go-on", [days]) => keep::go_on(folder, plan, *days)?,
         ("prune", []) => keep::prune(folder, plan)?,

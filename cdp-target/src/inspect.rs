@@ -12,7 +12,6 @@ use cdp_protocol::frame::{Frame, Kind};
 use cdp_protocol::record::Synced;
 use cdp_protocol::units::{AttemptId, Epoch, Generation, GroupId, Head, Sequence, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile, read_all};
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// The longest manifest that is read, in bytes.
@@ -205,8 +204,6 @@ fn inspect_image(path: &Path, bytes: &[u8]) -> Result<ImageDescription, InspectE
     let decoded = index::Header::decode(first).or_else(|error| index::Header::decode(second).map_err(|_| error));
     let (header, len) = decoded.map_err(|source| InspectError::Image { path: path.to_owned(), source })?;
     let epoch = header.commit.head.epoch;
-    let volumes = header.commit.volumes.iter();
-    let places = volumes.flat_map(|volume| (0..index::slices_of(volume)).map(|slice| (volume.slot, slice)));
     let describe = |(at, (volume, slice)): (usize, (VolumeSlot, u32))| {
         let of_copy = |copy: &[u8]| {
             let bytes = copy.get(len + at * index::RECORD_BYTES..)?.first_chunk()?;
@@ -220,7 +217,7 @@ fn inspect_image(path: &Path, bytes: &[u8]) -> Result<ImageDescription, InspectE
         let (held_bytes, needed_bytes) = record.map_or((0, 0), |record| (record.held_bytes(), record.needed_bytes));
         SliceDescription { volume, slice, pack, damaged: record.is_none(), held_bytes, needed_bytes }
     };
-    let slices = places.enumerate().map(describe).collect();
+    let slices = index::places(&header.commit.volumes).enumerate().map(describe).collect();
     Ok(ImageDescription { group: header.group, epoch, copies_agree: first == second, slices })
 }
 
@@ -279,108 +276,4 @@ impl Visit for List {
             proves: synced.map(|synced| synced.offset),
         });
     }
-}
-
-impl fmt::Display for Description {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Segment(segment) => segment.fmt(f),
-            Self::Manifest(manifest) => write_manifest(manifest, f),
-            Self::Pack(pack) => pack.fmt(f),
-            Self::Image(image) => image.fmt(f),
-        }
-    }
-}
-
-impl fmt::Display for SegmentDescription {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = if self.sealed { "sealed" } else { "open" };
-        writeln!(f, "segment {} of group {}: {state}, {} bytes", self.number, self.group, self.bytes)?;
-        writeln!(f, "frames end at {}, proven durable to {}", self.frames_end, self.proven)?;
-        write_frames(&self.frames, &self.damages, f)
-    }
-}
-
-fn write_frames(frames: &[FrameDescription], damages: &[Damage], f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    for frame in frames {
-        write!(f, "{:>12}  {:<10} epoch {} sequence {}", frame.offset, frame.kind, frame.epoch, frame.sequence)?;
-        if let Some(volume) = frame.volume {
-            write!(f, " volume {volume}: {} blocks in {} extents", frame.blocks, frame.extents)?;
-        }
-        if let Some(offset) = frame.proves.filter(|offset| *offset > 0) {
-            write!(f, " proves {offset}")?;
-        }
-        writeln!(f, ", {} bytes", frame.bytes)?;
-    }
-    for damage in damages {
-        writeln!(f, "damaged: {} bytes at {}: {}", damage.len, damage.offset, damage.what)?;
-    }
-    Ok(())
-}
-
-impl fmt::Display for PackDescription {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.repacked { "sealed anew" } else { "frames taken over whole" };
-        let what = match self.of {
-            FileId::Segment { number, revision } => format!("segment {number}, rewritten for change {revision}"),
-            FileId::Slice(slice) => slice.to_string(),
-        };
-        writeln!(f, "{what}, of group {}: {how}, {} bytes", self.group, self.bytes)?;
-        writeln!(f, "frames end at {}", self.frames_end)?;
-        write_frames(&self.frames, &self.damages, f)
-    }
-}
-
-impl fmt::Display for ImageDescription {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "image index of group {} at point {}: {} slices", self.group, self.epoch, self.slices.len())?;
-        if !self.copies_agree {
-            writeln!(f, "its two copies are not the same")?;
-        }
-        for slice in &self.slices {
-            let pack = if slice.damaged { "damaged" } else { slice.pack.as_deref().unwrap_or("zeros") };
-            write!(f, "volume {} slice {}: {pack}", slice.volume, slice.slice)?;
-            match &slice.pack {
-                Some(_) => writeln!(f, ", {} bytes held, {} needed", slice.held_bytes, slice.needed_bytes)?,
-                None => writeln!(f)?,
-            }
-        }
-        Ok(())
-    }
-}
-
-fn write_manifest(manifest: &Manifest, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    let identity = &manifest.identity;
-    writeln!(f, "manifest of group {} ({}/{})", identity.group, identity.office, identity.name)?;
-    writeln!(f, "generation {}, open segment {}", manifest.generation, manifest.open)?;
-    if let Some(reason) = &manifest.frozen {
-        writeln!(f, "frozen: {reason}")?;
-    }
-    for sealed in &manifest.sealed {
-        let rewritten =
-            if sealed.revision > 0 { format!(", rewritten for change {}", sealed.revision) } else { String::new() };
-        write!(f, "segment {}: {} bytes{rewritten}", sealed.number, sealed.len)?;
-        match &sealed.points {
-            Some(points) => writeln!(f, ", points {} to {}", points.first, points.last)?,
-            None => writeln!(f, ", no points")?,
-        }
-    }
-    for checkpoint in &manifest.checkpoints {
-        let (epoch, held, needed) = (checkpoint.epoch, checkpoint.held_bytes, checkpoint.needed_bytes);
-        writeln!(f, "checkpoint at point {epoch}: {held} bytes held, {needed} needed")?;
-    }
-    for (first, last) in manifest.removed.ranges() {
-        writeln!(f, "removed: points {first} to {last}")?;
-    }
-    if let Some(floor) = manifest.floor {
-        writeln!(f, "floor: checkpoint {floor}; there is no content below it")?;
-    }
-    for (epoch, mark) in &manifest.marks {
-        let pinned = if mark.pinned { ", pinned" } else { "" };
-        writeln!(f, "point {epoch}: {:?}{pinned}", mark.label.as_deref().unwrap_or_default())?;
-    }
-    for damage in &manifest.damages {
-        writeln!(f, "damaged: {} at {}: {}", damage.place(), damage.offset, damage.what)?;
-    }
-    Ok(())
 }

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod enroll;
+pub(crate) mod errand;
 pub mod forecast;
 pub mod groups;
 pub mod heal;

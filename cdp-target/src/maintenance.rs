@@ -5,15 +5,18 @@
 
 use crate::authority::AuthorityError;
 use crate::catalog::{Catalog, CatalogError, open_group};
-use crate::checkpoint::builder::{self, Builder};
+use crate::checkpoint::builder::{self, Builder, Step};
 use crate::config::Config;
 use crate::journal::change::Change;
+use crate::journal::manifest::Checkpoint;
 use crate::journal::{GroupView, JournalError};
+use crate::metrics;
 use crate::pace::Pace;
-use crate::prune::{Owner, Prune, PruneError, Pruned, journal_bytes};
+use crate::points::Instant;
+use crate::prune::{CHUNK_BYTES_MAX, Owner, Prune, PruneError, Pruned, journal_bytes};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
-use crate::retention::clock::{ClockJump, RetentionClock};
+use crate::retention::clock::{ClockJump, RetentionClock, Watch};
 use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::clock::Clock;
@@ -28,6 +31,8 @@ use std::time::Duration;
 
 /// How often it is looked whether anything is due.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
+/// How often a group that no source has open is looked at where nothing is pruned: to open it is to read its newest segment.
+const LOOK_AT_CLOSED_EVERY: Duration = Duration::from_secs(3600);
 const CLOCK_BYTES_MAX: u64 = 4096;
 
 /// The right to build in a group's folder, until dropped.
@@ -139,6 +144,8 @@ pub struct Maintenance<'a> {
     pub store: &'a Store,
     /// Names the offices and their groups.
     pub catalog: &'a dyn Fn() -> Result<Catalog, AuthorityError>,
+    /// A group that is open already.
+    pub view: &'a dyn Fn(GroupPlace) -> Option<Arc<GroupView>>,
     /// Has a group's writer take a change.
     pub change: &'a ChangeOf<'a>,
     /// Whether a view in the server still goes by an older manifest.
@@ -147,6 +154,20 @@ pub struct Maintenance<'a> {
     pub clock: &'a dyn Clock,
     /// For attempts.
     pub random: &'a dyn Random,
+}
+
+/// What is remembered from one look to the next.
+#[derive(Default)]
+pub struct Looks(HashMap<GroupPlace, Look>);
+
+#[derive(Default)]
+struct Look {
+    /// When it was pruned last, or would have been.
+    pruned: Option<Duration>,
+    /// A checkpoint that was due could not be made: it is tried again when pruning is due.
+    has_failed: bool,
+    /// How time has gone on since it was pruned first.
+    watch: Option<Watch>,
 }
 
 /// Why a group was not seen to.
@@ -195,22 +216,33 @@ pub(crate) fn refused(error: anyhow::Error) -> JournalError {
 impl Maintenance<'_> {
     /// Works until the other end of `ended` is dropped.
     pub fn run(&self, ended: &Receiver<()>) {
-        let mut pruned: HashMap<GroupPlace, Duration> = HashMap::new();
+        let mut looks = Looks::default();
         while ended.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-            if let Err(error) = self.look(&mut pruned, ended) {
-                tracing::warn!(error = one_line(&error), "nothing is maintained for now");
-            }
+            self.look(&mut looks, ended);
         }
     }
 
-    fn look(&self, pruned: &mut HashMap<GroupPlace, Duration>, ended: &Receiver<()>) -> Result<(), TurnError> {
+    /// Sees to every group once.
+    pub fn look(&self, looks: &mut Looks, ended: &Receiver<()>) {
+        if let Err(error) = self.see_to_all(looks, ended) {
+            tracing::warn!(error = one_line(&error), "nothing is maintained for now");
+        }
+    }
+
+    fn see_to_all(&self, looks: &mut Looks, ended: &Receiver<()>) -> Result<(), TurnError> {
         for office in (self.catalog)()?.offices() {
             for place in self.store.groups(office.id)? {
-                match self.turn(&office.name, place, pruned, ended) {
+                match self.turn(&office.name, place, looks, ended) {
                     Ok(()) => {}
-                    Err(TurnError::Journal(JournalError::Interrupted)) => return Ok(()),
+                    Err(
+                        TurnError::Journal(JournalError::Interrupted)
+                        | TurnError::Prune(PruneError::Journal(JournalError::Interrupted)),
+                    ) => return Ok(()),
                     Err(error) => {
                         let (office, group) = (&office.name, place.group);
+                        if matches!(error, TurnError::Prune(_) | TurnError::Clock(_)) {
+                            metrics::prunes_failed(1);
+                        }
                         tracing::error!(office, %group, error = one_line(&error), "a group is not maintained");
                     }
                 }
@@ -220,15 +252,18 @@ impl Maintenance<'_> {
     }
 
     /// Sees to one group.
-    fn turn(
-        &self,
-        office: &str,
-        place: GroupPlace,
-        pruned: &mut HashMap<GroupPlace, Duration>,
-        ended: &Receiver<()>,
-    ) -> Result<(), TurnError> {
+    fn turn(&self, office: &str, place: GroupPlace, looks: &mut Looks, ended: &Receiver<()>) -> Result<(), TurnError> {
         let (config, wall) = (self.store.config(), Timestamp(self.clock.wall_ms()));
         let folder = self.store.group_folder(place);
+        let (prunes, now) = (config.prune_interval_s > 0, self.clock.monotonic());
+        let interval = if prunes { Duration::from_secs(config.prune_interval_s) } else { LOOK_AT_CLOSED_EVERY };
+        let look = looks.0.entry(place).or_default();
+        let is_due = look.pruned.is_none_or(|at| now.saturating_sub(at) >= interval);
+        // By the view of the server where it has one: to open the group would be to read its newest segment, every minute.
+        let due = |view: Arc<GroupView>| checkpoint_due(&view, config, wall).is_ok_and(|due| due.is_some());
+        if !is_due && (look.has_failed || !(self.view)(place).is_some_and(due)) {
+            return Ok(());
+        }
         // A command has it: it does the same.
         let Some(_hold) = hold(self.store.storage().as_ref(), &folder)? else { return Ok(()) };
         let group = open_group(self.store, place)?;
@@ -237,43 +272,71 @@ impl Maintenance<'_> {
         let mut owner = GroupOwner { of: self, office, place };
         let mut budget = Pace::new(self.clock, ended, config.maintenance_bytes_per_s);
         let mut step = |bytes: u64| budget.spend(bytes);
-        if let Some(epoch) = checkpoint_due(&view, config, wall)? {
-            let builder = Builder { view: &view, keys: keys.as_ref(), random: self.random, now: wall };
-            let made = builder.build(epoch, &mut step, &mut |_, _| {}).and_then(|made| {
-                owner.adopt(&Change::Checkpoint(made))?;
-                builder::end(self.store.storage().as_ref(), &folder)?;
-                Ok(made)
-            });
-            match made {
-                Ok(made) => {
-                    let bytes = made.needed_bytes;
-                    tracing::info!(office, group = group.name(), %epoch, bytes, "checkpoint made");
-                }
-                // A prune may make the room.
-                Err(error) if error.is_full() => {
-                    tracing::error!(office, group = group.name(), error = one_line(&error), "no checkpoint is made");
-                }
-                Err(error) => return Err(error.into()),
+        let builder = Builder { view: &view, keys: keys.as_ref(), random: self.random, now: wall };
+        let made = checkpoint(&builder, config, &mut owner, &mut step);
+        look.has_failed = made.is_err();
+        match made {
+            Ok(None) => {}
+            Ok(Some(Checkpoint { epoch, needed_bytes: bytes, .. })) => {
+                tracing::info!(office, group = group.name(), %epoch, bytes, "checkpoint made");
+                metrics::checkpoints(1, 0);
+            }
+            Err(error @ JournalError::Interrupted) => return Err(error.into()),
+            // A prune may make the room, or give up what cannot be read.
+            Err(error) => {
+                tracing::error!(office, group = group.name(), error = one_line(&error), "no checkpoint is made");
+                metrics::checkpoints(0, 1);
             }
         }
-        let interval = Duration::from_secs(config.prune_interval_s);
-        let now = self.clock.monotonic();
-        let is_due = pruned.get(&place).is_none_or(|at| now.saturating_sub(*at) >= interval);
+        if is_due {
+            look.pruned = Some(now);
+        }
         // Of a group whose histories are two, nothing goes before an operator has decided.
-        if interval.is_zero() || !is_due || view.manifest().frozen.is_some() {
+        if !prunes || !is_due || view.manifest().frozen.is_some() {
             return Ok(());
         }
-        pruned.insert(place, now);
-        let clock = retention_clock(&view, wall, false)?;
-        keep_clock(&view, clock)?;
+        let clock = self.retention_now(office, &view, &mut look.watch)?;
         let prune = settings(config, clock.now, wall, keys.as_ref(), self.random);
         let view = Arc::clone(open_group(self.store, place)?.view());
-        let done: Pruned = prune.run(view, &mut owner, &mut step, &mut |_, _| {})?;
-        if done.points > 0 || done.rewritten_segments > 0 {
-            let Pruned { points, bytes_before, bytes_after, .. } = done;
+        let done = prune.run(view, &mut owner, &mut step, &mut |_, _| {})?;
+        let Pruned { points, base, rewritten_segments, bytes_before, bytes_after, .. } = done;
+        metrics::checkpoints(u64::from(base.is_some()), 0);
+        metrics::pruned(points, bytes_before.saturating_sub(bytes_after));
+        if points > 0 || rewritten_segments > 0 {
             tracing::info!(office, group = group.name(), points, bytes_before, bytes_after, "pruned");
         }
         Ok(())
+    }
+
+    /// What time it is for a prune, and writes it down: by the machine's clock, but no later than time has gone on while this server ran.
+    fn retention_now(
+        &self,
+        office: &str,
+        view: &GroupView,
+        watch: &mut Option<Watch>,
+    ) -> Result<RetentionClock, ClockError> {
+        let (wall, monotonic) = (Timestamp(self.clock.wall_ms()), self.clock.monotonic());
+        let limit = watch.map_or(wall, |watch| watch.limit(monotonic));
+        let mut clock = retention_clock(view, wall.min(limit), false)?;
+        if watch.is_none() || clock.now > limit {
+            // The first prune of this server; or an operator has confirmed that it is later.
+            let begun = watch.insert(Watch::new(clock, monotonic));
+            clock = clock.advance(wall.min(begun.limit(monotonic)))?;
+        }
+        if wall > clock.now {
+            let (group, now) = (&view.identity().name, Instant(clock.now).to_string());
+            let ahead_s = wall.0.saturating_sub(clock.now.0) / 1000;
+            tracing::error!(
+                office,
+                group,
+                now,
+                ahead_s,
+                "the machine's clock moved on further than time did: points are removed as of an earlier time until an \
+                 operator confirms that it is right (`cdp-target prune --accept-clock`)"
+            );
+        }
+        keep_clock(view, clock)?;
+        Ok(clock)
     }
 
     /// The group's keys; none where the target does not have them, which is no error: frames are then taken over whole.
@@ -284,6 +347,21 @@ impl Maintenance<'_> {
         })
         .ok()
     }
+}
+
+/// Makes the checkpoint that is due, if one is.
+fn checkpoint(
+    builder: &Builder<'_>,
+    config: &Config,
+    owner: &mut GroupOwner<'_>,
+    step: &mut Step<'_>,
+) -> Result<Option<Checkpoint>, JournalError> {
+    let Some(epoch) = checkpoint_due(builder.view, config, builder.now)? else { return Ok(None) };
+    let made = builder.build(epoch, step, &mut |_, _| {})?;
+    owner.adopt(&Change::Checkpoint(made))?;
+    let (storage, folder) = builder.view.place();
+    builder::end(storage.as_ref(), folder)?;
+    Ok(Some(made))
 }
 
 /// How a prune goes by the configuration.
@@ -301,6 +379,7 @@ pub fn settings<'a>(
         keys,
         random,
         segment_bytes_max: config.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: config.checkpoint_share,
         keep_only_newest: false,
     }

@@ -31,6 +31,33 @@ pub const SCRUBBED_BYTES: &str = "cdp_target_scrubbed_bytes_total";
 pub const SCRUB_DAMAGES: &str = "cdp_target_scrub_damages_total";
 /// Damaged frames that were healed since the server's start.
 pub const HEALED_FRAMES: &str = "cdp_target_healed_frames_total";
+/// Checkpoints that the server has made by itself since its start, those that a prune made among them.
+pub const CHECKPOINTS: &str = "cdp_target_checkpoints_total";
+/// Checkpoints that were due and could not be made.
+pub const CHECKPOINT_FAILURES: &str = "cdp_target_checkpoint_failures_total";
+/// Points that the server has removed by itself since its start.
+pub const PRUNED_POINTS: &str = "cdp_target_pruned_points_total";
+/// Bytes that this gave back.
+pub const PRUNED_BYTES: &str = "cdp_target_pruned_bytes_total";
+/// Prunes that failed.
+pub const PRUNE_FAILURES: &str = "cdp_target_prune_failures_total";
+
+/// Counts checkpoints that were made, and those that could not be.
+pub(crate) fn checkpoints(made: u64, failed: u64) {
+    counter!(CHECKPOINTS).increment(made);
+    counter!(CHECKPOINT_FAILURES).increment(failed);
+}
+
+/// Counts what a prune removed, and what that gave back.
+pub(crate) fn pruned(points: u64, bytes: u64) {
+    counter!(PRUNED_POINTS).increment(points);
+    counter!(PRUNED_BYTES).increment(bytes);
+}
+
+/// Counts prunes that failed.
+pub(crate) fn prunes_failed(count: u64) {
+    counter!(PRUNE_FAILURES).increment(count);
+}
 
 /// Counts a segment that was read again.
 pub fn scrubbed(bytes: u64, damages: usize) {
@@ -52,6 +79,9 @@ pub fn start(listen: SocketAddr) -> Result<(), BuildError> {
     // So that they are there before anything is counted.
     scrubbed(0, 0);
     healed(0);
+    checkpoints(0, 0);
+    pruned(0, 0);
+    prunes_failed(0);
     Ok(())
 }
 

@@ -12,6 +12,7 @@ pub use record::ScrubRecord;
 use crate::authority::AuthorityError;
 use crate::catalog::{Catalog, open_group};
 use crate::journal::file::{FileId, Sealed};
+use crate::journal::manifest::SealedSegment;
 use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, Manifest};
 use crate::pace::Pace;
@@ -20,7 +21,9 @@ use crate::store::{GroupPlace, Store, StoreError};
 use cdp_protocol::frame::Frame;
 use cdp_protocol::units::Timestamp;
 use cdp_seams::clock::Clock;
+use cdp_seams::storage::Storage;
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -127,10 +130,8 @@ impl Scrub<'_> {
     /// The sealed segments and the packs of a group; none of one that cannot be read, which others complain of.
     fn candidates(&self, office: &str, place: GroupPlace) -> Vec<Candidate> {
         let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(place));
-        let Ok((manifest, _)) = Manifest::read(storage, &folder) else { return Vec::new() };
+        let Ok(files) = sealed_files(storage, &folder) else { return Vec::new() };
         let record = ScrubRecord::read(storage, &folder);
-        let packs = crate::checkpoint::packs(storage, &folder, &manifest);
-        let files = manifest.sealed.iter().map(crate::journal::manifest::SealedSegment::sealed).chain(packs);
         let candidate = |sealed: Sealed| Candidate {
             office: office.to_owned(),
             place,
@@ -138,7 +139,7 @@ impl Scrub<'_> {
             len: sealed.len,
             read: record.read_at(sealed.id),
         };
-        files.map(candidate).collect()
+        files.into_iter().map(candidate).collect()
     }
 
     fn read(&self, turn: &Turn, ended: &Receiver<()>) -> Result<(), JournalError> {
@@ -153,6 +154,12 @@ impl Scrub<'_> {
         };
         let mut paced = Paced(Pace::new(self.clock, ended, BYTES_A_SECOND));
         let walked = view.walk_file(file, &mut paced)?;
+        let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(turn.place));
+        let is_named = |files: Vec<Sealed>| files.iter().any(|file| file.id == turn.file);
+        if !walked.damages.is_empty() && !is_named(sealed_files(storage, &folder)?) {
+            // No lease held it: it was swept away while it was read.
+            return Ok(());
+        }
         let (healed, damaged): (Vec<_>, Vec<_>) =
             walked.damages.iter().partition(|damage| view.repair_of(damage).is_some());
         crate::metrics::scrubbed(walked.bytes, damaged.len());
@@ -167,7 +174,6 @@ impl Scrub<'_> {
             // Read again soon: nothing is recorded.
             return Ok(());
         }
-        let (storage, folder) = (self.store.storage().as_ref(), self.store.group_folder(turn.place));
         let mut record = ScrubRecord::read(storage, &folder);
         record.keep(files.iter().map(|file| file.id));
         // A file that is damaged proves nothing.
@@ -179,6 +185,13 @@ impl Scrub<'_> {
         // A crash leaves the old record or the new one; at worst a file is read once more.
         record.write(storage, &folder).map_err(JournalError::io("write", &record::path(&folder)))
     }
+}
+
+/// The sealed segments and the packs that the manifest of the group in `folder` names now.
+fn sealed_files(storage: &dyn Storage, folder: &Path) -> Result<Vec<Sealed>, JournalError> {
+    let (manifest, _) = Manifest::read(storage, folder)?;
+    let packs = crate::checkpoint::packs(storage, folder, &manifest);
+    Ok(manifest.sealed.iter().map(SealedSegment::sealed).chain(packs).collect())
 }
 
 /// The one that was read longest ago, if that is an interval ago.

@@ -9,6 +9,7 @@ use crate::catalog::{Catalog, CatalogError, Group, open_group};
 use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
 use crate::enroll::{Admitted, Invite};
+use crate::errand::errand;
 use crate::groups::StoreGroups;
 use crate::heal::{Healer, OpenGroup, Tools};
 use crate::journal::file::FileId;
@@ -81,6 +82,16 @@ pub struct Server {
     _lock: StoreLock,
 }
 
+/// Asks for as many open files as the system lets this process have: each group keeps some tens open for its readers, and the usual limit
+/// of 1024 is soon reached.
+fn allow_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 impl Server {
     /// A server over a store whose lock is held.
     #[must_use]
@@ -93,6 +104,7 @@ impl Server {
     /// # Errors
     /// Where it cannot start.
     pub fn run(self) -> Result<(), ServeError> {
+        allow_files();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let ended = runtime.block_on(self.serve());
         // What still runs on blocking threads was given its time.
@@ -392,6 +404,7 @@ impl Desk {
             let maintenance = Maintenance {
                 store: &self.store,
                 catalog: &|| self.catalog(),
+                view: &|place| self.groups.view(place),
                 change: &|office, place, change| {
                     let change = change.clone();
                     self.on_thread(office, place, move |writer| writer.adopt(&change))
@@ -422,7 +435,7 @@ impl Desk {
         kept.is_ok()
     }
 
-    /// Has the group's own thread do something with its writer.
+    /// Has the group's own thread do something with its writer; what it does not get to in time is never done.
     fn on_thread<T: Send + 'static>(
         &self,
         office: &str,
@@ -430,13 +443,12 @@ impl Desk {
         change: impl FnOnce(&mut dyn GroupWriter) -> Result<T, StoreError> + Send + 'static,
     ) -> anyhow::Result<T> {
         self.groups.admit(office, place.office);
-        let (answer, changed) = mpsc::sync_channel(1);
-        let work = move |writer: Result<&mut dyn GroupWriter, StoreError>| {
-            // Nobody waits for it any more where this fails.
-            let _ = answer.send(writer.and_then(change));
-        };
-        Handle::current().block_on(self.receiver.with_group(office, place.group, work));
-        let changed = changed.recv_timeout(CHANGE_TIMEOUT).context("wait for the group's thread")?;
+        let (task, errand) = errand();
+        let work = |writer: Result<&mut dyn GroupWriter, StoreError>| task.run(|| writer.and_then(change));
+        // Where there is no room in the thread's queue for so long, the errand is dropped with the future.
+        let queued = tokio::time::timeout(CHANGE_TIMEOUT, self.receiver.with_group(office, place.group, work));
+        let patience = Handle::current().block_on(queued).map_or(Duration::ZERO, |()| CHANGE_TIMEOUT);
+        let changed = errand.wait(patience).context("wait for the group's thread")?;
         changed.map_err(|error| match error {
             // Whose mistake it was is told by the journal's error.
             StoreError::Failed(error) => match error.downcast::<JournalError>() {

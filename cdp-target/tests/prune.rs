@@ -118,6 +118,26 @@ fn what_is_pinned_or_labelled_stays_and_settings_that_leave_nothing_are_refused(
 }
 
 #[test]
+fn whoever_lists_points_holds_what_it_reads() {
+    for command in [
+        &["points", "paris/main"][..],
+        &["label", "paris/main", "2", "before-upgrade"],
+        &["pin", "paris/main", "2"],
+        &["checkpoint", "paris/main"],
+        &["prune", "paris/main", "--dry-run", "--accept-clock"],
+    ] {
+        let store = Store::new();
+        store.fill();
+        daily(&store);
+        let leases = group_folder(&store).join("leases");
+        assert!(!leases.exists());
+        store.done(command);
+        let left = std::fs::read_dir(&leases).expect("a lease was taken").count();
+        assert_eq!(left, 0, "{command:?}: it went with its reader");
+    }
+}
+
+#[test]
 fn a_clock_that_jumped_removes_nothing() {
     let store = Store::new();
     store.fill();

@@ -21,6 +21,7 @@ use crate::digests::Digests;
 use crate::encoder::Encoder;
 use crate::freeze::Freezer;
 use crate::metrics;
+use crate::packing::Chooser;
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
@@ -132,7 +133,9 @@ async fn start(
 ) -> Result<(Uplink, Vec<RunningGroup>)> {
     let uplink = Uplink::start(identity.clone())?;
     shared.set_uplink(uplink.clone());
-    let encoder = Arc::new(Encoder::new(std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4)));
+    let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4);
+    let chooser = Chooser::new(config.packing, Arc::new(SystemClock::new()), uplink.rate());
+    let encoder = Arc::new(Encoder::new(threads).choosing(chooser));
     let mut groups = Vec::new();
     for (name, group) in config.groups {
         let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());

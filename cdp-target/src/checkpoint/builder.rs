@@ -5,8 +5,8 @@
 //! whole. A build that was interrupted is gone on with: packs are named after what they hold, and one that has its name is
 //! whole. Changes nothing but new files; that the manifest names them is the caller's to see to.
 
-use super::index::{self, SliceContent, SliceRecord, slices_of};
-use super::repack::Repack;
+use super::index::{self, SliceContent, SliceRecord, places, slices_of};
+use super::repack::{Repack, parts};
 use super::whole::copy_frames;
 use crate::journal::file::{FileId, SLICE_BLOCKS, Sealed, SliceId, checkpoints, packs};
 use crate::journal::index::{CommitEntry, EntryKind};
@@ -25,9 +25,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Blocks sealed before they are written: bounds what is held in memory.
-const PART_BLOCKS: u32 = 2048;
 
 const BUILDING_BYTES_MAX: u64 = 128;
 
@@ -127,7 +124,7 @@ impl Builder<'_> {
         // A crash leaves the packs without an index, or with it: nothing names either.
         replace(storage.as_ref(), &path, &[copy.as_slice(), &copy].concat())
             .map_err(JournalError::io("write", &path))?;
-        let lost = records.iter().zip(places(commit)).filter(|(record, _)| record.lost);
+        let lost = records.iter().zip(places(&commit.volumes)).filter(|(record, _)| record.lost);
         let lost_blocks = lost.map(|(record, _)| self.lost_blocks(record)).sum::<Result<u64, _>>()?;
         Ok(Checkpoint {
             epoch: commit.head.epoch,
@@ -233,12 +230,8 @@ impl Builder<'_> {
         let mut repack = Repack::new(self.view, keys, self.random, commit.head.epoch, commit.generation);
         let (storage, folder) = self.view.place();
         let mut writer: Option<PackWriter<'_>> = None;
-        let mut at = extent.start.0;
-        while u64::from(at) < extent.end() {
-            let count = (extent.end() - u64::from(at)).min(u64::from(PART_BLOCKS)) as u32;
-            let part = Extent::new(Block(at), count).expect("a part of the slice");
+        for part in parts(extent) {
             repack.read(&image, volume.slot, part, step)?;
-            at = part.end() as u32;
             let is_last = part.end() == extent.end();
             if is_last {
                 repack.flush();
@@ -301,10 +294,6 @@ pub(super) fn record_of(written: &Written, repacked: bool, needed_bytes: u64) ->
     let has = |kind| written.index.iter().any(|entry| entry.kind == kind);
     let (unreadable, lost) = (has(EntryKind::Unreadable), has(EntryKind::Lost));
     SliceRecord { content: SliceContent::Pack { sealed: written.sealed, repacked }, unreadable, lost, needed_bytes }
-}
-
-fn places(commit: &CommitEntry) -> impl Iterator<Item = (VolumeSlot, u32)> + '_ {
-    commit.volumes.iter().flat_map(|volume| (0..slices_of(volume)).map(|slice| (volume.slot, slice)))
 }
 
 /// The blocks of a slice of a volume.

@@ -122,6 +122,11 @@ pub fn slices_of(volume: &Volume) -> u32 {
     blocks_in(volume.size_bytes).div_ceil(u64::from(SLICE_BLOCKS)) as u32
 }
 
+/// Every slice of an image, in the order of its records.
+pub fn places(volumes: &[Volume]) -> impl Iterator<Item = (VolumeSlot, u32)> + '_ {
+    volumes.iter().flat_map(|volume| (0..slices_of(volume)).map(|slice| (volume.slot, slice)))
+}
+
 /// One copy of the index of the image at `commit`, whose slices are `records`, volume by volume.
 #[must_use]
 pub fn encode(group: GroupId, commit: &CommitEntry, records: &[SliceRecord]) -> Vec<u8> {
@@ -136,8 +141,7 @@ pub fn encode(group: GroupId, commit: &CommitEntry, records: &[SliceRecord]) -> 
     let len = out.len() as u32 + 4;
     out[12..16].copy_from_slice(&len.to_le_bytes());
     out.extend_from_slice(&crc32fast::hash(&out).to_le_bytes());
-    let places = commit.volumes.iter().flat_map(|volume| (0..slices_of(volume)).map(|slice| (volume.slot, slice)));
-    for (record, (slot, slice)) in records.iter().zip(places) {
+    for (record, (slot, slice)) in records.iter().zip(places(&commit.volumes)) {
         put_record(&mut out, record, group, commit.head.epoch, slot, slice);
     }
     out
@@ -256,9 +260,7 @@ impl ImageIndex {
 
     /// Every slice, with its record where that is not damaged.
     pub fn records(&self) -> impl Iterator<Item = io::Result<(VolumeSlot, u32, Option<SliceRecord>)>> + '_ {
-        let volumes = self.header.commit.volumes.iter();
-        let places = volumes.flat_map(|volume| (0..slices_of(volume)).map(|slice| (volume.slot, slice)));
-        places.map(|(slot, slice)| Ok((slot, slice, self.record(slot, slice)?)))
+        places(&self.header.commit.volumes).map(|(slot, slice)| Ok((slot, slice, self.record(slot, slice)?)))
     }
 }
 

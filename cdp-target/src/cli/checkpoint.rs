@@ -55,9 +55,11 @@ fn checkpoint(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    let _hold = hold_group(&store, &group)?;
+    // As it is now that nobody else builds or prunes.
+    let (group, _lease) = group.held(&store)?;
     let points = group.points()?;
     let point = name.find(&points)?;
-    let _hold = hold_group(&store, &group)?;
     let keys = keys(&catalog, &group);
     let stop = context::stop_on_signal(Path::new("checkpoint"));
     let style = ProgressStyle::with_template("checkpoint {wide_bar} {pos}/{len} slices, {eta} left")

@@ -3,7 +3,9 @@
 use super::failure::Failure;
 use super::output::{Table, bytes, json};
 use super::{context, print};
-use crate::inspect::{Description, FrameDescription, InspectError, PackDescription, SegmentDescription, inspect};
+use crate::inspect::{
+    Description, FrameDescription, ImageDescription, InspectError, PackDescription, SegmentDescription, inspect,
+};
 use crate::journal::{Damage, Manifest};
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -33,7 +35,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             Description::Segment(segment) => segment_text(&segment),
             Description::Manifest(manifest) => manifest_text(&manifest),
             Description::Pack(pack) => pack_text(&pack),
-            Description::Image(image) => image.to_string(),
+            Description::Image(image) => image_text(&image),
         })?;
     }
     Ok(ExitCode::SUCCESS)
@@ -61,6 +63,24 @@ fn pack_text(pack: &PackDescription) -> String {
     let (of, group, len, end) = (pack.of, pack.group, bytes(pack.bytes), pack.frames_end);
     let frames = frames_text(&pack.frames, &pack.damages);
     format!("{of}, of group {group}: {how}, {len}\nframes end at {end}\n{frames}")
+}
+
+fn image_text(image: &ImageDescription) -> String {
+    let ImageDescription { group, epoch, copies_agree, slices } = image;
+    let mut text = format!("image index of group {group} at point {epoch}: {} slices\n", slices.len());
+    if !copies_agree {
+        text.push_str("its two copies are not the same\n");
+    }
+    for slice in slices {
+        let pack = if slice.damaged { "damaged" } else { slice.pack.as_deref().unwrap_or("zeros") };
+        write!(text, "volume {} slice {}: {pack}", slice.volume, slice.slice).expect("text takes anything");
+        if slice.pack.is_some() {
+            let (held, needed) = (bytes(slice.held_bytes), bytes(slice.needed_bytes));
+            write!(text, ", {held} held, {needed} needed").expect("text takes anything");
+        }
+        text.push('\n');
+    }
+    text
 }
 
 fn frames_text(frames: &[FrameDescription], damages: &[Damage]) -> String {
@@ -123,6 +143,9 @@ fn manifest_text(manifest: &Manifest) -> String {
     }
     for (first, last) in manifest.removed.ranges() {
         writeln!(text, "removed: points {first} to {last}").expect("text takes anything");
+    }
+    if let Some(floor) = manifest.floor {
+        writeln!(text, "floor: checkpoint {floor}; there is no content below it").expect("text takes anything");
     }
     for damage in &manifest.damages {
         let (place, offset, len) = (damage.place(), damage.offset, damage.len);

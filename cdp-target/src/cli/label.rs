@@ -37,6 +37,8 @@ fn label(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    // A prune beside us takes nothing away that is still to be read.
+    let (group, _lease) = group.held(&store)?;
     let points = group.points()?;
     let point = name.find(&points)?;
     if let Some(other) = points.iter().find(|other| other.label.as_ref() == Some(&arguments.name)) {

@@ -33,6 +33,8 @@ fn pin(arguments: &Arguments, pinned: bool) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    // A prune beside us takes nothing away that is still to be read.
+    let (group, _lease) = group.held(&store)?;
     let points = group.points()?;
     let point = name.find(&points)?;
     if point.pinned != pinned {

@@ -73,6 +73,8 @@ fn list(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    // A prune beside us takes nothing away that is still to be read.
+    let (group, _lease) = group.held(&store)?;
     let points = group.points()?;
     for (segment, range) in group.view().unlisted() {
         let (first, last) = (range.first, range.last);

@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::output::{Table, bytes, json};
 use super::owner::{CommandOwner, hold_group, keys};
 use super::{context, print};
-use crate::catalog::{Catalog, Group};
+use crate::catalog::{Catalog, Group, open_group};
 use crate::forecast::Forecast;
 use crate::journal::JournalError;
 use crate::maintenance::{keep_clock, retention_clock, settings};
@@ -66,17 +66,21 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    let hold = if arguments.dry_run { None } else { Some(hold_group(&store, &group)?) };
+    // As it is now that nobody else builds or prunes.
+    let group = if hold.is_some() { open_group(&store, group.place())? } else { group };
     let keys = keys(&catalog, &group);
     let clock = retention_clock(group.view(), wall, arguments.accept_clock)?;
     let mut prune = settings(store.config(), clock.now, wall, keys.as_ref(), &SystemRandom);
     prune.keep_only_newest = arguments.keep_only_newest;
     if arguments.dry_run {
+        // A prune beside us takes nothing away that is still to be read.
+        let (group, _lease) = group.held(&store)?;
         return preview(arguments, &store, &group, &prune);
     }
-    let _hold = hold_group(&store, &group)?;
     keep_clock(group.view(), clock)?;
     let stop = context::stop_on_signal(Path::new("prune"));
-    let style = ProgressStyle::with_template("prune {spinner} {msg}").expect("the template is constant");
+    let style = ProgressStyle::with_template("prune {spinner} {msg}{prefix}").expect("the template is constant");
     let bar = ProgressBar::new_spinner().with_style(style);
     let mut owner = CommandOwner::new(&store, &arguments.group, group.place());
     let (mut worked, view) = (0, Arc::clone(group.view()));
@@ -87,7 +91,11 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
         bar.tick();
         !stop.load(Ordering::Relaxed)
     };
-    let done = prune.run(view, &mut owner, &mut spend, &mut |_, _| {});
+    let mut progress = |done: u64, slices: u64| {
+        let left = slices - done;
+        bar.set_prefix(if left > 0 { format!(", {left} slices to the checkpoint") } else { String::new() });
+    };
+    let done = prune.run(view, &mut owner, &mut spend, &mut progress);
     bar.finish_and_clear();
     let done = done?;
     print(&if arguments.json { json(&done) } else { text(arguments, &done) })?;
@@ -116,7 +124,7 @@ fn preview_text(arguments: &Arguments, plan: &Plan, kept: u64, bytes_back: u64, 
     let mut table = Table::new(&[">epoch", "time", "received", "why it goes"]);
     for point in plan.removed.iter().take(POINTS_NAMED) {
         let Removed { epoch, time, received, reason } = point;
-        table.row(vec![epoch.to_string(), time.to_string(), received.to_string(), reason.clone()]);
+        table.row(vec![epoch.to_string(), time.to_string(), received.to_string(), reason.to_string()]);
     }
     if let Some(more) = plan.removed.len().checked_sub(POINTS_NAMED).filter(|more| *more > 0) {
         table.note(format!("and {more} more"));

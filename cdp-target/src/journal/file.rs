@@ -29,7 +29,8 @@ pub enum FileId {
     Segment {
         /// Its number.
         number: u64,
-        /// 0 as its source wrote it; else the change of the manifest that it was rewritten for.
+        /// 0 as its source wrote it; else the change of the manifest that it was rewritten for, or a higher number where a file has that
+        /// name already.
         revision: u64,
     },
     /// The pack of a slice.

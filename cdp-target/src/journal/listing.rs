@@ -71,11 +71,9 @@ impl GroupView {
     /// # Errors
     /// Where one of these segments cannot be read.
     pub fn points_after(&self, after: Epoch, max: usize) -> Result<Vec<Point>, JournalError> {
-        let older = |sealed: &&SealedSegment| sealed.points.is_none_or(|points| points.last <= after);
-        let sealed = self.manifest().sealed.iter().filter(|sealed| !older(sealed)).map(|sealed| sealed.number);
         let reaches = self.reaches();
         let mut points = Vec::new();
-        for number in sealed.chain([self.manifest().open]) {
+        for number in self.segments_after(after) {
             let mut commits = self.commits_of(number, after, usize::MAX)?;
             commits.retain(|commit| !self.is_removed(commit.head.epoch));
             commits.truncate(max - points.len());
@@ -87,17 +85,16 @@ impl GroupView {
         Ok(points)
     }
 
-    /// The numbers of the points that were not removed, oldest first.
+    /// The numbers of the points above `after` that were not removed, oldest first; reads only the segments that have them.
     ///
     /// # Errors
-    /// Where a segment cannot be read.
-    pub(crate) fn listed_epochs(&self) -> Result<Vec<Epoch>, JournalError> {
+    /// Where one of these segments cannot be read.
+    pub(crate) fn epochs_after(&self, after: Epoch) -> Result<Vec<Epoch>, JournalError> {
         let mut epochs = Vec::new();
-        for number in self.segments() {
+        for number in self.segments_after(after) {
             let index = self.index(number)?;
-            epochs.extend(
-                index.commits().iter().map(|commit| commit.head.epoch).filter(|epoch| !self.is_removed(*epoch)),
-            );
+            let newer = index.commits().iter().map(|commit| commit.head.epoch).filter(|epoch| *epoch > after);
+            epochs.extend(newer.filter(|epoch| !self.is_removed(*epoch)));
         }
         Ok(epochs)
     }
@@ -183,6 +180,13 @@ impl GroupView {
 
     fn segments(&self) -> impl DoubleEndedIterator<Item = u64> + '_ {
         self.manifest().sealed.iter().map(|sealed| sealed.number).chain([self.manifest().open])
+    }
+
+    /// The segments that may have points above `after`.
+    fn segments_after(&self, after: Epoch) -> impl Iterator<Item = u64> + '_ {
+        let is_newer = move |sealed: &&SealedSegment| sealed.points.is_some_and(|points| points.last > after);
+        let sealed = self.manifest().sealed.iter().filter(is_newer).map(|sealed| sealed.number);
+        sealed.chain([self.manifest().open])
     }
 
     /// Up to `max` commits of a segment above `after`.

@@ -6,7 +6,7 @@
 
 use super::index::{Entry, Run};
 use super::view::GroupView;
-use super::{Damage, JournalError};
+use super::{Damage, JournalError, Manifest};
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::units::{AttemptId, GroupId};
 use cdp_seams::storage::{Storage, read_all, replace};
@@ -65,19 +65,29 @@ fn header(group: &GroupId, place: &FramePlace) -> [u8; HEADER_BYTES] {
     out
 }
 
-/// Names of the repairs of the group in `folder` that stand for none of `damages`: left behind by segments that were rewritten.
+/// Names of the repairs of the group in `folder` that stand for nothing any more: left behind by segments that were rewritten. One of a segment
+/// as its source wrote it stays: the manifest names so many damages and no more, and may have none of one that is healed.
 ///
 /// # Errors
 /// Where they cannot be listed.
-pub(crate) fn stale(storage: &dyn Storage, folder: &Path, damages: &[Damage]) -> std::io::Result<Vec<PathBuf>> {
+pub(crate) fn stale(storage: &dyn Storage, folder: &Path, manifest: &Manifest) -> std::io::Result<Vec<PathBuf>> {
     let repairs = folder.join(FOLDER);
     let names = match storage.list(&repairs) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         listed => listed?,
     };
-    let wanted: BTreeSet<PathBuf> = damages.iter().map(|damage| path(folder, damage.segment, damage.offset)).collect();
-    let paths = names.into_iter().map(|name| repairs.join(name));
-    Ok(paths.filter(|path| path.extension().is_some_and(|kind| kind == "frame") && !wanted.contains(path)).collect())
+    let damages = manifest.damages.iter();
+    let wanted: BTreeSet<PathBuf> = damages.map(|damage| path(folder, damage.segment, damage.offset)).collect();
+    let is_original = |name: &str| {
+        let number = name.split_once('-').and_then(|(number, _)| u64::from_str_radix(number, 16).ok());
+        let is_sealed = |number| manifest.sealed.iter().any(|sealed| (sealed.number, sealed.revision) == (number, 0));
+        number.is_some_and(|number| number >= manifest.open || is_sealed(number))
+    };
+    let is_stale = |name: &PathBuf| {
+        let is_repair = name.extension().is_some_and(|kind| kind == "frame");
+        is_repair && !wanted.contains(&repairs.join(name)) && !name.to_str().is_some_and(is_original)
+    };
+    Ok(names.into_iter().filter(is_stale).map(|name| repairs.join(name)).collect())
 }
 
 fn path(folder: &Path, segment: u64, offset: u64) -> PathBuf {
@@ -175,9 +185,14 @@ impl GroupView {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::manifest::SealedSegment;
+    use crate::journal::{GroupIdentity, GroupJournal, JournalLimits};
     use cdp_protocol::codec::Sealer;
+    use cdp_protocol::escrow::Envelope;
     use cdp_protocol::seal::DataKey;
-    use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, Generation, Sequence, VolumeSlot};
+    use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, Generation, KeyId, Sequence, VolumeSlot};
+    use cdp_seams::storage::sim::SimStorage;
+    use std::sync::Arc;
 
     const GROUP: GroupId = GroupId([7; 16]);
 
@@ -185,6 +200,35 @@ mod tests {
         let sealer = Sealer::new(GROUP, Epoch(5), Generation(2), AttemptId([9; 16]), &DataKey::new([3; 32]));
         let extents = vec![Extent { start: Block(4), count: 1 }];
         sealer.content(VolumeSlot(1), Sequence(3), extents, &[8; BLOCK_BYTES])
+    }
+
+    #[test]
+    fn only_repairs_of_segments_that_were_rewritten_are_stale() {
+        let (disk, folder) = (SimStorage::new(1), Path::new("/g"));
+        let envelope = Envelope { key: KeyId([1; 8]), encapsulated: vec![], sealed: vec![] };
+        let identity = GroupIdentity { group: GROUP, office: "o".to_owned(), name: "n".to_owned(), envelope };
+        let storage = Arc::new(disk.clone());
+        let journal = GroupJournal::create(storage, folder, identity, JournalLimits::default()).expect("made");
+        let mut manifest = journal.view().manifest().clone();
+        let sealed = |number, revision| SealedSegment {
+            number,
+            revision,
+            len: 0,
+            frames_end: 0,
+            footer_hash: [0; 32],
+            points: None,
+            newest_run: Epoch(0),
+        };
+        manifest.sealed = vec![sealed(1, 0), sealed(2, 9)];
+        manifest.open = 4;
+        manifest.damages = vec![Damage { offset: 7, ..Damage::of(sealed(2, 9).id(), "rot".to_owned()) }];
+        for (segment, offset) in [(1, 5), (2, 5), (2, 7), (3, 5), (4, 5)] {
+            let place = FramePlace { segment, offset, attempt: AttemptId([6; 16]) };
+            write(&disk, folder, &GROUP, &place, &frame()).expect("written");
+        }
+        replace(&disk, &folder.join("repairs/README"), b"an operator's").expect("written");
+        let found = stale(&disk, folder, &manifest).expect("listed");
+        assert_eq!(found, [path(folder, 2, 5), path(folder, 3, 5)], "of the rewritten one, and of one that is gone");
     }
 
     #[test]

@@ -263,23 +263,44 @@ pub(crate) struct Shelf<'a> {
 impl Shelf<'_> {
     /// A file, open to read; one of nothing where it is missing: its points are gone, the others are to be served.
     pub(crate) fn file(&self, id: FileId) -> Result<Arc<Box<dyn StorageFile>>, JournalError> {
+        Ok(self.open_file(id)?.unwrap_or_else(|| Arc::new(Box::new(Nothing))))
+    }
+
+    /// A file, open to read, if it is there.
+    fn open_file(&self, id: FileId) -> Result<Option<Arc<Box<dyn StorageFile>>>, JournalError> {
         if let Some(file) = locked(&self.caches.files).find(id) {
-            return Ok(file);
+            return Ok(Some(file));
         }
         let path = id.path(self.folder);
         let file = match self.storage.open(&path) {
             // Not kept: it may be put back.
-            Err(error) if is_no_file(&error) => return Ok(Arc::new(Box::new(Nothing))),
+            Err(error) if is_no_file(&error) => return Ok(None),
             opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
         };
         locked(&self.caches.files).keep(id, &file, 1, FILES_MAX);
-        Ok(file)
+        Ok(Some(file))
     }
 
-    /// Whether a file is not there.
+    /// Whether nothing has a file's name any more, also where it is still open here.
     pub(crate) fn is_missing(&self, id: FileId) -> bool {
         let opened = self.storage.open(&id.path(self.folder));
         opened.is_err_and(|error| is_no_file(&error))
+    }
+
+    /// Whether a file is there with the length and the footer it was written with. What was read of one of that name before is forgotten.
+    pub(super) fn is_there(&self, sealed: &Sealed) -> Result<bool, JournalError> {
+        self.caches.forget(sealed.id);
+        let path = sealed.id.path(self.folder);
+        let file = match self.storage.open(&path) {
+            Err(error) if is_no_file(&error) => return Ok(false),
+            opened => opened.map_err(JournalError::io("open", &path))?,
+        };
+        let has_len = file.len().map_err(JournalError::io("read", &path))? == sealed.len;
+        match load_footer(file.as_ref(), sealed) {
+            Ok(_) => Ok(has_len),
+            Err(IndexError::Damaged) => Ok(false),
+            Err(IndexError::Io(error)) => Err(JournalError::io("read", &path)(error)),
+        }
     }
 
     /// Everything but the extents.
@@ -324,6 +345,19 @@ impl Shelf<'_> {
                 Ok(extents)
             }
             None => Ok(self.make_anew(sealed)?.extents),
+        }
+    }
+
+    /// The same; `None` where the file is missing.
+    pub(crate) fn extents_if_there(&self, sealed: &Sealed) -> Result<Option<Arc<Extents>>, JournalError> {
+        self.open_file(sealed.id)?.map(|_| self.extents(sealed)).transpose()
+    }
+
+    /// The attempts, and the damage that hides any extents: little beside the rest, read anew each time.
+    pub(crate) fn runs(&self, sealed: &Sealed) -> Result<(Vec<Run>, Vec<Lost>), JournalError> {
+        match self.load(sealed, load_runs)? {
+            Some(runs) => Ok(runs),
+            None => self.make_anew(sealed).map(|parts| (parts.summary.runs.clone(), parts.summary.lost.clone())),
         }
     }
 
@@ -474,14 +508,19 @@ fn load_touched(file: &dyn StorageFile, sealed: &Sealed) -> Result<Touched, Inde
     Ok(Touched::of(part.bitmaps, &part.lost))
 }
 
+fn load_runs(file: &dyn StorageFile, sealed: &Sealed) -> Result<(Vec<Run>, Vec<Lost>), IndexError> {
+    let footer = load_footer(file, sealed)?;
+    let (runs, lost) = (load_section(file, &footer, Section::Runs)?, load_section(file, &footer, Section::Lost)?);
+    let part = Summary::decode(&runs, &[], &lost, &[]).map_err(|_| IndexError::Damaged)?;
+    Ok((part.runs, part.lost))
+}
+
 fn load_extents(file: &dyn StorageFile, sealed: &Sealed) -> Result<Extents, IndexError> {
     let footer = load_footer(file, sealed)?;
-    let load = |section| load_section(file, &footer, section);
-    let (runs, lost) = (load(Section::Runs)?, load(Section::Lost)?);
-    let part = Summary::decode(&runs, &[], &lost, &[]).map_err(|_| IndexError::Damaged)?;
-    let (content, bare) = (load(Section::Content)?, load(Section::Bare)?);
+    let (content, bare) = (load_section(file, &footer, Section::Content)?, load_section(file, &footer, Section::Bare)?);
     let tables = Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)?;
-    Ok(Extents { tables, runs: part.runs, lost: part.lost })
+    let (runs, lost) = load_runs(file, sealed)?;
+    Ok(Extents { tables, runs, lost })
 }
 
 #[cfg(test)]

@@ -55,13 +55,16 @@ impl GroupView {
     pub fn unreadable(&self) -> Unreadable {
         let mut unreadable = Unreadable::default();
         let mut standing = self.unreadable_at_the_floor();
-        if let Some(floor) = self.manifest().floor.filter(|_| !standing.is_empty()) {
+        let floor = self.manifest().floor;
+        if let Some(floor) = floor.filter(|_| !standing.is_empty()) {
             unreadable.step(floor, &standing);
         }
+        // What a segment still has of what lies below is in the checkpoint, as it stood there.
+        let is_below = |epoch: Epoch| floor.is_some_and(|floor| epoch <= floor);
         for number in self.segments_from(0) {
             let concerned = self.index(number).is_ok_and(|index| concerns(&index, &standing));
             let Some(entries) = concerned.then(|| self.included(number).ok()).flatten() else { continue };
-            for (epoch, entry) in entries {
+            for (epoch, entry) in entries.into_iter().filter(|(epoch, _)| !is_below(*epoch)) {
                 let blocks = entry.extent.start.0..=(entry.extent.end() - 1) as u32;
                 let slot = entry.slot.0;
                 let changed = if entry.kind == EntryKind::Unreadable {

@@ -302,11 +302,14 @@ impl GroupJournal {
     }
 
     /// What a reading of a whole sealed segment or pack found takes the place of what was known of it, as far as there is room: of more
-    /// the first are enough.
+    /// the first are enough. Nothing, where the file has given way to another meanwhile.
     ///
     /// # Errors
     /// Where the manifest cannot be replaced.
     pub fn note_damages(&mut self, file: FileId, found: &[Damage]) -> Result<(), JournalError> {
+        if !self.view.sealed_files().iter().any(|sealed| sealed.id == file) {
+            return Ok(());
+        }
         let (known, mut damages): (Vec<_>, Vec<_>) =
             self.manifest.damages.iter().cloned().partition(|damage| damage.is_in(file));
         if known == found {
@@ -321,15 +324,17 @@ impl GroupJournal {
     /// Gives what was prepared elsewhere its place.
     ///
     /// # Errors
-    /// `Stale`, and nothing changed, where it does not fit any more; or where the manifest cannot be replaced.
+    /// `Stale`, and nothing changed, where it does not fit any more or names files that are gone; or where the manifest cannot be replaced.
     pub fn adopt(&mut self, change: &Change) -> Result<(), JournalError> {
         self.check()?;
+        change.check_files(&self.view.shelf(), &self.manifest)?;
         if matches!(change, Change::Checkpoint(_)) {
             self.prove_durably()?;
         }
         let newest = self.open.synced_head.map(|head| head.epoch);
         let mut changed = self.manifest.clone();
         change.apply(&mut changed, newest)?;
+        change.forget_damages(&self.view.shelf(), &mut changed)?;
         self.leases.retain(|(_, lease)| lease.strong_count() > 0);
         self.leases.push((self.manifest.change, self.view.lease()));
         self.change(|manifest| *manifest = changed)

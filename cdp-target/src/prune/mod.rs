@@ -11,8 +11,9 @@
 
 mod audit;
 pub mod measure;
-pub mod rewrite;
+mod rewrite;
 pub mod sweep;
+mod unlisted;
 
 use crate::checkpoint::builder::{Builder, Progress, Step};
 use crate::checkpoint::index::{self, SliceContent};
@@ -21,14 +22,20 @@ use crate::journal::manifest::Checkpoint;
 use crate::journal::walk::Blind;
 use crate::journal::{GroupJournal, GroupView, JournalError, Point};
 use crate::points::{Instant, PointTimes, point_time};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
-use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Tally, Verdict, decide};
+use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Removal, Tally, Verdict, decide};
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::random::Random;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// The base of the oldest point is made anew where more than this share of the image was written over since.
 const BASE_WASTE_MAX: f64 = 0.10;
+
+/// Bytes of segments that give way at once, where nobody says otherwise.
+pub const CHUNK_BYTES_MAX: u64 = 1 << 30;
 
 /// What a prune works on and with.
 pub struct Prune<'a> {
@@ -44,6 +51,8 @@ pub struct Prune<'a> {
     pub random: &'a dyn Random,
     /// Size that a rewritten segment is filled to.
     pub segment_bytes_max: u64,
+    /// Bytes of segments that give way at once: until then both the old and the new are on the disk.
+    pub chunk_bytes_max: u64,
     /// A checkpoint between two others goes where the journal between these is less than this share of the image.
     pub checkpoint_share: f64,
     /// Whether nothing but the newest and what is held may be left.
@@ -60,7 +69,7 @@ pub struct Removed {
     /// When it was received.
     pub received: Instant,
     /// Why.
-    pub reason: String,
+    pub reason: Removal,
 }
 
 /// What the ladder says.
@@ -70,8 +79,8 @@ pub struct Plan {
     pub removed: Vec<Removed>,
     /// The same as ranges of epochs, joined over points that went before.
     pub ranges: Vec<(Epoch, Epoch)>,
-    /// The oldest point that stays.
-    pub oldest_kept: Option<Epoch>,
+    /// The points that stay, oldest first.
+    pub stays: Vec<Epoch>,
     /// How many stay, and for what; but for those that are damaged.
     pub tally: Tally,
     /// How many stay because they are damaged, and may be healed.
@@ -79,10 +88,82 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Points from `first` to `last` stay.
+    fn keep(&mut self, first: Epoch, last: Epoch) {
+        self.stays.push(first);
+        // Up to them, so that numbers that were never points do not part ranges; and none goes over them.
+        if let (Some((from, to)), Some(below)) = (self.ranges.last_mut(), first.0.checked_sub(1))
+            && *from <= *to
+        {
+            *to = Epoch(below);
+        }
+        self.ranges.extend(last.0.checked_add(1).map(|above| (Epoch(above), last)));
+    }
+
+    /// Takes in the next point; one that is damaged was not decided on.
+    fn take(&mut self, point: &Judged, decision: Option<&Decision>) {
+        let epoch = point.epoch;
+        if point.went_before {
+            return extend(&mut self.ranges, epoch);
+        }
+        if let Some(decision) = decision {
+            self.tally.add(decision);
+        }
+        self.damaged += u64::from(point.is_damaged);
+        if point.is_unlisted {
+            // Kept with all that its segment had.
+            if self.stays.last() != Some(&epoch) {
+                self.stays.push(epoch);
+            }
+            return;
+        }
+        match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
+            Verdict::Kept(_) => self.keep(epoch, epoch),
+            Verdict::Removed(reason) => {
+                extend(&mut self.ranges, epoch);
+                let (time, received) = (Instant(point.time), Instant(point.received));
+                self.removed.push(Removed { epoch, time, received, reason });
+            }
+        }
+    }
+
+    /// The oldest point that stays.
+    fn oldest_kept(&self) -> Option<Epoch> {
+        self.stays.first().copied()
+    }
+
     /// How many points stay.
     #[must_use]
     pub const fn kept(&self) -> u64 {
         self.tally.on_a_rung + self.tally.held + self.tally.newest + self.damaged
+    }
+}
+
+/// A point as the ladder sees it.
+#[derive(Clone, Copy)]
+struct Judged {
+    epoch: Epoch,
+    time: Timestamp,
+    received: Timestamp,
+    held: Option<Held>,
+    went_before: bool,
+    is_damaged: bool,
+    /// It is in a segment whose points cannot all be listed.
+    is_unlisted: bool,
+}
+
+impl Judged {
+    fn of(view: &GroupView, point: &Point, time: Timestamp, is_unlisted: bool) -> Self {
+        let went_before = view.is_removed(point.epoch);
+        let held = held(point).filter(|_| !went_before);
+        let is_damaged = (point.damaged.is_some() || is_unlisted) && !went_before;
+        Self { epoch: point.epoch, time, received: point.received, held, went_before, is_damaged, is_unlisted }
+    }
+
+    /// One that is damaged takes nobody's place, and waits for what may heal it.
+    fn candidate(&self) -> Option<Candidate> {
+        let Self { epoch, time, received, held, .. } = *self;
+        (!self.is_damaged).then_some(Candidate { epoch, time, received, held })
     }
 }
 
@@ -150,79 +231,55 @@ impl Prune<'_> {
     /// # Errors
     /// Where a segment cannot be read: then nobody knows what stands on it.
     pub fn plan(&self, view: &GroupView) -> Result<Plan, JournalError> {
-        let mut failed = None;
+        let unlisted = unlisted::unlisted(view);
+        let is_unlisted = |epoch: Epoch| unlisted.iter().any(|unlisted| unlisted.has(epoch));
+        let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
+        let mut take = |plan: &mut Plan, point: &Judged, decision: Option<&Decision>| {
+            while let Some((first, last)) = stay.next_if(|(first, _)| *first <= point.epoch) {
+                plan.keep(*first, *last);
+            }
+            plan.take(point, decision);
+        };
+        // Between what is read and what is decided only the next point: a history has half a million.
+        let (waiting, failed) = (RefCell::new(VecDeque::new()), Cell::new(None));
         let mut before = None;
-        let mut points = Vec::new();
         let candidates = view.all_points().map_while(|point| match point {
             Ok(point) => {
                 let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
                 before = Some(time);
-                let removed = view.is_removed(point.epoch);
-                let (epoch, received) = (point.epoch, point.received);
-                // One that is damaged takes nobody's place, and waits for what may heal it.
-                let is_damaged = point.damaged.is_some() && !removed;
-                points.push((epoch, time, received, removed, is_damaged));
-                Some((!is_damaged).then(|| Candidate {
-                    epoch,
-                    time,
-                    received,
-                    held: held(&point).filter(|_| !removed),
-                }))
+                let point = Judged::of(view, &point, time, is_unlisted(point.epoch));
+                waiting.borrow_mut().push_back(point);
+                Some(point.candidate())
             }
             Err(error) => {
-                failed = Some(error);
+                failed.set(Some(error));
                 None
             }
         });
-        let decisions: Vec<Decision> = decide(self.ladder, candidates.flatten(), self.now).collect();
-        if let Some(error) = failed {
+        let mut plan = Plan::default();
+        for decision in decide(self.ladder, candidates.flatten(), self.now) {
+            while let Some(point) = waiting.borrow_mut().pop_front() {
+                if !point.is_damaged {
+                    take(&mut plan, &point, Some(&decision));
+                    break;
+                }
+                take(&mut plan, &point, None);
+            }
+        }
+        waiting.take().iter().for_each(|point| take(&mut plan, point, None));
+        if let Some(error) = failed.take() {
             return Err(error);
         }
-        let mut plan = Plan::default();
-        let mut decisions = decisions.iter();
-        for (epoch, time, received, went_before, is_damaged) in points {
-            let decision = if is_damaged { None } else { decisions.next() };
-            if went_before {
-                extend(&mut plan.ranges, epoch);
-                continue;
-            }
-            if let Some(decision) = decision {
-                plan.tally.add(decision);
-            }
-            plan.damaged += u64::from(is_damaged);
-            match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
-                Verdict::Kept(_) => {
-                    plan.oldest_kept.get_or_insert(epoch);
-                    // Up to it, so that numbers that were never points do not part ranges; and none goes over it.
-                    if let (Some((first, last)), Some(below)) = (plan.ranges.last_mut(), epoch.0.checked_sub(1))
-                        && *first <= *last
-                    {
-                        *last = Epoch(below);
-                    }
-                    plan.ranges.push((Epoch(epoch.0 + 1), epoch));
-                }
-                Verdict::Removed(why) => {
-                    extend(&mut plan.ranges, epoch);
-                    plan.removed.push(Removed {
-                        epoch,
-                        time: Instant(time),
-                        received: Instant(received),
-                        reason: why.to_string(),
-                    });
-                }
-            }
-        }
         plan.ranges.retain(|(first, last)| first <= last);
-        if let Some(first) =
-            plan.ranges.first_mut().filter(|(first, _)| plan.oldest_kept.is_none_or(|oldest| *first < oldest))
-        {
+        let oldest = plan.oldest_kept();
+        if let Some(first) = plan.ranges.first_mut().filter(|(first, _)| oldest.is_none_or(|oldest| *first < oldest)) {
             // Numbers below the first point there was are gone with it.
             first.0 = Epoch(0);
         }
         Ok(plan)
     }
 
-    /// Prunes.
+    /// Prunes; `progress` is that of the checkpoint, where one is made.
     ///
     /// # Errors
     /// Where the settings would leave next to nothing and that was not asked for, the storage fails or `step` ends it.
@@ -235,7 +292,14 @@ impl Prune<'_> {
     ) -> Result<Pruned, PruneError> {
         let bytes_before = sweep::held_bytes(&view)?;
         let mut plan = self.plan(&view)?;
+        for unlisted::Unlisted { segment, points } in unlisted::unlisted(&view) {
+            let points: Vec<String> = points.iter().map(|(first, last)| format!("{first} to {last}")).collect();
+            let points = points.join(", ");
+            tracing::error!(segment, points, "a segment's points cannot be listed: they stay, and all that is older");
+        }
         self.check(&plan)?;
+        // What was cut off before, or was still read then, is to be gone before new files want room.
+        sweep::sweep(&view, owner.is_leased()?)?;
         // They may be half a million, and all that follows goes by the ranges.
         let removed = std::mem::take(&mut plan.removed);
         let points = removed.len() as u64;
@@ -247,7 +311,7 @@ impl Prune<'_> {
         }
         drop(removed);
         let base = self.base(&mut view, &plan, owner, step, progress)?;
-        let rewritten = rewrite::rewrite(self, &mut view, owner, step)?;
+        let rewritten = rewrite::rewrite(self, &mut view, &plan.stays, owner, step)?;
         // What the journal is shorter by may make another short cut needless.
         let checkpoints = self.surplus(&view, None);
         if !checkpoints.is_empty() {
@@ -263,12 +327,12 @@ impl Prune<'_> {
     /// # Errors
     /// Where a segment cannot be read.
     pub fn estimate(&self, view: &Arc<GroupView>, plan: &Plan) -> Result<u64, JournalError> {
-        let went = first_epoch(view)? < plan.oldest_kept.unwrap_or_default();
+        let went = first_epoch(view)? < plan.oldest_kept().unwrap_or_default();
         let after = view.as_if(|manifest| {
             plan.ranges.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
-            manifest.floor = manifest.floor.max(plan.oldest_kept.filter(|_| went));
+            manifest.floor = manifest.floor.max(plan.oldest_kept().filter(|_| went));
         });
-        rewrite::estimate(self, &Arc::new(after))
+        rewrite::estimate(self, &Arc::new(after), &plan.stays)
     }
 
     /// Refuses what would leave next to nothing.
@@ -291,29 +355,38 @@ impl Prune<'_> {
         step: &mut Step<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<Option<Epoch>, JournalError> {
-        let Some(oldest) = plan.oldest_kept else { return Ok(None) };
+        let Some(oldest) = plan.oldest_kept() else { return Ok(None) };
         let went = first_epoch(view)? < oldest;
         let mut made = None;
-        if went && Self::is_wasteful(view, oldest) {
-            let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
-            let checkpoint = builder.build(oldest, step, progress)?;
-            *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
-            let (storage, folder) = view.place();
-            crate::checkpoint::builder::end(storage.as_ref(), folder)?;
-            made = Some(oldest);
+        // Of one that cannot be listed no image can be made.
+        if went && view.listed(oldest)?.is_some() && Self::is_wasteful(view, oldest) {
+            match self.make(view, oldest, owner, step, progress) {
+                Ok(()) => made = Some(oldest),
+                Err(error) => pass_over(error, oldest)?,
+            }
         }
-        // One that lacks blocks does not stand for what may yet heal them.
-        let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
-        let base = view.manifest().checkpoints.iter().rev().find(is_whole);
-        let floor = base.map(|base| base.epoch).filter(|_| went);
+        let floor = if went { sound_base(view, oldest, step)? } else { None };
         let checkpoints = self.surplus(view, floor);
         if floor > view.manifest().floor || !checkpoints.is_empty() {
-            if let Some(floor) = floor.filter(|floor| Some(*floor) > view.manifest().floor) {
-                prove(view, floor, step)?;
-            }
             *view = owner.adopt(&Change::Release { checkpoints, floor })?;
         }
         Ok(made)
+    }
+
+    /// Makes a checkpoint at the oldest point that stays.
+    fn make(
+        &self,
+        view: &mut Arc<GroupView>,
+        oldest: Epoch,
+        owner: &mut dyn Owner,
+        step: &mut Step<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), JournalError> {
+        let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
+        let checkpoint = builder.build(oldest, step, progress)?;
+        *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
+        let (storage, folder) = view.place();
+        crate::checkpoint::builder::end(storage.as_ref(), folder)
     }
 
     /// Whether the oldest point that stays has no checkpoint to stand on, or one that was mostly written over since.
@@ -327,12 +400,14 @@ impl Prune<'_> {
     fn surplus(&self, view: &GroupView, floor: Option<Epoch>) -> Vec<Epoch> {
         let checkpoints: &[Checkpoint] = &view.manifest().checkpoints;
         let floor = floor.max(view.manifest().floor);
+        // Where anything is damaged the one above it may be all that the points behind it stand on.
+        let is_whole = view.damages().is_empty() && unlisted::unlisted(view).is_empty();
         let mut surplus = Vec::new();
         let mut before: Option<Epoch> = None;
         for (at, checkpoint) in checkpoints.iter().enumerate() {
             let is_below = floor.is_some_and(|floor| checkpoint.epoch < floor);
             let is_base = floor == Some(checkpoint.epoch);
-            let next = checkpoints.get(at + 1);
+            let next = checkpoints.get(at + 1).filter(|_| is_whole);
             let is_short = next.is_some_and(|next| {
                 let from = before.unwrap_or(Epoch(0));
                 (journal_bytes(view, from, next.epoch) as f64) < checkpoint.needed_bytes as f64 * self.checkpoint_share
@@ -345,6 +420,35 @@ impl Prune<'_> {
         }
         surplus
     }
+}
+
+/// Says why a checkpoint is not the base, and goes on: what else can be given back does not wait for it. Any other error ends the prune.
+fn pass_over(error: JournalError, base: Epoch) -> Result<(), JournalError> {
+    match error {
+        JournalError::Damaged(_) | JournalError::NotRead(_) | JournalError::Full { .. } | JournalError::Io { .. } => {
+            let why = one_line(&error);
+            tracing::error!(%base, error = why, "a checkpoint does not become the base: what is below stays");
+            Ok(())
+        }
+        error => Err(error),
+    }
+}
+
+/// The newest checkpoint at or below the oldest point that stays that can be believed, the present floor at last.
+fn sound_base(view: &GroupView, oldest: Epoch, step: &mut Step<'_>) -> Result<Option<Epoch>, JournalError> {
+    let present = view.manifest().floor;
+    // One that lacks blocks does not stand for what may yet heal them.
+    let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
+    for base in view.manifest().checkpoints.iter().rev().filter(is_whole).map(|base| base.epoch) {
+        if Some(base) <= present {
+            break;
+        }
+        match prove(view, base, step) {
+            Ok(()) => return Ok(Some(base)),
+            Err(error) => pass_over(error, base)?,
+        }
+    }
+    Ok(present)
 }
 
 /// Reads a checkpoint again, whole: what it stands for is given up on its word.

@@ -7,33 +7,29 @@
 //! next segment. With the key content is sealed anew in block order, without it frames are taken over whole. A segment that is
 //! damaged and not healed is left alone: rewriting it would make final what may yet be healed.
 
-use super::{Owner, Prune};
+use super::{Owner, Prune, unlisted};
 use crate::checkpoint::builder::Step;
-use crate::checkpoint::repack::Repack;
+use crate::checkpoint::repack::{Repack, parts};
 use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
 use crate::journal::manifest::SealedSegment;
 use crate::journal::pack::PackWriter;
 use crate::journal::walk::{Blind, Visit};
-use crate::journal::{Damage, GroupView, JournalError, extents, synced_frame};
+use crate::journal::{Damage, GroupView, JournalError, extents, is_no_file, synced_frame};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
-use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, VolumeSlot};
+use cdp_protocol::units::{AttemptId, Epoch, VolumeSlot};
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// Files are rewritten where they hold more than this much of what is needed.
 const WASTE_MAX: f64 = 1.05;
-/// Bytes of segments that give way at once: until then both the old and the new are on the disk.
-const CHUNK_BYTES_MAX: u64 = 1 << 30;
 /// A segment below this share of a full one is joined with its neighbours.
 const SMALL_SHARE: u64 = 4;
-
-/// Blocks sealed before they are written: bounds what is held in memory.
-const PART_BLOCKS: u32 = 2048;
 
 type Blocks = BTreeMap<u16, RoaringBitmap>;
 
@@ -60,14 +56,17 @@ struct Met {
     blocks: Blocks,
 }
 
-/// Rewrites until nothing more comes of it; gives how many segments gave way.
+/// Rewrites to what the points in `stays` need, and those that came behind them, until nothing more comes of it; gives how many
+/// segments gave way.
 pub(super) fn rewrite(
     prune: &Prune<'_>,
     view: &mut Arc<GroupView>,
+    stays: &[Epoch],
     owner: &mut dyn Owner,
     step: &mut Step<'_>,
 ) -> Result<u64, JournalError> {
-    let kept = view.listed_epochs()?;
+    let mut kept = stays.to_vec();
+    kept.extend(view.epochs_after(stays.last().copied().unwrap_or_default())?);
     let mut rewritten = 0;
     let mut failed = HashSet::new();
     loop {
@@ -88,7 +87,7 @@ pub(super) fn rewrite(
                 // So that the disk does not have to hold old and new of everything at once.
                 super::sweep::sweep(view, owner.is_leased()?)?;
             }
-            Err(JournalError::Damaged(what)) => {
+            Err(JournalError::Damaged(what) | JournalError::NotRead(what)) => {
                 tracing::error!(what, "a segment is left as it is: `cdp-target verify` names what is damaged");
                 failed.extend(numbers);
             }
@@ -102,9 +101,9 @@ fn frames_bytes(segments: &[SealedSegment]) -> u64 {
 }
 
 /// Bytes that rewriting would give back, about.
-pub(super) fn estimate(prune: &Prune<'_>, view: &Arc<GroupView>) -> Result<u64, JournalError> {
+pub(super) fn estimate(prune: &Prune<'_>, view: &Arc<GroupView>, stays: &[Epoch]) -> Result<u64, JournalError> {
     let mut bytes = 0;
-    pass(prune, view, &view.listed_epochs()?, &HashSet::new(), &mut |chunk| {
+    pass(prune, view, stays, &HashSet::new(), &mut |chunk| {
         bytes += chunk.held_bytes.saturating_sub(chunk.bytes_after(view, prune.keys.is_some()) as u64);
         true
     })?;
@@ -129,9 +128,12 @@ fn stop(
     failed: &HashSet<(u64, u64)>,
     with_key: bool,
 ) -> Result<Stop, JournalError> {
-    let (runs, lost) = {
+    let sealed = view.sealed_segment(number);
+    let (runs, lost) = if let Some(sealed) = sealed {
+        view.shelf().runs(&sealed.sealed())?
+    } else {
         let index = view.index(number)?;
-        (index.runs().to_vec(), !index.lost().is_empty())
+        (index.runs().to_vec(), index.lost().to_vec())
     };
     let floor = view.manifest().floor;
     let newest = kept.last().copied().unwrap_or_default();
@@ -139,9 +141,8 @@ fn stop(
     let is_damaged = damages.any(|damage| !with_key || !view.is_healed(damage));
     // What has no end yet may still be gone on with.
     let is_open_ended = runs.last().is_some_and(|run| run.epoch > newest);
-    let stays = is_damaged || lost || is_open_ended;
-    let movable = view
-        .sealed_segment(number)
+    let stays = is_damaged || !lost.is_empty() || is_open_ended;
+    let movable = sealed
         .copied()
         .filter(|sealed| !stays && sealed.len > 0 && !failed.contains(&(sealed.number, sealed.revision)));
     let is_waste = |run: &Run| {
@@ -162,12 +163,17 @@ fn pass(
 ) -> Result<(), JournalError> {
     let numbers: Vec<u64> = view.segments_from(0).collect();
     let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed, prune.keys.is_some()));
-    let stops = stops.collect::<Result<Vec<_>, _>>()?;
+    let mut stops = stops.collect::<Result<Vec<_>, _>>()?;
+    // What points need that cannot be listed nobody knows: all that is older stays.
+    let unlisted = unlisted::unlisted(view).last().map(|unlisted| unlisted.segment);
+    for stop in stops.iter_mut().filter(|stop| unlisted >= Some(stop.number)) {
+        stop.movable = None;
+    }
     let floor = view.manifest().floor;
     // Where there is little room, little at a time.
     let (storage, folder) = view.place();
     let free_bytes = storage.free_bytes(folder).map_err(JournalError::io("look at", folder))?;
-    let chunk_bytes_max = CHUNK_BYTES_MAX.min(free_bytes / 2);
+    let chunk_bytes_max = prune.chunk_bytes_max.min(free_bytes / 2);
     let mut met = Met { point: None, blocks: Blocks::new() };
     let mut chunk = Chunk::default();
     for (at, stop) in stops.iter().enumerate() {
@@ -286,14 +292,28 @@ fn record_bytes(view: &GroupView, sealed: &SealedSegment) -> u64 {
     index.commits().iter().map(|commit| 3 * u64::from(commit.frame_len)).sum()
 }
 
-/// Collects the records that begin attempts.
-#[derive(Default)]
-struct Begins(HashMap<AttemptId, Vec<u8>>);
+/// The records that begin the attempts of points that stay: those of the others are far more.
+struct Begins {
+    of: HashSet<AttemptId>,
+    frames: HashMap<AttemptId, Vec<u8>>,
+}
+
+impl Begins {
+    fn of(view: &GroupView, chunk: &Chunk) -> Result<Self, JournalError> {
+        let mut of = HashSet::new();
+        for sealed in &chunk.segments {
+            let index = view.index(sealed.number)?;
+            let stays = index.commits().iter().filter(|commit| !view.is_removed(commit.head.epoch));
+            of.extend(stays.map(|commit| commit.attempt));
+        }
+        Ok(Self { of, frames: HashMap::new() })
+    }
+}
 
 impl Visit for Begins {
     fn frame(&mut self, frame: &Frame<'_>, _offset: u64) {
-        if frame.header.kind == Kind::Begin {
-            self.0.insert(frame.header.attempt, frame.bytes.to_vec());
+        if frame.header.kind == Kind::Begin && self.of.contains(&frame.header.attempt) {
+            self.frames.insert(frame.header.attempt, frame.bytes.to_vec());
         }
     }
 }
@@ -305,10 +325,9 @@ fn write(
     chunk: &Chunk,
     step: &mut Step<'_>,
 ) -> Result<Vec<SealedSegment>, JournalError> {
-    let mut begins = Begins::default();
-    let mut commits: Vec<(u64, CommitEntry)> = Vec::new();
+    let mut begins = Begins::of(view, chunk)?;
     for sealed in chunk.segments.iter().rev() {
-        let walked = view.walk(sealed.number, &mut begins)?;
+        let walked = view.walk(sealed.number, &mut begins).map_err(|error| not_read(error, sealed.number))?;
         let healed = |damage: &&Damage| prune.keys.is_some() && view.repair_of(damage).is_some();
         if let Some(damage) = walked.damages.iter().find(|damage| !healed(damage)) {
             return Err(JournalError::Damaged(format!(
@@ -319,23 +338,21 @@ fn write(
         if !step(walked.bytes) {
             return Err(JournalError::Interrupted);
         }
-        commits.extend(view.index(sealed.number)?.commits().iter().map(|commit| (sealed.number, commit.clone())));
     }
-    let mut output = Output::new(prune, view, chunk);
+    let mut output = Output::new(prune, view, chunk, begins.frames);
     match prune.keys {
-        Some(keys) => output.repacked(keys, &commits, &begins.0, step)?,
-        None => output.whole(&commits, &begins.0, step)?,
+        Some(keys) => output.repacked(keys, step)?,
+        None => output.whole(step)?,
     }
     output.finish()
 }
 
-/// An extent in parts of at most `PART_BLOCKS`: a first copy is one extent, however large the volume.
-fn parts(extent: Extent) -> impl Iterator<Item = Extent> {
-    let starts = (u64::from(extent.start.0)..extent.end()).step_by(PART_BLOCKS as usize);
-    starts.map(move |start| {
-        let count = (extent.end() - start).min(u64::from(PART_BLOCKS)) as u32;
-        Extent { start: Block(start as u32), count }
-    })
+/// What cannot be read of a segment that is to give way is its own affair: the others may.
+fn not_read(error: JournalError, segment: u64) -> JournalError {
+    match error {
+        JournalError::Io { .. } => JournalError::NotRead(format!("segment {segment} ({})", one_line(&error))),
+        error => error,
+    }
 }
 
 /// The files that take a chunk's place.
@@ -343,34 +360,39 @@ struct Output<'a> {
     prune: &'a Prune<'a>,
     view: &'a Arc<GroupView>,
     chunk: &'a Chunk,
+    /// What began the attempts of the points that stay.
+    begins: HashMap<AttemptId, Vec<u8>>,
     numbers: Vec<u64>,
     writer: Option<PackWriter<'a>>,
     done: Vec<SealedSegment>,
 }
 
 impl<'a> Output<'a> {
-    fn new(prune: &'a Prune<'a>, view: &'a Arc<GroupView>, chunk: &'a Chunk) -> Self {
+    fn new(
+        prune: &'a Prune<'a>,
+        view: &'a Arc<GroupView>,
+        chunk: &'a Chunk,
+        begins: HashMap<AttemptId, Vec<u8>>,
+    ) -> Self {
         let numbers = chunk.segments.iter().map(|sealed| sealed.number).collect();
-        Self { prune, view, chunk, numbers, writer: None, done: Vec::new() }
+        Self { prune, view, chunk, begins, numbers, writer: None, done: Vec::new() }
     }
 
-    /// Sections sealed anew, each before its point.
-    fn repacked(
-        &mut self,
-        keys: &Keyring,
-        commits: &[(u64, CommitEntry)],
-        begins: &HashMap<AttemptId, Vec<u8>>,
-        step: &mut Step<'_>,
-    ) -> Result<(), JournalError> {
-        let mut sections = self.chunk.sections.clone();
-        for (number, commit) in commits {
-            if let Some(section) = sections.remove(&commit.head.epoch) {
-                self.section(keys, commit, &section, step)?;
+    /// Sections sealed anew, each before its point. One segment's commits are held at a time: a chunk may have 150,000.
+    fn repacked(&mut self, keys: &Keyring, step: &mut Step<'_>) -> Result<(), JournalError> {
+        let (view, chunk) = (self.view, self.chunk);
+        let mut sections = chunk.sections.clone();
+        let mut last = Epoch(0);
+        for sealed in chunk.segments.iter().rev() {
+            for commit in view.index(sealed.number)?.commits() {
+                last = commit.head.epoch;
+                if let Some(section) = sections.remove(&last) {
+                    self.section(keys, commit, &section, step)?;
+                }
+                self.commit(sealed.number, commit)?;
             }
-            self.commit(*number, commit, begins)?;
         }
         // What belongs to a point behind the chunk.
-        let last = commits.last().map_or(Epoch(0), |(_, commit)| commit.head.epoch);
         assert!(
             sections.keys().all(|point| *point > last),
             "content of an older point does not stand behind a newer one's"
@@ -395,6 +417,13 @@ impl<'a> Output<'a> {
         for (slot, blocks) in section {
             for extent in extents(blocks).flat_map(parts) {
                 repack.read(&image, VolumeSlot(*slot), extent, step)?;
+                if repack.lost_blocks() > 0 {
+                    // Nothing comes of it.
+                    let point = commit.head.epoch;
+                    return Err(JournalError::Damaged(format!(
+                        "blocks of point {point} in {extent:?} of volume {slot}"
+                    )));
+                }
                 frames.extend(repack.drain());
                 for frame in frames.drain(..) {
                     self.push(&frame)?;
@@ -402,31 +431,22 @@ impl<'a> Output<'a> {
             }
         }
         repack.flush();
-        if repack.lost_blocks() > 0 {
-            return Err(JournalError::Damaged(format!(
-                "{} blocks of point {}",
-                repack.lost_blocks(),
-                commit.head.epoch
-            )));
-        }
         frames.extend(repack.drain());
         frames.iter().try_for_each(|frame| self.push(frame))
     }
 
     /// Frames taken over whole, in the order they stand in.
-    fn whole(
-        &mut self,
-        commits: &[(u64, CommitEntry)],
-        begins: &HashMap<AttemptId, Vec<u8>>,
-        step: &mut Step<'_>,
-    ) -> Result<(), JournalError> {
-        let chunk = self.chunk;
+    fn whole(&mut self, step: &mut Step<'_>) -> Result<(), JournalError> {
+        let (view, chunk) = (self.view, self.chunk);
         let mut frames = chunk.frames.iter().peekable();
-        for (number, commit) in commits {
-            while let Some(((of, at), len)) = frames.next_if(|((of, at), _)| (*of, *at) < (*number, commit.offset)) {
-                self.copy(*of, *at, *len, step)?;
+        for sealed in chunk.segments.iter().rev() {
+            for commit in view.index(sealed.number)?.commits() {
+                let is_before = |(place, _): &(&(u64, u64), &u32)| **place < (sealed.number, commit.offset);
+                while let Some(((of, at), len)) = frames.next_if(is_before) {
+                    self.copy(*of, *at, *len, step)?;
+                }
+                self.commit(sealed.number, commit)?;
             }
-            self.commit(*number, commit, begins)?;
         }
         for ((of, at), len) in frames {
             self.copy(*of, *at, *len, step)?;
@@ -443,15 +463,10 @@ impl<'a> Output<'a> {
     }
 
     /// A commit with its receive time, and with what began it where the point stays.
-    fn commit(
-        &mut self,
-        number: u64,
-        commit: &CommitEntry,
-        begins: &HashMap<AttemptId, Vec<u8>>,
-    ) -> Result<(), JournalError> {
+    fn commit(&mut self, number: u64, commit: &CommitEntry) -> Result<(), JournalError> {
         let mut frames = Vec::new();
         if !self.view.is_removed(commit.head.epoch) {
-            let begin = begins.get(&commit.attempt).cloned();
+            let begin = self.begins.get(&commit.attempt).cloned();
             frames.push(
                 begin.ok_or_else(|| JournalError::Damaged(format!("the volumes of point {}", commit.head.epoch)))?,
             );
@@ -469,7 +484,8 @@ impl<'a> Output<'a> {
         let file = self.view.file_id(number);
         let mut bytes = vec![0; (len as usize).min(FRAME_BYTES_MAX)];
         let path = file.path(self.view.place().1);
-        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path))?;
+        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path));
+        let read = read.map_err(|error| not_read(error, number))?;
         let decoded = frame::decode(&self.view.identity().group, &bytes[..read]).map(|frame| frame.bytes.len());
         match decoded {
             Ok(len) => {
@@ -495,7 +511,7 @@ impl<'a> Output<'a> {
             Some(writer) => writer,
             none => {
                 let number = self.numbers.pop().expect("there are no more new files than old ones");
-                let id = FileId::Segment { number, revision: self.view.manifest().change + 1 };
+                let id = free_name(self.view, number)?;
                 let (storage, folder) = self.view.place();
                 none.insert(PackWriter::create(storage.as_ref(), folder, self.view.identity().group, id)?)
             }
@@ -532,5 +548,25 @@ impl<'a> Output<'a> {
         let journal = folder.join("journal");
         storage.sync_dir(&journal).map_err(JournalError::io("sync folder", &journal))?;
         Ok(self.done)
+    }
+}
+
+/// A name that no file has. What a rewriting left behind that was given up may have its place in the manifest yet, where the group's
+/// writer was only late: such a file stays what it is.
+fn free_name(view: &GroupView, number: u64) -> Result<FileId, JournalError> {
+    let (storage, folder) = view.place();
+    let mut revision = view.manifest().change + 1;
+    loop {
+        let id = FileId::Segment { number, revision };
+        let path = id.path(folder);
+        match storage.open(&path) {
+            Err(error) if is_no_file(&error) => {
+                // One that was swept away may have had it.
+                view.shelf().caches.forget(id);
+                return Ok(id);
+            }
+            opened => drop(opened.map_err(JournalError::io("look at", &path))?),
+        }
+        revision += 1;
     }
 }

@@ -26,9 +26,7 @@ pub fn sweep(view: &GroupView, leased: bool) -> Result<bool, JournalError> {
     if leased || oldest.is_some_and(|oldest| oldest < manifest.change) {
         return Ok(false);
     }
-    for stale in
-        repairs::stale(storage, folder, &manifest.damages).map_err(JournalError::io("look at repairs of", folder))?
-    {
+    for stale in repairs::stale(storage, folder, &manifest).map_err(JournalError::io("look at repairs of", folder))? {
         storage.remove(&stale).map_err(JournalError::io("remove", &stale))?;
     }
     sweep_folder(storage, &folder.join("journal"), &|name| is_stale_segment(name, &manifest))?;

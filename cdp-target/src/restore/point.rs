@@ -20,8 +20,29 @@ const FRAMES_MAX: usize = 64;
 /// Blocks that are looked up at once: 32 MiB.
 const WINDOW_BLOCKS: u32 = 8192;
 
-/// File and offset of a frame, and what it holds.
-type DecodedFrame = (FileId, u64, Arc<Opened>);
+/// Decoded frames by file and offset, the oldest first. Locked to look and to keep, not to read: readers do not wait for each other,
+/// and a frame that two of them want at once is read twice.
+#[derive(Default)]
+struct Frames(Mutex<VecDeque<(FileId, u64, Arc<Opened>)>>);
+
+impl Frames {
+    fn find(&self, file: FileId, offset: u64) -> Option<Arc<Opened>> {
+        let frames = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = frames.iter().find(|(of, at, _)| (*of, *at) == (file, offset));
+        known.map(|(_, _, opened)| Arc::clone(opened))
+    }
+
+    fn keep(&self, file: FileId, offset: u64, opened: &Arc<Opened>) {
+        let mut frames = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if frames.iter().any(|(of, at, _)| (*of, *at) == (file, offset)) {
+            return;
+        }
+        if frames.len() >= FRAMES_MAX {
+            frames.pop_front();
+        }
+        frames.push_back((file, offset, Arc::clone(opened)));
+    }
+}
 
 /// What a frame holds, verified.
 #[derive(Default)]
@@ -46,12 +67,12 @@ impl Opened {
     }
 }
 
-/// A recovery point, open to be read.
+/// A recovery point, open to be read by as many threads as like to.
 pub struct PointImage {
     view: Arc<GroupView>,
     commit: CommitEntry,
     keys: Keyring,
-    frames: Mutex<VecDeque<DecodedFrame>>,
+    frames: Frames,
 }
 
 /// What some blocks hold.
@@ -104,8 +125,8 @@ pub enum ReadError {
 }
 
 impl PointImage {
-    pub(crate) const fn new(view: Arc<GroupView>, commit: CommitEntry, keys: Keyring) -> Self {
-        Self { view, commit, keys, frames: Mutex::new(VecDeque::new()) }
+    pub(crate) fn new(view: Arc<GroupView>, commit: CommitEntry, keys: Keyring) -> Self {
+        Self { view, commit, keys, frames: Frames::default() }
     }
 
     /// The point.
@@ -164,16 +185,20 @@ impl PointImage {
             (Err(error @ ReadError::Damaged { .. }), PiecePlace::Frame { file: FileId::Slice(slice), .. })
                 if !given =>
             {
-                if caches.is_bad(*slice) {
-                    return Err(error);
+                let was_bad = caches.is_bad(*slice);
+                if !was_bad {
+                    tracing::error!(%slice, error = %error, "a checkpoint is damaged: reading what it was made from");
                 }
-                tracing::error!(%slice, error = %error, "a checkpoint is damaged: reading what it was made from");
-                let is_passing = caches.failed_reads() != failed_before;
+                let is_passing = !was_bad && caches.failed_reads() != failed_before;
                 caches.note_bad(*slice);
+                // Where it is the floor's, there is no way round.
+                let is_same = |piece: &Piece| matches!(piece.place, PiecePlace::Frame { file, .. } if file == FileId::Slice(*slice));
                 let pieces = self.view.resolve(&self.commit, slot, piece.extent).map_err(ReadError::from);
-                let around =
-                    |pieces: Vec<Piece>| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out));
-                let around = pieces.and_then(around);
+                let around = match pieces {
+                    Ok(pieces) if pieces.iter().any(is_same) => Err(error),
+                    pieces => pieces
+                        .and_then(|pieces| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out))),
+                };
                 // Another time it may be read.
                 if is_passing {
                     caches.forget_bad(*slice);
@@ -226,10 +251,8 @@ impl PointImage {
         let PiecePlace::Frame { file, entry, run } = &piece.place else {
             return Ok(Arc::default());
         };
-        let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = frames.iter().find(|(of, at, _)| (of, at) == (file, &entry.frame_offset));
-        if let Some((_, _, opened)) = known {
-            return Ok(Arc::clone(opened));
+        if let Some(opened) = self.frames.find(*file, entry.frame_offset) {
+            return Ok(opened);
         }
         let opened = Arc::new(read_frame(&self.view, &self.keys, *file, entry, run).map_err(|error| match error {
             LoadError::Journal(error) => ReadError::Journal(error),
@@ -240,10 +263,7 @@ impl PointImage {
                 what: format!("{file} at offset {}: {what}", entry.frame_offset),
             },
         })?);
-        if frames.len() >= FRAMES_MAX {
-            frames.pop_front();
-        }
-        frames.push_back((*file, entry.frame_offset, Arc::clone(&opened)));
+        self.frames.keep(*file, entry.frame_offset, &opened);
         Ok(opened)
     }
 }

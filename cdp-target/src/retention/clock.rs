@@ -1,14 +1,42 @@
 //! The clock of retention: what time it is for the purpose of removing points.
 //!
 //! Invariant: it never goes back, and it goes no further at once than a store is plausibly left alone. A machine whose clock
-//! jumps ahead by years would otherwise make every point too old. The caller keeps it between prunes and reads the machine's.
+//! jumps ahead by years would otherwise make every point too old. While a process runs it goes on no faster than time itself, which a
+//! `Watch` tells. The caller keeps it between prunes and reads the machine's.
 
 use cdp_protocol::units::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 const DAY_MS: i64 = 24 * 3600 * 1000;
 /// How far the machine's clock may have moved on since the last prune, in milliseconds: 31 days.
 pub const STEP_MAX_MS: i64 = 31 * DAY_MS;
+
+/// How far ahead of time itself the machine's clock may get while a process runs, in milliseconds: one hour, for clocks that are set right.
+pub const SLACK_MS: i64 = 3600 * 1000;
+
+/// What a running process knows of how time goes on: from an instant that was believed, by the clock that nobody sets. It does not
+/// outlive the process: after a start only the bound of [`STEP_MAX_MS`] is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watch {
+    from: Timestamp,
+    at: Duration,
+}
+
+impl Watch {
+    /// Begins at a believed time; `monotonic` is the clock that nobody sets.
+    #[must_use]
+    pub const fn new(clock: RetentionClock, monotonic: Duration) -> Self {
+        Self { from: clock.now, at: monotonic }
+    }
+
+    /// The latest that it can be now.
+    #[must_use]
+    pub fn limit(&self, monotonic: Duration) -> Timestamp {
+        let elapsed_ms = i64::try_from(monotonic.saturating_sub(self.at).as_millis()).unwrap_or(i64::MAX);
+        Timestamp(self.from.0.saturating_add(elapsed_ms).saturating_add(SLACK_MS))
+    }
+}
 
 /// The latest instant that points were removed as of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +104,15 @@ mod tests {
         assert_eq!(CLOCK.advance(Timestamp(i64::MIN)), Ok(CLOCK));
         assert_eq!(CLOCK.advance(after(3_600_000)), Ok(RetentionClock { now: after(3_600_000) }));
         assert_eq!(CLOCK.accept(after(-1)), CLOCK);
+    }
+
+    #[test]
+    fn while_a_process_runs_it_is_no_later_than_time_allows() {
+        let watch = Watch::new(CLOCK, Duration::from_secs(7));
+        assert_eq!(watch.limit(Duration::from_secs(7)), after(SLACK_MS));
+        assert_eq!(watch.limit(Duration::from_secs(3607)), after(SLACK_MS + 3_600_000));
+        assert_eq!(watch.limit(Duration::ZERO), after(SLACK_MS), "that clock does not go back");
+        assert_eq!(watch.limit(Duration::MAX), Timestamp(i64::MAX));
     }
 
     #[test]

@@ -16,7 +16,10 @@ use cdp_protocol::units::{
 };
 use cdp_seams::random::{SimRandom, array};
 use cdp_target::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, Overview, Point};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, Pruned};
+use cdp_target::restore::keyring::Keyring;
 use cdp_target::restore::point::{Content, PointImage, ReadError};
+use cdp_target::retention::Ladder;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -40,6 +43,27 @@ pub fn volumes() -> Vec<Volume> {
         name: format!("v{slot}"),
     };
     vec![volume(0), volume(1)]
+}
+
+/// Prunes to the newest point and those that are pinned or labelled.
+pub fn prune_to_newest(
+    journal: &mut GroupJournal,
+    now: Timestamp,
+    random: &SimRandom,
+    segment_bytes_max: u64,
+) -> Pruned {
+    let settings = Prune {
+        ladder: &Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 },
+        now,
+        wall: now,
+        keys: Some(&Keyring::from(&key())),
+        random,
+        segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
+        checkpoint_share: 0.5,
+        keep_only_newest: true,
+    };
+    settings.run(journal.view(), journal, &mut |_| true, &mut |_, _| {}).expect("pruned")
 }
 
 /// What a block holds.

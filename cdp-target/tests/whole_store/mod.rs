@@ -4,7 +4,9 @@
 #![allow(unreachable_pub, reason = "a module of several test programs")]
 #![allow(clippy::disallowed_methods, reason = "puts files of its own in place, thousands of times")]
 
-use crate::journal_support::{BLOCKS, GROUP, ModelPoint, Source, cells_of, damaged_blocks, identity, key};
+use crate::journal_support::{
+    BLOCKS, GROUP, ModelPoint, Source, cells_of, damaged_blocks, identity, key, prune_to_newest,
+};
 use cdp_protocol::escrow;
 use cdp_protocol::frame::{self, Kind};
 use cdp_protocol::units::{Epoch, KeyId, Timestamp};
@@ -17,9 +19,6 @@ use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::enroll::Invite;
 use cdp_target::journal::segment::Header;
 use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
-use cdp_target::prune::Prune;
-use cdp_target::restore::keyring::Keyring;
-use cdp_target::retention::Ladder;
 use cdp_target::store::{self, GroupPlace, Store};
 use cdp_target::verify::verify;
 use std::collections::{BTreeMap, BTreeSet};
@@ -284,22 +283,8 @@ fn prune(journal: &mut GroupJournal, source: &Source) {
     for epoch in pinned {
         journal.pin(epoch, true).expect("pinned");
     }
-    let keys = Keyring::from(&key());
-    let ladder = Ladder { every_s: 0, hourly_s: 0, daily_s: 0, weekly_s: 0 };
     let now = Timestamp(source.time + 1000);
-    let random = SimRandom::new(4);
-    let settings = Prune {
-        ladder: &ladder,
-        now,
-        wall: now,
-        keys: Some(&keys),
-        random: &random,
-        segment_bytes_max: LIMITS.segment_bytes_max,
-        checkpoint_share: 0.5,
-        keep_only_newest: true,
-    };
-    let view = journal.view();
-    let done = settings.run(view, journal, &mut |_| true, &mut |_, _| {}).expect("pruned");
+    let done = prune_to_newest(journal, now, &SimRandom::new(4), LIMITS.segment_bytes_max);
     assert!(done.base == Some(pinned[0]) && done.rewritten_segments > 0, "{done:?}");
 }
 
