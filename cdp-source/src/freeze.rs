@@ -148,6 +148,9 @@ impl FrozenFolder {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::open(&mount.mounted_on, flags, Mode::empty());
         let folder = folder.map_err(|error| failed("open it")(error.into()))?;
+        if !is_of(&folder, mount).map_err(|error| failed("look at it")(error.into()))? {
+            return Err(failed("see it")(io::Error::other("something else is mounted over it")));
+        }
         let (pipe, watchdog) = start_watchdog(&folder, deadline).map_err(failed("start its watchdog"))?;
         let opened = Self { name: name.clone(), folder, pipe, watchdog, is_claimed: false };
         rustix::fs::syncfs(&opened.folder).map_err(|error| failed("write back what is dirty")(error.into()))?;
@@ -195,6 +198,13 @@ impl Drop for FrozenFolder {
             let _ = self.watchdog.wait();
         }
     }
+}
+
+/// Whether an open folder is of this file system: something else may be mounted over it. The number of btrfs's folders is its own.
+fn is_of(folder: &OwnedFd, mount: &Mount) -> Result<bool, Errno> {
+    let device = rustix::fs::fstat(folder)?.st_dev;
+    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    Ok(number == mount.number || mount.file_system == "btrfs" && rustix::fs::major(device) == 0)
 }
 
 /// In a process group of its own, so that Ctrl-C does not reach it. It finds the pipe as its stdin and the folder as its stdout.
@@ -315,6 +325,21 @@ mod tests {
             drop(writer);
             thread.join().expect("no panic").expect("it ends well");
         }
+    }
+
+    #[test]
+    fn what_is_mounted_over_is_told_from_what_lies_below() {
+        let folder = rustix::fs::open("/proc", OFlags::RDONLY, Mode::empty()).expect("open");
+        let device = rustix::fs::fstat(&folder).expect("a folder").st_dev;
+        let own = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        let mount = |number: &str, file_system: &str| Mount {
+            number: number.into(),
+            mounted_on: "/proc".into(),
+            file_system: file_system.into(),
+        };
+        assert_eq!(is_of(&folder, &mount(&own, "proc")), Ok(true));
+        assert_eq!(is_of(&folder, &mount("7:1", "ext4")), Ok(false));
+        assert_eq!(is_of(&folder, &mount("7:1", "btrfs")), Ok(true));
     }
 
     #[test]

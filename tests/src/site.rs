@@ -90,6 +90,14 @@ impl Site {
         Ok(())
     }
 
+    /// Starts the agent with a log of what the filter says.
+    pub fn start_source_logging(&mut self, filter: &str) -> Result<()> {
+        let mut command = Command::new(program("cdp-source"));
+        command.arg("run").env("CDP_SOURCE_STATE", &self.state).env("CDP_LOG", filter);
+        self.source = Some(Daemon::start(&mut command)?);
+        Ok(())
+    }
+
     /// Starts the agent where the kernel's boot id is what the file `boot_id` says, as after a restart of the machine.
     pub fn start_source_booted(&mut self, boot_id: &Path) -> Result<()> {
         const SCRIPT: &str = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$1\" run";
