@@ -14,7 +14,7 @@ use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::inspect::{Description, inspect};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header};
 use cdp_target::journal::{GroupJournal, JournalLimits, Manifest};
-use journal_support::{Source, check, identity, prune_to_newest};
+use journal_support::{Source, check, identity, key, prune_to_newest};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

@@ -408,9 +408,13 @@ mod tests {
         let (one, two) = (compress(&[7; BLOCK_BYTES]), compress(&[7; 2 * BLOCK_BYTES]));
         let huge = compress(&vec![7; 64 << 20]);
         let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 0, 0, 0, 0], &*two].concat();
-        let mut unsized_frame = zstd::stream::Encoder::new(Vec::new(), 3).expect("an encoder");
-        std::io::Write::write_all(&mut unsized_frame, &[7; 2 * BLOCK_BYTES]).expect("compressed");
-        let unsized_frame = unsized_frame.finish().expect("compressed");
+        let mut untold = vec![0; BLOCK_BYTES];
+        let mut packer = zstd_safe::CCtx::create();
+        packer.set_parameter(zstd_safe::CParameter::ContentSizeFlag(false)).expect("a flag of zstd's");
+        let len = packer.compress2(&mut untold[..], &[7; 2 * BLOCK_BYTES]).expect("it shrinks");
+        untold.truncate(len);
+        // The flag and the number of a dictionary that nobody has.
+        let with_dictionary = [&two[..4], &[two[4] | 1, 9], &two[5..]].concat();
         assert_eq!(open(&sealed(Encoding::Zstd, two.clone(), 2)), Ok(vec![7; 2 * BLOCK_BYTES]));
         for (what, plain) in [
             ("shorter", one.clone()),
@@ -419,7 +423,8 @@ mod tests {
             ("one that is passed over", skipped),
             ("a byte behind", [&*two, &[0]].concat()),
             ("cut off", two[..two.len() - 1].to_vec()),
-            ("without its length", unsized_frame),
+            ("without its length", untold),
+            ("with a dictionary", with_dictionary),
             ("lz4", lz4_flex::block::compress(&[7; 2 * BLOCK_BYTES])),
             ("nothing", Vec::new()),
         ] {
