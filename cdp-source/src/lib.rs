@@ -11,6 +11,8 @@ pub mod cut;
 pub mod digests;
 pub mod doctor;
 pub mod encoder;
+pub mod excludes;
+pub mod exclusion;
 pub mod join;
 pub mod metrics;
 pub mod mounts;

@@ -9,6 +9,7 @@ use crate::agent::status::CutStatus;
 use crate::capture::Capture;
 use crate::control::{PointReply, Reply};
 use crate::cut::{self, Cut, CutError};
+use crate::exclusion::Skipping;
 use crate::tracker::TrackerError;
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::session::source::{CommitDraft, End};
@@ -33,7 +34,9 @@ impl Group {
                 Err(error) => return Err(error.into()),
             }
         }
-        let mut capture = cut::read_part(&*devices.tracker, &mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
+        let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
+        let (tracker, reader) = (&*devices.tracker, &mut *devices.reader);
+        let mut capture = cut::read_part(tracker, reader, &mut self.ledger.carry, PART_BLOCKS, skipping)?;
         if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
             self.fail("every block read came back with an error".into());
             return Ok(());
@@ -52,8 +55,9 @@ impl Group {
         self.next_cut = if due > now { due } else { now + self.setup.interval };
         let Some(devices) = &mut self.devices else { return Ok(()) };
         let clock = Arc::clone(&self.setup.clock);
-        let cut =
-            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits)?;
+        let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
+        let (tracker, reader) = (&mut *devices.tracker, &mut *devices.reader);
+        let cut = cut::cut_skipping(tracker, reader, &*clock, &mut self.ledger.carry, &self.setup.limits, skipping)?;
         self.cuts.count(&cut);
         self.note_rescan();
         let is_validated = match &cut {

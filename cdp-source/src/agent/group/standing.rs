@@ -4,6 +4,7 @@ use super::{FAILED_CUTS_MAX, Group, lock};
 use crate::agent::ledger::to_bytes;
 use crate::agent::status::{AuditStatus, GroupPhase};
 use cdp_protocol::units::Timestamp;
+use roaring::RoaringBitmap;
 
 impl Group {
     pub(super) fn publish(&self) {
@@ -32,7 +33,9 @@ impl Group {
         status.cuts_tried = self.cuts.tried;
         status.cuts_validated = self.cuts.validated;
         status.cuts_unchanged = self.cuts.unchanged;
+        status.skipped_bytes = to_bytes(self.ledger.skipped.iter().map(RoaringBitmap::len).sum());
         if let Some(devices) = &self.devices {
+            status.excludes = devices.exclusion.report();
             status.tracker = devices.tracker.report().into();
         }
     }
