@@ -9,6 +9,7 @@ mod cut;
 mod drain;
 mod first_copy;
 mod machine;
+mod packing;
 mod programs;
 mod scale;
 mod tracker;
@@ -20,11 +21,12 @@ use std::path::{Path, PathBuf};
 type Benchmark = fn(&Path) -> Result<()>;
 
 /// All there are, in the order they run.
-const BENCHMARKS: [(&str, Benchmark); 5] = [
+const BENCHMARKS: [(&str, Benchmark); 6] = [
     ("tracker", tracker::run),
     ("drain", drain::run),
     ("cut", cut::run),
     ("first-copy", first_copy::run),
+    ("packing", packing::run),
     ("scale", scale::run),
 ];
 

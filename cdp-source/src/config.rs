@@ -5,6 +5,7 @@
 //! in the group's own folder (`state`), because a removed volume leaves no trace here.
 
 use crate::cut::CutLimits;
+use crate::packing::Setting;
 use cdp_protocol::limits::{VOLUMES_MAX, is_name};
 use cdp_protocol::units::VolumeSlot;
 use serde::Deserialize;
@@ -17,7 +18,7 @@ use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 /// Bytes the file may have.
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
-const ROOT_KEYS: &[&str] = &["metrics_listen", "groups"];
+const ROOT_KEYS: &[&str] = &["metrics_listen", "packing", "groups"];
 const GROUP_KEYS: &[&str] =
     &["interval_ms", "cut_bound_ms", "capture_bytes_max", "audit_interval_s", "exclude", "volumes"];
 const VOLUME_KEYS: &[&str] = &["name", "slot", "device", "tracker"];
@@ -30,6 +31,9 @@ const EXCLUDES_MAX: usize = 64;
 pub struct Config {
     /// Where metrics are served in Prometheus' text format; not at all by default.
     pub metrics_listen: Option<SocketAddr>,
+    /// How content is packed: `auto`, `lz4`, or `zstd-1` to `zstd-19`.
+    #[serde(default)]
+    pub packing: Setting,
     /// The groups by name.
     #[serde(default)]
     pub groups: BTreeMap<String, GroupConfig>,
@@ -368,6 +372,7 @@ mod tests {
     fn values_out_of_range_and_contradictions_are_refused() {
         let two = |a: &str, b: &str| format!("[[groups.main.volumes]]\n{a}\n[[groups.main.volumes]]\n{b}\n");
         for (text, part) in [
+            ("packing = 'zstd-20'".to_owned(), "is none of"),
             ("[groups.main]\ninterval_ms = 0".to_owned(), "interval_ms = 0"),
             ("[groups.main]\ninterval_ms = -5".to_owned(), "read source.toml"),
             ("[groups.main]\ncut_bound_ms = 0".to_owned(), "cut_bound_ms = 0"),

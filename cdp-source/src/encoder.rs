@@ -5,14 +5,15 @@
 //! waiting and one in work for each thread. Does not end the attempt: what follows the last extents is decided when it is sent.
 
 use crate::capture::{BlockContent, Capture, CapturedVolume};
+use crate::packing::Chooser;
 use bytes::Bytes;
 use cdp_protocol::codec::{Draft, FrameListHasher, Sealer};
 use cdp_protocol::frame::{self, Encoding};
 use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, CONTENT_BYTES_MAX, EXTENTS_MAX, HOLE_BLOCKS_MAX};
-use cdp_protocol::packer::Packer;
+use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::record::{Begin, FrameList, Meters};
 use cdp_protocol::seal::Digest;
-use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, FrameHash, Sequence, VolumeSlot};
+use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Extent, FrameHash, Sequence, VolumeSlot};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -48,6 +49,7 @@ pub struct BlockDigests {
 /// Encodes captures on its threads. May be shared by the groups of an agent.
 pub struct Encoder {
     way: Way,
+    chooser: Chooser,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -57,7 +59,7 @@ enum Way {
     Pool(Option<SyncSender<Job>>),
     /// By whoever asks, at once: for simulations, in which nothing may happen beside.
     #[cfg(any(test, feature = "sim"))]
-    Inline(Mutex<Packer>),
+    Inline(Box<Mutex<Packer>>),
 }
 
 /// One frame to be made.
@@ -66,6 +68,7 @@ struct Job {
     volume: VolumeSlot,
     sequence: Sequence,
     extents: Vec<Extent>,
+    packing: Packing,
     work: Work,
     made: Sender<Made>,
 }
@@ -95,14 +98,21 @@ impl Encoder {
             let builder = std::thread::Builder::new().name(format!("encode-{number}"));
             builder.spawn(move || serve(&queue)).expect("the system has a thread to give")
         };
-        Self { way: Way::Pool(Some(jobs)), threads: (0..threads).map(start).collect() }
+        Self { way: Way::Pool(Some(jobs)), chooser: Chooser::default(), threads: (0..threads).map(start).collect() }
+    }
+
+    /// Packs as `chooser` says, and tells it what that came to.
+    #[must_use]
+    pub fn choosing(mut self, chooser: Chooser) -> Self {
+        self.chooser = chooser;
+        self
     }
 
     /// An encoder without threads: whoever asks makes the frames.
     #[cfg(any(test, feature = "sim"))]
     #[must_use]
     pub fn inline() -> Self {
-        Self { way: Way::Inline(Mutex::default()), threads: Vec::new() }
+        Self { way: Way::Inline(Box::default()), chooser: Chooser::default(), threads: Vec::new() }
     }
 
     /// Whether it has no threads.
@@ -121,11 +131,25 @@ impl Encoder {
         sealer: Arc<Sealer>,
     ) -> EncodedAttempt {
         assert_eq!(capture.volumes.len(), slots.len(), "every volume has a slot");
+        self.chooser.encode(capture.meters.content_blocks * BLOCK_BYTES as u64, |packing| {
+            let made = self.encode_with(packing, capture, slots, begin, sealer);
+            (made.bytes, made)
+        })
+    }
+
+    fn encode_with(
+        &self,
+        packing: Packing,
+        capture: &Capture,
+        slots: &[VolumeSlot],
+        begin: &Begin,
+        sealer: Arc<Sealer>,
+    ) -> EncodedAttempt {
         let (made, finished) = channel();
         let begin = Bytes::from(sealer.begin(begin));
         let _ = made.send(Made { sequence: Sequence(0), hash: frame::hash(&begin), frame: begin, digests: None });
         let (epoch, attempt) = (sealer.epoch(), sealer.attempt());
-        let mut plan = Plan { way: &self.way, sealer, made, volume: VolumeSlot(0), next: Sequence(1) };
+        let mut plan = Plan { way: &self.way, packing, sealer, made, volume: VolumeSlot(0), next: Sequence(1) };
         for (volume, slot) in capture.volumes.iter().zip(slots) {
             plan.volume = *slot;
             plan.add(volume);
@@ -162,7 +186,8 @@ fn serve(queue: &Mutex<Receiver<Job>>) {
 }
 
 fn make(job: Job, packer: &mut Packer) {
-    let Job { sealer, volume, sequence, extents, work, made } = job;
+    let Job { sealer, volume, sequence, extents, packing, work, made } = job;
+    packer.set_packing(packing);
     let (frame, digests) = match work {
         Work::Content(draft) => {
             let blocks: Vec<Block> = extents.iter().flat_map(|extent| extent.blocks()).collect();
@@ -200,6 +225,7 @@ fn collect(
 /// Decides which blocks share a frame, and numbers the frames.
 struct Plan<'a> {
     way: &'a Way,
+    packing: Packing,
     sealer: Arc<Sealer>,
     made: Sender<Made>,
     volume: VolumeSlot,
@@ -247,7 +273,7 @@ impl Plan<'_> {
 
     fn make(&mut self, extents: Vec<Extent>, work: Work) {
         let (sealer, made) = (Arc::clone(&self.sealer), self.made.clone());
-        let job = Job { sealer, volume: self.volume, sequence: self.next, extents, work, made };
+        let job = Job { sealer, volume: self.volume, sequence: self.next, extents, packing: self.packing, work, made };
         self.next.0 += 1;
         match self.way {
             Way::Pool(jobs) => {
@@ -276,7 +302,7 @@ mod tests {
     use super::*;
     use cdp_protocol::codec::open_content;
     use cdp_protocol::seal::DataKey;
-    use cdp_protocol::units::{BLOCK_BYTES, Generation, GroupId, KeyId};
+    use cdp_protocol::units::{Generation, GroupId, KeyId};
     use cdp_seams::random::{Random, SimRandom};
     use std::collections::BTreeMap;
 

@@ -16,6 +16,7 @@ pub mod exclusion;
 pub mod join;
 pub mod metrics;
 pub mod mounts;
+pub mod packing;
 pub mod probe;
 pub mod reader;
 pub mod sender;

@@ -5,6 +5,7 @@
 //! line among the streams. Persists nothing.
 
 mod group;
+mod meter;
 mod status;
 
 pub use group::{GroupHandle, SenderGone, TrySubmitError};
@@ -137,9 +138,9 @@ impl Sender {
     ) -> Self {
         let shared = Arc::new(Shared {
             connector,
+            status: Arc::new(LinkStatus::new(clock.clone())),
             clock,
             random,
-            status: Arc::default(),
             line: watch::Sender::new(None),
             groups: Mutex::default(),
             requests: Mutex::default(),

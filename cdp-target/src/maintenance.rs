@@ -13,7 +13,7 @@ use crate::journal::{GroupView, JournalError};
 use crate::metrics;
 use crate::pace::Pace;
 use crate::points::Instant;
-use crate::prune::{Owner, Prune, PruneError, Pruned, journal_bytes};
+use crate::prune::{CHUNK_BYTES_MAX, Owner, Prune, PruneError, Pruned, journal_bytes};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::retention::clock::{ClockJump, RetentionClock, Watch};
@@ -379,6 +379,7 @@ pub fn settings<'a>(
         keys,
         random,
         segment_bytes_max: config.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: config.checkpoint_share,
         keep_only_newest: false,
     }

@@ -13,7 +13,7 @@ use cdp_seams::storage::sim::{Fault, SimStorage};
 use cdp_target::checkpoint::builder::{Builder, end};
 use cdp_target::journal::change::Change;
 use cdp_target::journal::{GroupJournal, GroupView, JournalError, JournalLimits};
-use cdp_target::prune::{Prune, PruneError};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, PruneError};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use cdp_target::verify::verify;
@@ -105,6 +105,7 @@ fn settings<T>(now: i64, keys: Option<&Keyring>, random: &SimRandom, work: &mut 
         keys,
         random,
         segment_bytes_max: LIMITS.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: 0.5,
         keep_only_newest: true,
     })

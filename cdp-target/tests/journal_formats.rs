@@ -4,14 +4,17 @@
 
 mod journal_support;
 
-use cdp_protocol::units::Timestamp;
+use cdp_protocol::codec::{Draft, Sealer, open_content, open_digests};
+use cdp_protocol::frame::{self, Encoding};
+use cdp_protocol::packer::{Packer, Packing};
+use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Extent, Generation, Sequence, Timestamp, VolumeSlot};
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, SystemStorage};
 use cdp_target::inspect::{Description, inspect};
 use cdp_target::journal::segment::{FOOTER_BYTES, Footer, Header};
 use cdp_target::journal::{GroupJournal, JournalLimits, Manifest};
-use journal_support::{Source, check, identity, prune_to_newest};
+use journal_support::{Source, check, identity, key, prune_to_newest};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -92,6 +95,37 @@ fn a_newer_pack_or_image_index_is_refused_with_both_versions() {
         let error = inspect(&disk, &path).expect_err("refused");
         let source = std::error::Error::source(&error).expect("a source").to_string();
         assert_eq!(source, words);
+    }
+}
+
+/// Frames of every packing are read whatever this program packs with. They are not held against what it writes now: how
+/// tight lz4 and zstd pack is their own affair.
+#[test]
+fn frames_of_every_packing_are_still_read() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata/frame/1");
+    let content = b"the same line again\n".repeat(500)[..2 * BLOCK_BYTES].to_vec();
+    let extents = vec![Extent::new(Block(5), 1).expect("a block"), Extent::new(Block(9), 1).expect("a block")];
+    for (name, packing, encoding) in [
+        ("lz4.frame", Packing::Lz4, Encoding::Lz4),
+        ("zstd.frame", Packing::zstd(3), Encoding::Zstd),
+        ("zstd-high.frame", Packing::zstd(19), Encoding::Zstd),
+    ] {
+        let path = data.join(name);
+        if std::env::var_os("CDP_WRITE_FIXTURES").is_some() {
+            let sealer = Sealer::new(identity().group, Epoch(7), Generation(1), AttemptId([4; 16]), &key());
+            let mut draft = Draft::default();
+            draft.push(&content);
+            let frame =
+                sealer.content_of(&mut Packer::new(packing), VolumeSlot(1), Sequence(1), extents.clone(), draft);
+            std::fs::create_dir_all(&data).expect("made");
+            std::fs::write(&path, frame).expect("written");
+        }
+        let bytes = std::fs::read(path).expect("the fixture");
+        let frame = frame::decode(&identity().group, &bytes).expect("a frame");
+        assert_eq!((frame.header.encoding, &frame.header.extents), (encoding, &extents));
+        let attempt = key().attempt_key(&frame.header.attempt);
+        assert_eq!(open_content(&frame, &attempt).as_ref(), Ok(&content), "{name}");
+        assert_eq!(open_digests(&frame, &attempt), Ok(key().digest_key().digests(&content)), "{name}");
     }
 }
 
@@ -209,6 +243,6 @@ fn a_manifest_of_version_2_is_read_as_one_of_which_nothing_was_removed() {
     assert_eq!((manifest.change, manifest.floor), (0, None));
     // Which epochs a segment has frames of was not written down.
     let mut expected = now;
-    expected.sealed.iter_mut().for_each(|sealed| sealed.newest_run = cdp_protocol::units::Epoch(u64::MAX));
+    expected.sealed.iter_mut().for_each(|sealed| sealed.newest_run = Epoch(u64::MAX));
     assert_eq!(manifest, expected, "all else is the same history");
 }

@@ -11,7 +11,7 @@ use cdp_target::journal::change::Change;
 use cdp_target::journal::file::FileId;
 use cdp_target::journal::manifest::SealedSegment;
 use cdp_target::journal::{Damage, GroupJournal, GroupView, JournalError, JournalLimits};
-use cdp_target::prune::{Owner, Prune, PruneError, Pruned};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Owner, Prune, PruneError, Pruned};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use cdp_target::verify::verify;
@@ -77,6 +77,7 @@ fn prune(owner: &mut Late<'_>, now: i64, random: u64) -> Result<Pruned, PruneErr
         keys: Some(&keyring),
         random: &random,
         segment_bytes_max: LIMITS.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: 0.5,
         keep_only_newest: true,
     };

@@ -12,7 +12,7 @@ use cdp_protocol::units::{
 use cdp_seams::random::{Random, SimRandom, array};
 use cdp_seams::storage::SystemStorage;
 use cdp_target::journal::{GroupIdentity, GroupJournal, JournalLimits};
-use cdp_target::prune::{Prune, sweep};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, sweep};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use cdp_target::verify::verify;
@@ -117,6 +117,7 @@ fn three_days(with_key: bool) -> f64 {
             keys: Some(&keyring).filter(|_| with_key),
             random: &random,
             segment_bytes_max: SEGMENT_BYTES_MAX,
+            chunk_bytes_max: CHUNK_BYTES_MAX,
             checkpoint_share: 0.5,
             keep_only_newest: false,
         };

@@ -9,6 +9,8 @@ use crate::record::{Begin, FrameList, MAC_BYTES};
 use crate::seal::{AttemptKey, DIGEST_BYTES, DataKey, Digest, DigestKey, SealBroken, Section, TAG_BYTES};
 use crate::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, FrameHash, Generation, GroupId, Sequence, VolumeSlot};
 use bytes::Bytes;
+use std::cell::RefCell;
+use zstd::zstd_safe::{self, DCtx};
 
 /// Seals the frames of one attempt. Each sequence is to be used once; who holds the sealer counts them.
 pub struct Sealer {
@@ -164,7 +166,7 @@ impl Sealer {
         assert!(blocks <= CONTENT_BLOCKS_MAX && content_len == blocks * BLOCK_BYTES, "whole blocks, and not too many");
         let digests = self.digest_key.digests(content);
         let shorter = packer.pack(content);
-        let (encoding, stored) = shorter.map_or((Encoding::Raw, content), |shorter| (Encoding::Lz4, shorter));
+        let (encoding, stored) = shorter.unwrap_or((Encoding::Raw, content));
         let digests_len = blocks * DIGEST_BYTES + TAG_BYTES;
         let payload_len = stored.len() + TAG_BYTES + digests_len;
         let mut header = self.header(Kind::Extents, encoding, volume, sequence, extents, payload_len, digests_len);
@@ -260,9 +262,29 @@ pub fn open_content(frame: &Frame<'_>, key: &AttemptKey) -> Result<Vec<u8>, Cont
             let unpacked = lz4_flex::block::decompress_into(plain, &mut content);
             if unpacked.ok() == Some(content_len) { Ok(content) } else { Err(ContentError::Compression) }
         }
+        Encoding::Zstd => unpack_zstd(plain, content_len),
         Encoding::Hole | Encoding::Unreadable if plain.is_empty() => Ok(Vec::new()),
         _ => Err(ContentError::Compression),
     }
+}
+
+thread_local! {
+    /// What zstd unpacks with: to make it anew takes longer than to unpack a block.
+    static UNPACKER: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+}
+
+/// The content of one zstd frame. It is written where it belongs at once, so no window is allocated, whatever the frame says of
+/// one; what was declared is all that is allocated.
+fn unpack_zstd(packed: &[u8], content_len: usize) -> Result<Vec<u8>, ContentError> {
+    let declared = zstd_safe::get_frame_content_size(packed).ok().flatten();
+    // Frames one behind the other, and such as are to be passed over, would be taken as well.
+    let is_one_frame = zstd_safe::find_frame_compressed_size(packed).ok() == Some(packed.len());
+    if !is_one_frame || declared != Some(content_len as u64) {
+        return Err(ContentError::Compression);
+    }
+    let mut content = vec![0; content_len];
+    let unpacked = UNPACKER.with_borrow_mut(|unpacker| unpacker.decompress(&mut content[..], packed));
+    if unpacked.ok() == Some(content_len) { Ok(content) } else { Err(ContentError::Compression) }
 }
 
 /// Opens the digests of the blocks of a frame with content, in the order of its blocks. They stand apart from the content, so they
@@ -333,6 +355,7 @@ pub fn is_zero(block: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packer::Packing;
     use crate::units::Block;
 
     fn sealer() -> Sealer {
@@ -351,14 +374,62 @@ mod tests {
         let text = b"the same line again\n".repeat(500)[..2 * BLOCK_BYTES].to_vec();
         let noise: Vec<u8> =
             (0..2 * BLOCK_BYTES as u32).map(|i| blake3::hash(&i.to_le_bytes()).as_bytes()[0]).collect();
-        for (content, encoding) in [(text, Encoding::Lz4), (noise, Encoding::Raw)] {
-            let bytes = sealer().content(VolumeSlot(1), Sequence(1), extents.clone(), &content);
+        for (packing, content, encoding) in [
+            (Packing::Lz4, &text, Encoding::Lz4),
+            (Packing::zstd(3), &text, Encoding::Zstd),
+            (Packing::zstd(3), &noise, Encoding::Raw),
+            (Packing::Lz4, &noise, Encoding::Raw),
+        ] {
+            let mut draft = Draft::default();
+            draft.push(content);
+            let mut packer = Packer::new(packing);
+            let bytes = sealer().content_of(&mut packer, VolumeSlot(1), Sequence(1), extents.clone(), draft);
             let frame = frame::decode(&GroupId([2; 16]), &bytes).expect("a frame");
             assert_eq!(frame.header.encoding, encoding);
-            assert_eq!(open(&bytes), Ok(content));
+            assert_eq!(open(&bytes).as_ref(), Ok(content));
         }
         let bytes = sealer().bare(Encoding::Hole, VolumeSlot(1), Sequence(2), extents);
         assert_eq!(open(&bytes), Ok(vec![]));
+    }
+
+    /// A frame of a source that holds the key, with something else inside than ours has.
+    fn sealed(encoding: Encoding, mut plain: Vec<u8>, blocks: u32) -> Vec<u8> {
+        let extents = vec![Extent { start: Block(5), count: blocks }];
+        let payload_len = plain.len() + TAG_BYTES;
+        let mut header = sealer().header(Kind::Extents, encoding, VolumeSlot(1), Sequence(1), extents, payload_len, 0);
+        header.content_len = blocks * BLOCK_BYTES as u32;
+        sealer().attempt_key.seal(Sequence(1), Section::Content, &header.associated_data(), &mut plain, 0);
+        frame::encode(&GroupId([2; 16]), &header, &plain)
+    }
+
+    #[test]
+    fn what_is_not_one_zstd_frame_of_the_declared_length_is_refused() {
+        let compress = |content: &[u8]| zstd::bulk::compress(content, 3).expect("compressed");
+        let (one, two) = (compress(&[7; BLOCK_BYTES]), compress(&[7; 2 * BLOCK_BYTES]));
+        let huge = compress(&vec![7; 64 << 20]);
+        let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 0, 0, 0, 0], &*two].concat();
+        let mut untold = vec![0; BLOCK_BYTES];
+        let mut packer = zstd_safe::CCtx::create();
+        packer.set_parameter(zstd_safe::CParameter::ContentSizeFlag(false)).expect("a flag of zstd's");
+        let len = packer.compress2(&mut untold[..], &[7; 2 * BLOCK_BYTES]).expect("it shrinks");
+        untold.truncate(len);
+        // The flag and the number of a dictionary that nobody has.
+        let with_dictionary = [&two[..4], &[two[4] | 1, 9], &two[5..]].concat();
+        assert_eq!(open(&sealed(Encoding::Zstd, two.clone(), 2)), Ok(vec![7; 2 * BLOCK_BYTES]));
+        for (what, plain) in [
+            ("shorter", one.clone()),
+            ("longer", huge),
+            ("two", [&*one, &*one].concat()),
+            ("one that is passed over", skipped),
+            ("a byte behind", [&*two, &[0]].concat()),
+            ("cut off", two[..two.len() - 1].to_vec()),
+            ("without its length", untold),
+            ("with a dictionary", with_dictionary),
+            ("lz4", lz4_flex::block::compress(&[7; 2 * BLOCK_BYTES])),
+            ("nothing", Vec::new()),
+        ] {
+            assert_eq!(open(&sealed(Encoding::Zstd, plain, 2)), Err(ContentError::Compression), "{what}");
+        }
     }
 
     #[test]
@@ -392,15 +463,18 @@ mod tests {
         let noise: Vec<u8> =
             (0..CONTENT_BLOCKS_MAX as u32 * 128).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect();
         let text = b"the same line again\n".repeat(7000)[..32 * BLOCK_BYTES].to_vec();
-        let mut packer = Packer::default();
+        let mut packer = Packer::new(Packing::zstd(1));
         let contents = [&noise[..], &text, &text[..BLOCK_BYTES], &noise[..BLOCK_BYTES], &text[..3 * BLOCK_BYTES]];
         for (sequence, content) in (1..).zip(contents.into_iter().cycle().take(15)) {
             let extents = vec![Extent { start: Block(5), count: (content.len() / BLOCK_BYTES) as u32 }];
             let mut draft = Draft::default();
             draft.push(content);
             let bytes = sealer().content_of(&mut packer, VolumeSlot(1), Sequence(sequence), extents.clone(), draft);
-            assert_eq!(bytes, sealer().content(VolumeSlot(1), Sequence(sequence), extents, content));
             assert_eq!(open(&bytes).as_deref(), Ok(content));
+            let mut draft = Draft::default();
+            draft.push(content);
+            let mut fresh = Packer::new(Packing::zstd(1));
+            assert_eq!(bytes, sealer().content_of(&mut fresh, VolumeSlot(1), Sequence(sequence), extents, draft));
         }
     }
 

@@ -55,25 +55,27 @@ pub enum Encoding {
     Raw = 0,
     /// One lz4 block (no frame, no length prefix).
     Lz4 = 1,
+    /// One zstd frame that tells its content's length and needs no dictionary.
+    Zstd = 2,
     /// Zeros: no content. Discarded blocks are defined as zeros.
     Hole = 4,
     /// The device could not read the blocks: no content, and never zeros.
     Unreadable = 5,
     /// The target had lost them when it sealed what was around them anew: no content, no payload, and never zeros.
     Lost = 7,
-    // Reserved: 2 zstd, 3 zstd with the group's dictionary, 6 delta.
+    // Reserved: 3 zstd with the group's dictionary, 6 delta.
 }
 
 impl Encoding {
     fn from_byte(byte: u8) -> Option<Self> {
-        let known = [Self::Raw, Self::Lz4, Self::Hole, Self::Unreadable, Self::Lost];
+        let known = [Self::Raw, Self::Lz4, Self::Zstd, Self::Hole, Self::Unreadable, Self::Lost];
         known.into_iter().find(|encoding| *encoding as u8 == byte)
     }
 
     /// Whether the blocks of such a frame have bytes of their own.
     #[must_use]
     pub const fn has_content(self) -> bool {
-        matches!(self, Self::Raw | Self::Lz4)
+        matches!(self, Self::Raw | Self::Lz4 | Self::Zstd)
     }
 }
 

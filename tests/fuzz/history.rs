@@ -1,9 +1,10 @@
 //! The bytes of a group's history: frames, what is sealed in them, records.
 
 use crate::{Check, Format};
-use cdp_protocol::codec::{FrameListHasher, Sealer, open_content};
+use cdp_protocol::codec::{Draft, FrameListHasher, Sealer, open_content};
 use cdp_protocol::frame::{self, Encoding, FIXED_BYTES, Header, Kind};
 use cdp_protocol::limits::CONTENT_BYTES_MAX;
+use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::record::{Begin, Commit, MAC_BYTES, Meters, PartChain, PartEnd, Predecessor, Synced, Volume};
 use cdp_protocol::seal::{DataKey, Section, TAG_BYTES};
 use cdp_protocol::units::{
@@ -17,6 +18,14 @@ pub(crate) const DATA_KEY: [u8; 32] = [3; 32];
 
 fn sealer() -> Sealer {
     Sealer::new(GROUP, Epoch(9), Generation(2), ATTEMPT, &DataKey::new(DATA_KEY))
+}
+
+/// A frame with content that is packed in some way.
+fn packed(packer: &mut Packer, content: &[u8]) -> Vec<u8> {
+    let mut draft = Draft::default();
+    draft.push(content);
+    let extents = extents(&[(0, (content.len() / BLOCK_BYTES) as u32)]);
+    sealer().content_of(packer, VolumeSlot(0), Sequence(1), extents, draft).into()
 }
 
 fn extents(of: &[(u32, u32)]) -> Vec<Extent> {
@@ -62,6 +71,7 @@ impl Format for FrameFormat {
         frames.push(sealer.begin(&begin()));
         frames.push(sealer.record(Kind::PartEnd, Sequence(5), part_end().encode()));
         frames.push(sealer.record(Kind::Commit, Sequence(6), commit().encode()));
+        frames.push(packed(&mut Packer::new(Packing::zstd(3)), &[6; 2 * BLOCK_BYTES]));
         frames
     }
 
@@ -91,9 +101,9 @@ fn noise_of(len: usize) -> Vec<u8> {
 pub(crate) struct ContentFormat;
 
 impl ContentFormat {
-    fn specimen(content: &[u8]) -> Vec<u8> {
+    fn specimen(packing: Packing, content: &[u8]) -> Vec<u8> {
         let blocks = content.len() / BLOCK_BYTES;
-        let bytes = sealer().content(VolumeSlot(0), Sequence(1), extents(&[(0, blocks as u32)]), content);
+        let bytes = packed(&mut Packer::new(packing), content);
         let frame = frame::decode(&GROUP, &bytes).expect("a frame");
         let sealed_len = (frame.header.payload_len - frame.header.digests_len) as usize;
         let mut sealed = frame.payload[..sealed_len].to_vec();
@@ -110,16 +120,18 @@ impl Format for ContentFormat {
     fn specimens() -> Vec<Vec<u8>> {
         let text: Vec<u8> = (0..BLOCK_BYTES as u32 / 4).flat_map(|word| (word / 9).to_le_bytes()).collect();
         vec![
-            Self::specimen(&vec![0x55; CONTENT_BYTES_MAX]),
-            Self::specimen(&text),
-            Self::specimen(&noise_of(BLOCK_BYTES)),
+            Self::specimen(Packing::Lz4, &vec![0x55; CONTENT_BYTES_MAX]),
+            Self::specimen(Packing::Lz4, &text),
+            Self::specimen(Packing::Lz4, &noise_of(BLOCK_BYTES)),
             vec![Encoding::Hole as u8, 1, 0],
+            Self::specimen(Packing::zstd(1), &vec![0x55; CONTENT_BYTES_MAX]),
+            Self::specimen(Packing::zstd(19), &text),
         ]
     }
 
     fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
         let (&[encoding, blocks, digests_len], plain) = bytes.split_first_chunk()?;
-        let encoding = [Encoding::Raw, Encoding::Lz4, Encoding::Hole, Encoding::Unreadable]
+        let encoding = [Encoding::Raw, Encoding::Lz4, Encoding::Zstd, Encoding::Hole, Encoding::Unreadable]
             .into_iter()
             .find(|known| *known as u8 == encoding)?;
         let content_len = if encoding.has_content() { usize::from(blocks) * BLOCK_BYTES } else { 0 };

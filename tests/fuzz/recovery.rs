@@ -55,8 +55,8 @@ impl Format for SegmentFile {
     fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
         let path = Path::new("/group/journal/1.seg");
         let disk = disk_with(&[(path, bytes)]);
-        let described = inspect(&*disk, path).ok()?.to_string();
-        Some(described.into_bytes())
+        let described = inspect(&*disk, path).ok()?;
+        Some(format!("{described:?}").into_bytes())
     }
 
     fn memory_max(len: usize) -> usize {

@@ -62,7 +62,7 @@ fn seeds() {
     println!("{} crashes simulated, 0 losses: {total:?}", total.crashes());
     // The run means something only if everything happened in it.
     let each = [total.target_ends, total.source_ends, total.line_cuts, total.recoveries, total.points];
-    let upkeep = [total.checkpoints, total.prunes, total.removed].map(|events| 2 * events);
+    let upkeep = [total.checkpoints, total.prunes, total.removed, total.rotten_packs].map(|events| 2 * events);
     assert!(count < 100 || each.iter().chain(&upkeep).all(|events| *events > count), "{total:?}");
 }
 

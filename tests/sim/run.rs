@@ -467,7 +467,7 @@ impl Simulation {
             }
             self.target.end();
         }
-        self.target.check_beside(&mut self.model)?;
+        self.target.check_beside(&mut self.model, Depth::Sample(0))?;
         self.target.start();
         if !self.target.is_up() {
             return Err("a server does not start on a sound disk".into());
@@ -511,7 +511,9 @@ impl Simulation {
                 let cared = self.target.care_at_last(&mut self.model)?;
                 self.count(cared);
                 self.tally.removed += self.model.kept.gone() as u64;
-                return self.target.check(&mut self.model, Depth::Everything);
+                self.target.check(&mut self.model, Depth::Everything)?;
+                self.tally.rotten_packs += self.target.read_round_packs(&mut self.model)?;
+                return Ok(());
             }
         }
         Err(format!("no progress: {}", self.source.standing()))

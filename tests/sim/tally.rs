@@ -27,6 +27,8 @@ pub(crate) struct Tally {
     pub(crate) prunes: u64,
     /// Points that the ladder let go.
     pub(crate) removed: u64,
+    /// Packs that were rotten while everything was read of the journal.
+    pub(crate) rotten_packs: u64,
 }
 
 impl Tally {
@@ -49,5 +51,6 @@ impl AddAssign for Tally {
         self.checkpoints += other.checkpoints;
         self.prunes += other.prunes;
         self.removed += other.removed;
+        self.rotten_packs += other.rotten_packs;
     }
 }

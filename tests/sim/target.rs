@@ -148,7 +148,7 @@ impl Target {
             Some(view) => view,
             None if model.acked.is_empty() => return Ok(()),
             // The server could not open it: a fault was set.
-            None => return self.check_beside(model),
+            None => return self.check_beside(model, Depth::Sample(0)),
         };
         let extent = if process.is_unsure { Extent::Unsure } else { Extent::Whole };
         let missing = check(&view, model, depth, extent, self.is_hurt)?;
@@ -157,7 +157,7 @@ impl Target {
     }
 
     /// Checks what a reader sees that opens the files.
-    pub(crate) fn check_beside(&self, model: &mut Model) -> Result<(), String> {
+    pub(crate) fn check_beside(&self, model: &mut Model, depth: Depth) -> Result<(), String> {
         if model.acked.is_empty() {
             return Ok(());
         }
@@ -166,7 +166,7 @@ impl Target {
             Store::open(Arc::clone(&storage), Path::new(FOLDER)).map(|store| store.group_folder(Self::place()));
         let folder = folder.map_err(|error| format!("the store cannot be opened: {error}"))?;
         let view = GroupView::open(storage, &folder).map_err(|error| format!("the group cannot be read: {error}"))?;
-        check(&Arc::new(view), model, Depth::Sample(0), Extent::Beside, self.is_hurt).map(drop)
+        check(&Arc::new(view), model, depth, Extent::Beside, self.is_hurt).map(drop)
     }
 
     /// What is durable of the group.

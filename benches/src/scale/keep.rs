@@ -9,7 +9,7 @@ use cdp_seams::storage::SystemStorage;
 use cdp_target::checkpoint::builder::{Builder, end};
 use cdp_target::config::{Config, LISTEN_DEFAULT};
 use cdp_target::journal::change::Change;
-use cdp_target::prune::Prune;
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
 use serde_json::{Value, json};
@@ -61,6 +61,7 @@ pub(super) fn prune(folder: &Path, plan: Plan) -> Result<Value> {
         keys: Some(&keys),
         random: &SystemRandom,
         segment_bytes_max: config.segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: config.checkpoint_share,
         keep_only_newest: false,
     };

@@ -20,6 +20,7 @@ use crate::cut::CutLimits;
 use crate::digests::{self, Digests};
 use crate::encoder::Encoder;
 use crate::metrics;
+use crate::packing::Chooser;
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
@@ -131,7 +132,9 @@ async fn start(
 ) -> Result<(Uplink, Vec<RunningGroup>)> {
     let uplink = Uplink::start(identity.clone())?;
     shared.set_uplink(uplink.clone());
-    let encoder = Arc::new(Encoder::new(std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4)));
+    let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4);
+    let chooser = Chooser::new(config.packing, Arc::new(SystemClock::new()), uplink.rate());
+    let encoder = Arc::new(Encoder::new(threads).choosing(chooser));
     let mut groups = Vec::new();
     // Whichever group's volume they lie on.
     let slots = config.groups.iter().flat_map(|(name, group)| group.volumes.iter().map(move |v| (name, v.slot)));

@@ -84,6 +84,12 @@ impl Uplink {
         }
     }
 
+    /// What the line carries, in bytes a second, once it is known: without holding the line open.
+    pub(super) fn rate(&self) -> impl Fn() -> Option<f64> + Send + Sync + use<> {
+        let status = self.0.status();
+        move || status.bytes_per_s()
+    }
+
     /// How the line stands.
     pub(super) fn snapshot(&self) -> LinkSnapshot {
         self.0.status().snapshot()

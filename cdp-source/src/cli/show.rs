@@ -182,6 +182,7 @@ fn with_times(mut value: Value) -> Value {
     for group in value["groups"].as_array_mut().into_iter().flatten() {
         replace(&mut group["acked_time"]);
         replace(&mut group["unchanged_as_of"]);
+        replace(&mut group["audit"]["oldest_proof"]);
         if let Some(cut) = group["last_cut"].as_object_mut()
             && let Some(time) = cut.get_mut("time")
         {

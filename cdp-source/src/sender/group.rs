@@ -122,6 +122,7 @@ pub(super) fn start(
         up: None,
         stream: Stream::None,
         frame: Bytes::new(),
+        metered: 0,
         retry: None,
         superseded: false,
     };
@@ -152,6 +153,8 @@ struct GroupTask {
     stream: Stream,
     /// What is left of the frame that is being written.
     frame: Bytes,
+    /// Bytes that the meter takes to be on the line.
+    metered: u64,
     retry: Option<BoxFuture<'static, ()>>,
     /// Another process took the group over: nothing is asked or sent any more.
     superseded: bool,
@@ -205,6 +208,8 @@ impl GroupTask {
     }
 
     async fn apply(&mut self, action: Action) {
+        let is_ack =
+            matches!(&action, Action::Message(_, TargetMessage::Acked { .. } | TargetMessage::PartAcked { .. }));
         match action {
             Action::Submitted(Some(outgoing)) => self.session.submit(outgoing),
             Action::Said(Some(Word::Proceed(head))) => self.session.proceed(head),
@@ -227,6 +232,19 @@ impl GroupTask {
             Action::Events | Action::Ended | Action::Submitted(None) | Action::Said(None) => {}
         }
         self.fill();
+        self.measure(is_ack);
+    }
+
+    /// Tells the meter what went to the line, and what is not there any more because of an ack or for another reason.
+    fn measure(&mut self, is_ack: bool) {
+        let queued = if matches!(self.stream, Stream::Open(_)) { self.session.queued_bytes() } else { 0 };
+        let before = std::mem::replace(&mut self.metered, queued);
+        match queued.checked_sub(before) {
+            Some(0) => {}
+            Some(more) => self.link.meter(|meter, now| meter.submitted(now, more)),
+            None if is_ack => self.link.meter(|meter, now| meter.acked(now, before - queued)),
+            None => self.link.meter(|meter, now| meter.withdrawn(now, before - queued)),
+        }
     }
 
     /// Takes the next frame from the session where the line can have one.

@@ -1,16 +1,20 @@
 //! The connection as `status` and metrics show it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cdp_protocol::units::Timestamp;
+use cdp_seams::clock::Clock;
+
+use super::meter::LineMeter;
 
 /// The connection, shared by whoever shows it.
-#[derive(Debug, Default)]
 pub struct LinkStatus {
     link: Mutex<LinkSnapshot>,
     sent_bytes: AtomicU64,
+    clock: Arc<dyn Clock>,
+    meter: Mutex<LineMeter>,
 }
 
 /// The connection at one moment.
@@ -27,6 +31,21 @@ pub struct LinkSnapshot {
 }
 
 impl LinkStatus {
+    pub(super) fn new(clock: Arc<dyn Clock>) -> Self {
+        Self { link: Mutex::default(), sent_bytes: AtomicU64::new(0), clock, meter: Mutex::default() }
+    }
+
+    /// Bytes a second that the line carries, once enough has been acked to tell.
+    #[must_use]
+    pub fn bytes_per_s(&self) -> Option<f64> {
+        self.meter.lock().unwrap_or_else(PoisonError::into_inner).bytes_per_s()
+    }
+
+    /// Tells the meter what happened now.
+    pub(super) fn meter(&self, tell: impl FnOnce(&mut LineMeter, Duration)) {
+        tell(&mut self.meter.lock().unwrap_or_else(PoisonError::into_inner), self.clock.monotonic());
+    }
+
     /// The connection now.
     #[must_use]
     pub fn snapshot(&self) -> LinkSnapshot {

@@ -9,7 +9,7 @@ use crate::restore::point::{Content, PointImage, ReadError};
 use cdp_protocol::codec::{Draft, Sealer};
 use cdp_protocol::frame::Encoding;
 use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, EXTENTS_MAX};
-use cdp_protocol::packer::Packer;
+use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Extent, Generation, Sequence, VolumeSlot};
 use cdp_seams::random::{Random, array};
 
@@ -48,7 +48,8 @@ impl Repack {
         let sealer = Sealer::new(view.identity().group, epoch, generation, attempt, keys.present()).resealing();
         Self {
             sealer,
-            packer: Packer::default(),
+            // What came packed with zstd is not to grow for being sealed anew.
+            packer: Packer::new(Packing::zstd(3)),
             next: 0,
             slot: VolumeSlot(0),
             draft: Draft::default(),
@@ -76,27 +77,57 @@ impl Repack {
         }
         let mut at = u64::from(extent.start.0);
         while at < extent.end() {
+            let from = at;
             let count = (extent.end() - at).min(u64::from(READ_BLOCKS)) as u32;
-            let read = self.try_read(image, at, count, &mut at)?;
-            if let Some(error) = read {
-                // One of them is the reason.
-                if let Some(error) = self.try_read(image, at, 1, &mut at)? {
-                    let block = Extent::new(Block(at as u32), 1).expect("one block of the volume");
-                    // What was never sent is no zero either.
-                    self.not_zero = true;
-                    if !matches!(error, ReadError::NotCovered { .. }) {
-                        self.lost_blocks += 1;
-                        add(&mut self.lost, block);
-                    }
-                    at += 1;
-                }
-                drop(error);
+            if let Some(error) = self.try_read(image, at, count, &mut at)? {
+                self.pass(image, extent, &error, &mut at)?;
             }
-            if !step(u64::from(count) * BLOCK_BYTES as u64) {
+            if !step((at - from) * BLOCK_BYTES as u64) {
                 return Err(JournalError::Interrupted);
             }
         }
         Ok(())
+    }
+
+    /// Goes on behind what could not be read at `at`.
+    fn pass(
+        &mut self,
+        image: &PointImage,
+        extent: Extent,
+        error: &ReadError,
+        at: &mut u64,
+    ) -> Result<(), JournalError> {
+        let end = match error {
+            ReadError::Damaged { extent, .. } | ReadError::NotCovered { extent, .. } => extent.end(),
+            _ => 0,
+        };
+        let end = end.clamp(*at + 1, extent.end());
+        // One frame's blocks are tried one by one: what stands for it may have some of them.
+        let is_frame = end - *at <= CONTENT_BLOCKS_MAX as u64 && !matches!(error, ReadError::NotCovered { .. });
+        if !is_frame {
+            self.lose(*at, end, error);
+            *at = end;
+        }
+        while *at < end {
+            if let Some(error) = self.try_read(image, *at, 1, at)? {
+                self.lose(*at, *at + 1, &error);
+                *at += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self, from: u64, end: u64, error: &ReadError) {
+        let blocks = Extent::new(Block(from as u32), (end - from) as u32).expect("blocks of the volume");
+        // What was never sent is no zero either.
+        self.not_zero = true;
+        if !matches!(error, ReadError::NotCovered { .. }) {
+            self.lost_blocks += end - from;
+            add(&mut self.lost, blocks);
+            if self.lost.len() >= EXTENTS_MAX {
+                self.flush_bare(Encoding::Lost);
+            }
+        }
     }
 
     /// Reads as far as it goes; `at` is where it got to, and what stopped it is given back.

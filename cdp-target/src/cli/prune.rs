@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::output::{Table, bytes, json};
 use super::owner::{CommandOwner, hold_group, keys};
 use super::{context, print};
-use crate::catalog::{Catalog, Group};
+use crate::catalog::{Catalog, Group, open_group};
 use crate::forecast::Forecast;
 use crate::journal::JournalError;
 use crate::maintenance::{keep_clock, retention_clock, settings};
@@ -66,6 +66,9 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
     let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    let hold = if arguments.dry_run { None } else { Some(hold_group(&store, &group)?) };
+    // As it is now that nobody else builds or prunes.
+    let group = if hold.is_some() { open_group(&store, group.place())? } else { group };
     let keys = keys(&catalog, &group);
     let clock = retention_clock(group.view(), wall, arguments.accept_clock)?;
     let mut prune = settings(store.config(), clock.now, wall, keys.as_ref(), &SystemRandom);
@@ -75,7 +78,6 @@ fn prune(arguments: &Arguments) -> Result<ExitCode, Failure> {
         let (group, _lease) = group.held(&store)?;
         return preview(arguments, &store, &group, &prune);
     }
-    let _hold = hold_group(&store, &group)?;
     keep_clock(group.view(), clock)?;
     let stop = context::stop_on_signal(Path::new("prune"));
     let style = ProgressStyle::with_template("prune {spinner} {msg}{prefix}").expect("the template is constant");

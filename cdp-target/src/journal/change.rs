@@ -11,7 +11,7 @@ use super::sealed::Shelf;
 use crate::checkpoint::index::{ImageIndex, SliceContent, copies};
 use cdp_protocol::units::Epoch;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// A change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +53,18 @@ impl Change {
         }
     }
 
+    /// Forgets damages of packs that no checkpoint has any more: they go with their checkpoint, and nobody reads them again.
+    pub(super) fn forget_damages(&self, files: &Shelf<'_>, manifest: &mut Manifest) -> Result<(), JournalError> {
+        let may_go = matches!(self, Self::Checkpoint(_) | Self::Release { .. });
+        if may_go
+            && manifest.damages.iter().any(|damage| damage.slice.is_some())
+            && let Some(named) = named(files, manifest)?
+        {
+            manifest.damages.retain(|damage| damage.slice.is_none_or(|slice| named.contains(&FileId::Slice(slice))));
+        }
+        Ok(())
+    }
+
     /// Applies it; `newest` is the newest durable point.
     ///
     /// # Errors
@@ -62,6 +74,11 @@ impl Change {
             Self::Checkpoint(checkpoint) => {
                 if manifest.floor.is_some_and(|floor| checkpoint.epoch < floor) {
                     return stale("the checkpoint is below what the journal still has");
+                }
+                if manifest.floor == Some(checkpoint.epoch) && checkpoint.lost_blocks > 0 {
+                    return stale(
+                        "the checkpoint lacks blocks, and below the one that it would replace there is nothing",
+                    );
                 }
                 manifest.checkpoints.retain(|known| known.epoch != checkpoint.epoch);
                 let at = manifest.checkpoints.partition_point(|known| known.epoch < checkpoint.epoch);
@@ -103,6 +120,26 @@ fn check_image(files: &Shelf<'_>, manifest: &Manifest, checkpoint: &Checkpoint) 
         }
     }
     Ok(())
+}
+
+/// The packs of all checkpoints; `None` where an image index cannot be read, and they cannot all be known.
+fn named(files: &Shelf<'_>, manifest: &Manifest) -> Result<Option<HashSet<FileId>>, JournalError> {
+    let Shelf { storage, folder, group, .. } = *files;
+    let mut named = HashSet::new();
+    for checkpoint in &manifest.checkpoints {
+        let Some(image) = ImageIndex::open(storage, folder, group, checkpoint)? else { return Ok(None) };
+        for record in image.records() {
+            let (_, _, record) = record.map_err(JournalError::io("read", &checkpoint.path(folder)))?;
+            match record.map(|record| record.content) {
+                None => return Ok(None),
+                Some(SliceContent::Zero) => {}
+                Some(SliceContent::Pack { sealed, .. }) => {
+                    named.insert(sealed.id);
+                }
+            }
+        }
+    }
+    Ok(Some(named))
 }
 
 fn remove(manifest: &mut Manifest, removed: &[(Epoch, Epoch)], newest: Option<Epoch>) -> Result<(), JournalError> {

@@ -226,7 +226,7 @@ impl OpenIndex {
     /// Takes in the extents of a frame at `offset`.
     pub fn insert(&mut self, header: &Header, run: u32, frame_offset: u64) {
         let kind = match header.encoding {
-            Encoding::Raw | Encoding::Lz4 => EntryKind::Content,
+            Encoding::Raw | Encoding::Lz4 | Encoding::Zstd => EntryKind::Content,
             Encoding::Hole => EntryKind::Hole,
             Encoding::Unreadable => EntryKind::Unreadable,
             Encoding::Lost => EntryKind::Lost,

@@ -40,7 +40,15 @@ fn folder_of(folder: &Path) -> PathBuf {
 pub fn hold(storage: &Arc<dyn Storage>, folder: &Path, random: &dyn Random) -> Result<Option<Lease>, JournalError> {
     for _ in 0..ATTEMPTS {
         let (before, _) = Manifest::read(storage.as_ref(), folder)?;
-        let Some(lease) = take(storage, folder, before.change, random) else { return Ok(None) };
+        let lease = match take(storage, folder, before.change, random) {
+            Ok(Some(lease)) => lease,
+            Ok(None) => continue,
+            Err(error) => {
+                let folder = folder_of(folder);
+                tracing::debug!(folder = %folder.display(), %error, "no lease: nothing can be swept here either");
+                return Ok(None);
+            }
+        };
         // Whoever sweeps writes the manifest first and looks for leases then: one of the two sees the other.
         let (now, _) = Manifest::read(storage.as_ref(), folder)?;
         if now.change == before.change {
@@ -50,18 +58,20 @@ pub fn hold(storage: &Arc<dyn Storage>, folder: &Path, random: &dyn Random) -> R
     Err(JournalError::Stale("the manifest changes faster than it can be held".to_owned()))
 }
 
-fn take(storage: &Arc<dyn Storage>, folder: &Path, change: u64, random: &dyn Random) -> Option<Lease> {
+/// Makes a lease; `None` where a sweep came upon its file before it was locked, and took it for a dead reader's.
+fn take(storage: &Arc<dyn Storage>, folder: &Path, change: u64, random: &dyn Random) -> io::Result<Option<Lease>> {
     let leases = folder_of(folder);
     let name = format!("{change:016x}-{:016x}", u64::from_le_bytes(array(random)));
     let path = leases.join(name);
-    let made = storage.create_dir_all(&leases).and_then(|()| storage.create_new(&path));
-    match made.and_then(|file| Ok((file.try_lock()?, file))) {
-        Ok((true, file)) => Some(Lease { storage: Arc::clone(storage), path, _file: file }),
-        Ok((false, _)) => None,
-        Err(error) => {
-            tracing::debug!(path = %path.display(), %error, "no lease: nothing can be swept here either");
-            None
-        }
+    storage.create_dir_all(&leases)?;
+    let file = storage.create_new(&path)?;
+    if !file.try_lock()? {
+        return Ok(None);
+    }
+    // From here on no sweep removes it. No other file ever has its name.
+    match storage.open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(|_| Some(Lease { storage: Arc::clone(storage), path, _file: file })),
     }
 }
 
@@ -91,4 +101,65 @@ pub fn oldest(storage: &dyn Storage, folder: &Path) -> io::Result<Option<u64>> {
         }
     }
     Ok(oldest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{folder_of, oldest, take};
+    use cdp_seams::random::SimRandom;
+    use cdp_seams::storage::sim::SimStorage;
+    use cdp_seams::storage::{Storage, StorageFile};
+    use std::io;
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// Sweeps between the making of a lease's file and its lock, as often as it says.
+    struct Swept(SimStorage, AtomicU32);
+
+    impl Storage for Swept {
+        fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+            let file = self.0.create_new(path)?;
+            if self.1.load(Ordering::Relaxed) > 0 {
+                self.1.fetch_sub(1, Ordering::Relaxed);
+                oldest(&self.0, Path::new("/store"))?;
+            }
+            Ok(file)
+        }
+        fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+            self.0.open(path)
+        }
+        fn open_write(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+            self.0.open_write(path)
+        }
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            self.0.rename(from, to)
+        }
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            self.0.remove(path)
+        }
+        fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+            self.0.create_dir_all(path)
+        }
+        fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+            self.0.list(path)
+        }
+        fn sync_dir(&self, path: &Path) -> io::Result<()> {
+            self.0.sync_dir(path)
+        }
+        fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+            self.0.free_bytes(path)
+        }
+    }
+
+    #[test]
+    fn a_lease_that_was_swept_away_before_it_was_locked_is_none() {
+        let storage: Arc<dyn Storage> = Arc::new(Swept(SimStorage::new(1), AtomicU32::new(1)));
+        let (folder, random) = (Path::new("/store"), SimRandom::new(1));
+        assert!(take(&storage, folder, 7, &random).expect("no fault is set").is_none(), "swept away");
+        let lease = take(&storage, folder, 7, &random).expect("no fault is set").expect("a lease");
+        assert_eq!(storage.list(&folder_of(folder)).expect("listed").len(), 1, "it stands under its name");
+        drop(lease);
+        assert!(storage.list(&folder_of(folder)).expect("listed").is_empty());
+    }
 }

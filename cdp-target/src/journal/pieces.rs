@@ -61,12 +61,13 @@ impl GroupView {
         extent: Extent,
     ) -> Result<Vec<Piece>, JournalError> {
         let mut canvas = Canvas::new(extent);
-        let mut newest = self.segment_of(commit.head.epoch).unwrap_or(self.manifest().open);
+        // Every round begins here: a rewritten segment has content of a later point before segments with older content.
+        let newest = self.segment_of(commit.head.epoch).unwrap_or(self.manifest().open);
         let mut bad = Vec::new();
         let bases = self.manifest().checkpoints.iter().rev().filter(|base| base.epoch <= commit.head.epoch);
         for base in bases.map(Some).chain([None]) {
             let wanted = Wanted { commit, slot, extent, base: base.map(|base| base.epoch) };
-            newest = self.paint_journal(&mut canvas, &wanted, newest)?;
+            self.paint_journal(&mut canvas, &wanted, newest)?;
             let Some(base) = base.filter(|_| !canvas.is_full()) else { break };
             bad.extend(self.paint_image(&mut canvas, base, slot)?);
             // Below the floor there is nothing.
@@ -82,11 +83,10 @@ impl GroupView {
         Ok(canvas.finish())
     }
 
-    /// Paints what stands in the journal above the base, from segment `newest` down; gives the segment from which older content goes on.
-    fn paint_journal(&self, canvas: &mut Canvas, wanted: &Wanted<'_>, newest: u64) -> Result<u64, JournalError> {
+    /// Paints what stands in the journal above the base, from segment `newest` down.
+    fn paint_journal(&self, canvas: &mut Canvas, wanted: &Wanted<'_>, newest: u64) -> Result<(), JournalError> {
         let sealed = self.manifest().sealed.iter().map(|segment| (segment.number, segment.newest_run));
         let segments = sealed.chain([(self.manifest().open, Epoch(u64::MAX))]).rev();
-        let mut lowest = newest;
         for (number, newest_run) in segments.filter(|(number, _)| *number <= newest) {
             if canvas.is_full() {
                 break;
@@ -95,7 +95,6 @@ impl GroupView {
             if wanted.base.is_some_and(|base| newest_run <= base) {
                 continue;
             }
-            lowest = number;
             if let Err(error) = self.paint(canvas, number, wanted) {
                 if matches!(error, JournalError::Io { .. }) {
                     self.shelf().caches.note_failed_read();
@@ -108,7 +107,7 @@ impl GroupView {
                 }
             }
         }
-        Ok(lowest)
+        Ok(())
     }
 
     fn paint(&self, canvas: &mut Canvas, number: u64, wanted: &Wanted<'_>) -> Result<(), JournalError> {

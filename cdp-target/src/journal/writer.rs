@@ -334,6 +334,7 @@ impl GroupJournal {
         let newest = self.open.synced_head.map(|head| head.epoch);
         let mut changed = self.manifest.clone();
         change.apply(&mut changed, newest)?;
+        change.forget_damages(&self.view.shelf(), &mut changed)?;
         self.leases.retain(|(_, lease)| lease.strong_count() > 0);
         self.leases.push((self.manifest.change, self.view.lease()));
         self.change(|manifest| *manifest = changed)

@@ -13,6 +13,7 @@ mod audit;
 pub mod measure;
 mod rewrite;
 pub mod sweep;
+mod unlisted;
 
 use crate::checkpoint::builder::{Builder, Progress, Step};
 use crate::checkpoint::index::{self, SliceContent};
@@ -21,6 +22,7 @@ use crate::journal::manifest::Checkpoint;
 use crate::journal::walk::Blind;
 use crate::journal::{GroupJournal, GroupView, JournalError, Point};
 use crate::points::{Instant, PointTimes, point_time};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Removal, Tally, Verdict, decide};
 use cdp_protocol::units::{Epoch, Timestamp};
@@ -31,6 +33,9 @@ use std::sync::Arc;
 
 /// The base of the oldest point is made anew where more than this share of the image was written over since.
 const BASE_WASTE_MAX: f64 = 0.10;
+
+/// Bytes of segments that give way at once, where nobody says otherwise.
+pub const CHUNK_BYTES_MAX: u64 = 1 << 30;
 
 /// What a prune works on and with.
 pub struct Prune<'a> {
@@ -46,6 +51,8 @@ pub struct Prune<'a> {
     pub random: &'a dyn Random,
     /// Size that a rewritten segment is filled to.
     pub segment_bytes_max: u64,
+    /// Bytes of segments that give way at once: until then both the old and the new are on the disk.
+    pub chunk_bytes_max: u64,
     /// A checkpoint between two others goes where the journal between these is less than this share of the image.
     pub checkpoint_share: f64,
     /// Whether nothing but the newest and what is held may be left.
@@ -81,6 +88,18 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Points from `first` to `last` stay.
+    fn keep(&mut self, first: Epoch, last: Epoch) {
+        self.stays.push(first);
+        // Up to them, so that numbers that were never points do not part ranges; and none goes over them.
+        if let (Some((from, to)), Some(below)) = (self.ranges.last_mut(), first.0.checked_sub(1))
+            && *from <= *to
+        {
+            *to = Epoch(below);
+        }
+        self.ranges.extend(last.0.checked_add(1).map(|above| (Epoch(above), last)));
+    }
+
     /// Takes in the next point; one that is damaged was not decided on.
     fn take(&mut self, point: &Judged, decision: Option<&Decision>) {
         let epoch = point.epoch;
@@ -91,17 +110,15 @@ impl Plan {
             self.tally.add(decision);
         }
         self.damaged += u64::from(point.is_damaged);
-        match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
-            Verdict::Kept(_) => {
+        if point.is_unlisted {
+            // Kept with all that its segment had.
+            if self.stays.last() != Some(&epoch) {
                 self.stays.push(epoch);
-                // Up to it, so that numbers that were never points do not part ranges; and none goes over it.
-                if let (Some((first, last)), Some(below)) = (self.ranges.last_mut(), epoch.0.checked_sub(1))
-                    && *first <= *last
-                {
-                    *last = Epoch(below);
-                }
-                self.ranges.push((Epoch(epoch.0 + 1), epoch));
             }
+            return;
+        }
+        match decision.map_or(Verdict::Kept(Reason::Newest), |decision| decision.verdict) {
+            Verdict::Kept(_) => self.keep(epoch, epoch),
             Verdict::Removed(reason) => {
                 extend(&mut self.ranges, epoch);
                 let (time, received) = (Instant(point.time), Instant(point.received));
@@ -131,14 +148,16 @@ struct Judged {
     held: Option<Held>,
     went_before: bool,
     is_damaged: bool,
+    /// It is in a segment whose points cannot all be listed.
+    is_unlisted: bool,
 }
 
 impl Judged {
-    fn of(view: &GroupView, point: &Point, time: Timestamp) -> Self {
+    fn of(view: &GroupView, point: &Point, time: Timestamp, is_unlisted: bool) -> Self {
         let went_before = view.is_removed(point.epoch);
         let held = held(point).filter(|_| !went_before);
-        let is_damaged = point.damaged.is_some() && !went_before;
-        Self { epoch: point.epoch, time, received: point.received, held, went_before, is_damaged }
+        let is_damaged = (point.damaged.is_some() || is_unlisted) && !went_before;
+        Self { epoch: point.epoch, time, received: point.received, held, went_before, is_damaged, is_unlisted }
     }
 
     /// One that is damaged takes nobody's place, and waits for what may heal it.
@@ -212,6 +231,15 @@ impl Prune<'_> {
     /// # Errors
     /// Where a segment cannot be read: then nobody knows what stands on it.
     pub fn plan(&self, view: &GroupView) -> Result<Plan, JournalError> {
+        let unlisted = unlisted::unlisted(view);
+        let is_unlisted = |epoch: Epoch| unlisted.iter().any(|unlisted| unlisted.has(epoch));
+        let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
+        let mut take = |plan: &mut Plan, point: &Judged, decision: Option<&Decision>| {
+            while let Some((first, last)) = stay.next_if(|(first, _)| *first <= point.epoch) {
+                plan.keep(*first, *last);
+            }
+            plan.take(point, decision);
+        };
         // Between what is read and what is decided only the next point: a history has half a million.
         let (waiting, failed) = (RefCell::new(VecDeque::new()), Cell::new(None));
         let mut before = None;
@@ -219,7 +247,7 @@ impl Prune<'_> {
             Ok(point) => {
                 let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
                 before = Some(time);
-                let point = Judged::of(view, &point, time);
+                let point = Judged::of(view, &point, time, is_unlisted(point.epoch));
                 waiting.borrow_mut().push_back(point);
                 Some(point.candidate())
             }
@@ -232,13 +260,13 @@ impl Prune<'_> {
         for decision in decide(self.ladder, candidates.flatten(), self.now) {
             while let Some(point) = waiting.borrow_mut().pop_front() {
                 if !point.is_damaged {
-                    plan.take(&point, Some(&decision));
+                    take(&mut plan, &point, Some(&decision));
                     break;
                 }
-                plan.take(&point, None);
+                take(&mut plan, &point, None);
             }
         }
-        waiting.take().iter().for_each(|point| plan.take(point, None));
+        waiting.take().iter().for_each(|point| take(&mut plan, point, None));
         if let Some(error) = failed.take() {
             return Err(error);
         }
@@ -264,6 +292,11 @@ impl Prune<'_> {
     ) -> Result<Pruned, PruneError> {
         let bytes_before = sweep::held_bytes(&view)?;
         let mut plan = self.plan(&view)?;
+        for unlisted::Unlisted { segment, points } in unlisted::unlisted(&view) {
+            let points: Vec<String> = points.iter().map(|(first, last)| format!("{first} to {last}")).collect();
+            let points = points.join(", ");
+            tracing::error!(segment, points, "a segment's points cannot be listed: they stay, and all that is older");
+        }
         self.check(&plan)?;
         // What was cut off before, or was still read then, is to be gone before new files want room.
         sweep::sweep(&view, owner.is_leased()?)?;
@@ -325,26 +358,35 @@ impl Prune<'_> {
         let Some(oldest) = plan.oldest_kept() else { return Ok(None) };
         let went = first_epoch(view)? < oldest;
         let mut made = None;
-        if went && Self::is_wasteful(view, oldest) {
-            let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
-            let checkpoint = builder.build(oldest, step, progress)?;
-            *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
-            let (storage, folder) = view.place();
-            crate::checkpoint::builder::end(storage.as_ref(), folder)?;
-            made = Some(oldest);
+        // Of one that cannot be listed no image can be made.
+        if went && view.listed(oldest)?.is_some() && Self::is_wasteful(view, oldest) {
+            match self.make(view, oldest, owner, step, progress) {
+                Ok(()) => made = Some(oldest),
+                Err(error) => pass_over(error, oldest)?,
+            }
         }
-        // One that lacks blocks does not stand for what may yet heal them.
-        let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
-        let base = view.manifest().checkpoints.iter().rev().find(is_whole);
-        let floor = base.map(|base| base.epoch).filter(|_| went);
+        let floor = if went { sound_base(view, oldest, step)? } else { None };
         let checkpoints = self.surplus(view, floor);
         if floor > view.manifest().floor || !checkpoints.is_empty() {
-            if let Some(floor) = floor.filter(|floor| Some(*floor) > view.manifest().floor) {
-                prove(view, floor, step)?;
-            }
             *view = owner.adopt(&Change::Release { checkpoints, floor })?;
         }
         Ok(made)
+    }
+
+    /// Makes a checkpoint at the oldest point that stays.
+    fn make(
+        &self,
+        view: &mut Arc<GroupView>,
+        oldest: Epoch,
+        owner: &mut dyn Owner,
+        step: &mut Step<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), JournalError> {
+        let builder = Builder { view, keys: self.keys, random: self.random, now: self.wall };
+        let checkpoint = builder.build(oldest, step, progress)?;
+        *view = owner.adopt(&Change::Checkpoint(checkpoint))?;
+        let (storage, folder) = view.place();
+        crate::checkpoint::builder::end(storage.as_ref(), folder)
     }
 
     /// Whether the oldest point that stays has no checkpoint to stand on, or one that was mostly written over since.
@@ -358,12 +400,14 @@ impl Prune<'_> {
     fn surplus(&self, view: &GroupView, floor: Option<Epoch>) -> Vec<Epoch> {
         let checkpoints: &[Checkpoint] = &view.manifest().checkpoints;
         let floor = floor.max(view.manifest().floor);
+        // Where anything is damaged the one above it may be all that the points behind it stand on.
+        let is_whole = view.damages().is_empty() && unlisted::unlisted(view).is_empty();
         let mut surplus = Vec::new();
         let mut before: Option<Epoch> = None;
         for (at, checkpoint) in checkpoints.iter().enumerate() {
             let is_below = floor.is_some_and(|floor| checkpoint.epoch < floor);
             let is_base = floor == Some(checkpoint.epoch);
-            let next = checkpoints.get(at + 1);
+            let next = checkpoints.get(at + 1).filter(|_| is_whole);
             let is_short = next.is_some_and(|next| {
                 let from = before.unwrap_or(Epoch(0));
                 (journal_bytes(view, from, next.epoch) as f64) < checkpoint.needed_bytes as f64 * self.checkpoint_share
@@ -376,6 +420,35 @@ impl Prune<'_> {
         }
         surplus
     }
+}
+
+/// Says why a checkpoint is not the base, and goes on: what else can be given back does not wait for it. Any other error ends the prune.
+fn pass_over(error: JournalError, base: Epoch) -> Result<(), JournalError> {
+    match error {
+        JournalError::Damaged(_) | JournalError::NotRead(_) | JournalError::Full { .. } | JournalError::Io { .. } => {
+            let why = one_line(&error);
+            tracing::error!(%base, error = why, "a checkpoint does not become the base: what is below stays");
+            Ok(())
+        }
+        error => Err(error),
+    }
+}
+
+/// The newest checkpoint at or below the oldest point that stays that can be believed, the present floor at last.
+fn sound_base(view: &GroupView, oldest: Epoch, step: &mut Step<'_>) -> Result<Option<Epoch>, JournalError> {
+    let present = view.manifest().floor;
+    // One that lacks blocks does not stand for what may yet heal them.
+    let is_whole = |base: &&Checkpoint| base.epoch <= oldest && base.lost_blocks == 0;
+    for base in view.manifest().checkpoints.iter().rev().filter(is_whole).map(|base| base.epoch) {
+        if Some(base) <= present {
+            break;
+        }
+        match prove(view, base, step) {
+            Ok(()) => return Ok(Some(base)),
+            Err(error) => pass_over(error, base)?,
+        }
+    }
+    Ok(present)
 }
 
 /// Reads a checkpoint again, whole: what it stands for is given up on its word.

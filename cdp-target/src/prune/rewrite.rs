@@ -7,7 +7,7 @@
 //! next segment. With the key content is sealed anew in block order, without it frames are taken over whole. A segment that is
 //! damaged and not healed is left alone: rewriting it would make final what may yet be healed.
 
-use super::{Owner, Prune};
+use super::{Owner, Prune, unlisted};
 use crate::checkpoint::builder::Step;
 use crate::checkpoint::repack::{Repack, parts};
 use crate::journal::change::Change;
@@ -17,6 +17,7 @@ use crate::journal::manifest::SealedSegment;
 use crate::journal::pack::PackWriter;
 use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, extents, is_no_file, synced_frame};
+use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, FRAME_BYTES_MAX, Frame, Kind};
 use cdp_protocol::record::Synced;
@@ -27,8 +28,6 @@ use std::sync::Arc;
 
 /// Files are rewritten where they hold more than this much of what is needed.
 const WASTE_MAX: f64 = 1.05;
-/// Bytes of segments that give way at once: until then both the old and the new are on the disk.
-const CHUNK_BYTES_MAX: u64 = 1 << 30;
 /// A segment below this share of a full one is joined with its neighbours.
 const SMALL_SHARE: u64 = 4;
 
@@ -88,7 +87,7 @@ pub(super) fn rewrite(
                 // So that the disk does not have to hold old and new of everything at once.
                 super::sweep::sweep(view, owner.is_leased()?)?;
             }
-            Err(JournalError::Damaged(what)) => {
+            Err(JournalError::Damaged(what) | JournalError::NotRead(what)) => {
                 tracing::error!(what, "a segment is left as it is: `cdp-target verify` names what is damaged");
                 failed.extend(numbers);
             }
@@ -164,12 +163,17 @@ fn pass(
 ) -> Result<(), JournalError> {
     let numbers: Vec<u64> = view.segments_from(0).collect();
     let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed, prune.keys.is_some()));
-    let stops = stops.collect::<Result<Vec<_>, _>>()?;
+    let mut stops = stops.collect::<Result<Vec<_>, _>>()?;
+    // What points need that cannot be listed nobody knows: all that is older stays.
+    let unlisted = unlisted::unlisted(view).last().map(|unlisted| unlisted.segment);
+    for stop in stops.iter_mut().filter(|stop| unlisted >= Some(stop.number)) {
+        stop.movable = None;
+    }
     let floor = view.manifest().floor;
     // Where there is little room, little at a time.
     let (storage, folder) = view.place();
     let free_bytes = storage.free_bytes(folder).map_err(JournalError::io("look at", folder))?;
-    let chunk_bytes_max = CHUNK_BYTES_MAX.min(free_bytes / 2);
+    let chunk_bytes_max = prune.chunk_bytes_max.min(free_bytes / 2);
     let mut met = Met { point: None, blocks: Blocks::new() };
     let mut chunk = Chunk::default();
     for (at, stop) in stops.iter().enumerate() {
@@ -323,7 +327,7 @@ fn write(
 ) -> Result<Vec<SealedSegment>, JournalError> {
     let mut begins = Begins::of(view, chunk)?;
     for sealed in chunk.segments.iter().rev() {
-        let walked = view.walk(sealed.number, &mut begins)?;
+        let walked = view.walk(sealed.number, &mut begins).map_err(|error| not_read(error, sealed.number))?;
         let healed = |damage: &&Damage| prune.keys.is_some() && view.repair_of(damage).is_some();
         if let Some(damage) = walked.damages.iter().find(|damage| !healed(damage)) {
             return Err(JournalError::Damaged(format!(
@@ -341,6 +345,14 @@ fn write(
         None => output.whole(step)?,
     }
     output.finish()
+}
+
+/// What cannot be read of a segment that is to give way is its own affair: the others may.
+fn not_read(error: JournalError, segment: u64) -> JournalError {
+    match error {
+        JournalError::Io { .. } => JournalError::NotRead(format!("segment {segment} ({})", one_line(&error))),
+        error => error,
+    }
 }
 
 /// The files that take a chunk's place.
@@ -405,6 +417,13 @@ impl<'a> Output<'a> {
         for (slot, blocks) in section {
             for extent in extents(blocks).flat_map(parts) {
                 repack.read(&image, VolumeSlot(*slot), extent, step)?;
+                if repack.lost_blocks() > 0 {
+                    // Nothing comes of it.
+                    let point = commit.head.epoch;
+                    return Err(JournalError::Damaged(format!(
+                        "blocks of point {point} in {extent:?} of volume {slot}"
+                    )));
+                }
                 frames.extend(repack.drain());
                 for frame in frames.drain(..) {
                     self.push(&frame)?;
@@ -412,13 +431,6 @@ impl<'a> Output<'a> {
             }
         }
         repack.flush();
-        if repack.lost_blocks() > 0 {
-            return Err(JournalError::Damaged(format!(
-                "{} blocks of point {}",
-                repack.lost_blocks(),
-                commit.head.epoch
-            )));
-        }
         frames.extend(repack.drain());
         frames.iter().try_for_each(|frame| self.push(frame))
     }
@@ -472,7 +484,8 @@ impl<'a> Output<'a> {
         let file = self.view.file_id(number);
         let mut bytes = vec![0; (len as usize).min(FRAME_BYTES_MAX)];
         let path = file.path(self.view.place().1);
-        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path))?;
+        let read = self.view.file(file)?.read_at(&mut bytes, offset).map_err(JournalError::io("read", &path));
+        let read = read.map_err(|error| not_read(error, number))?;
         let decoded = frame::decode(&self.view.identity().group, &bytes[..read]).map(|frame| frame.bytes.len());
         match decoded {
             Ok(len) => {

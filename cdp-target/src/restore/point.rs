@@ -185,16 +185,20 @@ impl PointImage {
             (Err(error @ ReadError::Damaged { .. }), PiecePlace::Frame { file: FileId::Slice(slice), .. })
                 if !given =>
             {
-                if caches.is_bad(*slice) {
-                    return Err(error);
+                let was_bad = caches.is_bad(*slice);
+                if !was_bad {
+                    tracing::error!(%slice, error = %error, "a checkpoint is damaged: reading what it was made from");
                 }
-                tracing::error!(%slice, error = %error, "a checkpoint is damaged: reading what it was made from");
-                let is_passing = caches.failed_reads() != failed_before;
+                let is_passing = !was_bad && caches.failed_reads() != failed_before;
                 caches.note_bad(*slice);
+                // Where it is the floor's, there is no way round.
+                let is_same = |piece: &Piece| matches!(piece.place, PiecePlace::Frame { file, .. } if file == FileId::Slice(*slice));
                 let pieces = self.view.resolve(&self.commit, slot, piece.extent).map_err(ReadError::from);
-                let around =
-                    |pieces: Vec<Piece>| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out));
-                let around = pieces.and_then(around);
+                let around = match pieces {
+                    Ok(pieces) if pieces.iter().any(is_same) => Err(error),
+                    pieces => pieces
+                        .and_then(|pieces| pieces.iter().try_for_each(|piece| self.read_or_go_round(slot, piece, out))),
+                };
                 // Another time it may be read.
                 if is_passing {
                     caches.forget_bad(*slice);

@@ -16,7 +16,7 @@ use cdp_protocol::units::{
 };
 use cdp_seams::random::{SimRandom, array};
 use cdp_target::journal::{GroupIdentity, GroupJournal, GroupView, JournalError, Overview, Point};
-use cdp_target::prune::{Prune, Pruned};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Prune, Pruned};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::restore::point::{Content, PointImage, ReadError};
 use cdp_target::retention::Ladder;
@@ -59,6 +59,7 @@ pub fn prune_to_newest(
         keys: Some(&Keyring::from(&key())),
         random,
         segment_bytes_max,
+        chunk_bytes_max: CHUNK_BYTES_MAX,
         checkpoint_share: 0.5,
         keep_only_newest: true,
     };

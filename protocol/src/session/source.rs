@@ -230,6 +230,12 @@ impl SourceSession {
         self.queue.len()
     }
 
+    /// Bytes of their frames, without their ends.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        self.queue.iter().map(|queued| queued.outgoing.bytes).sum()
+    }
+
     /// The request that opens the group on a new line.
     #[must_use]
     pub fn open_group(&self) -> OpenGroup {

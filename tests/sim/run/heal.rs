@@ -77,7 +77,7 @@ pub(crate) fn rot_under_a_living_source(seed: u64) -> Result<(u64, u64), String>
             }
         }
         simulation.target.check(&mut simulation.model, Depth::Everything)?;
-        simulation.target.check_beside(&mut simulation.model)?;
+        simulation.target.check_beside(&mut simulation.model, Depth::Sample(0))?;
     }
     Ok((healed.len() as u64, lost))
 }

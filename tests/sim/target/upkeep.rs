@@ -10,9 +10,10 @@ use cdp_seams::clock::Clock;
 use cdp_seams::random::SimRandom;
 use cdp_target::checkpoint::builder::{Builder, building, end};
 use cdp_target::journal::change::Change;
+use cdp_target::journal::file::FileId;
 use cdp_target::journal::{GroupView, JournalError, Point};
 use cdp_target::maintenance::{ClockError, hold, keep_clock, retention_clock};
-use cdp_target::prune::{Owner, Prune, PruneError};
+use cdp_target::prune::{CHUNK_BYTES_MAX, Owner, Prune, PruneError};
 use cdp_target::receiver::{GroupWriter, StoreError};
 use cdp_target::restore::keyring::Keyring;
 use cdp_target::retention::Ladder;
@@ -31,6 +32,8 @@ pub(crate) struct Upkeep {
     random: SimRandom,
     ladder: Ladder,
     segment_bytes_max: u64,
+    /// What comes at last: apart, so that what came before stays a seed's own.
+    at_last: SimRandom,
 }
 
 /// What it came to.
@@ -51,7 +54,7 @@ impl Upkeep {
             daily_s: of(&[0, 3 * DAY_S, 10 * DAY_S]),
             weekly_s: of(&[0, 30 * DAY_S]),
         };
-        Self { random, ladder, segment_bytes_max }
+        Self { random, ladder, segment_bytes_max, at_last: SimRandom::new(seed ^ 0x0a71_a570) }
     }
 }
 
@@ -133,9 +136,29 @@ impl Target {
         if let Some(process) = &mut self.process {
             process.built = None;
         }
-        let done = self.prune(&upkeep, model, false);
+        // Few segments at a time, so that some give way and others between them do not.
+        let chunk_bytes_max = 1 + upkeep.at_last.below(20_000);
+        let done = self.prune(&upkeep, model, false, chunk_bytes_max);
         self.upkeep = Some(upkeep);
         done
+    }
+
+    /// Reads everything once more while packs above the floor are rotten: the journal has what they are made of. Gives how many were.
+    pub(crate) fn read_round_packs(&mut self, model: &mut Model) -> Result<u64, String> {
+        let Some((upkeep, view)) = self.upkeep.as_ref().zip(self.view()).filter(|_| !self.is_hurt) else {
+            return Ok(0);
+        };
+        let floor = view.manifest().floor;
+        let is_above = |file: FileId| matches!(file, FileId::Slice(slice) if Some(slice.epoch) > floor);
+        let (random, folder) = (&upkeep.at_last, Self::group_folder());
+        let chosen = view.packs().into_iter().filter(|pack| is_above(pack.id) && random.below(3) > 0);
+        let rotten: Vec<_> = chosen.map(|pack| (pack.id.path(&folder), random.below(8 * pack.len))).collect();
+        let flip = || rotten.iter().for_each(|(path, bit)| self.disk.flip_bit(path, *bit));
+        flip();
+        trace(|| format!("rotten: {rotten:?}"));
+        let checked = if rotten.is_empty() { Ok(()) } else { self.check_beside(model, Depth::Everything) };
+        flip();
+        checked.map(|()| rotten.len() as u64).map_err(|why| format!("{why}, with {rotten:?} rotten"))
     }
 
     fn next_care(&mut self, upkeep: &Upkeep, model: &mut Model) -> Result<Care, String> {
@@ -150,7 +173,7 @@ impl Target {
         }
         match upkeep.random.below(10) {
             0..4 => self.checkpoint(upkeep),
-            4..8 => self.prune(upkeep, model, upkeep.random.below(4) == 0),
+            4..8 => self.prune(upkeep, model, upkeep.random.below(4) == 0, CHUNK_BYTES_MAX),
             _ => self.mark(upkeep, model).map(|()| Care::default()),
         }
     }
@@ -222,7 +245,13 @@ impl Target {
     }
 
     /// Prunes; `interrupted`: breaks it off somewhere.
-    fn prune(&mut self, upkeep: &Upkeep, model: &mut Model, interrupted: bool) -> Result<Care, String> {
+    fn prune(
+        &mut self,
+        upkeep: &Upkeep,
+        model: &mut Model,
+        interrupted: bool,
+        chunk_bytes_max: u64,
+    ) -> Result<Care, String> {
         let (random, folder, wall) = (&upkeep.random, Self::group_folder(), Timestamp(self.clock.wall_ms()));
         let process = self.process.as_mut().expect("it is up");
         let is_beside = random.below(2) == 0;
@@ -249,6 +278,7 @@ impl Target {
             keys: Some(&keyring).filter(|_| random.below(4) > 0),
             random: &self.random,
             segment_bytes_max: upkeep.segment_bytes_max,
+            chunk_bytes_max,
             checkpoint_share: 0.5,
             keep_only_newest,
         };
