@@ -345,11 +345,12 @@ impl Digests {
         }
     }
 
-    /// When the region was proved that was not for longest; `None` while one never was.
+    /// When the region was proved that was not for longest; `None` while one never was. One that ends in a block that is `skipped`
+    /// never is, and does not count.
     #[must_use]
-    pub fn oldest_proof(&self) -> Option<Timestamp> {
-        let proofs = self.volumes.iter().flat_map(|volume| &volume.proved);
-        proofs.copied().min().filter(|time| time.0 > 0)
+    pub fn oldest_proof(&self, skipped: &[RoaringBitmap]) -> Option<Timestamp> {
+        let proofs = self.volumes.iter().zip(skipped).flat_map(|(volume, skipped)| volume.proofs(skipped));
+        proofs.min().filter(|time| time.0 > 0)
     }
 
     /// An attempt is under way with these blocks of each volume.

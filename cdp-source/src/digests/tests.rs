@@ -426,12 +426,14 @@ fn digests_that_were_lost_are_learnt_from_the_volume_and_what_differs_is_told() 
     assert_eq!(compare(&mut bench.digests, 5, 1), Answer::NotNow, "in a part");
     bench.ack(true);
 
-    assert_eq!(bench.digests.oldest_proof(), None);
+    let none = [RoaringBitmap::new()];
+    assert_eq!(bench.digests.oldest_proof(&none), None);
     assert_eq!(compare(&mut bench.digests, BLOCKS - 1, 1), Answer::Learnt);
     assert_eq!(compare(&mut bench.digests, BLOCKS - 1, 1), Answer::Same);
     bench.digests.write();
     let mut again = open(&bench.disk, GROUP, BLOCKS);
-    assert_eq!(again.oldest_proof(), Some(Timestamp(77)), "the dates of proofs are kept");
+    assert_eq!(again.oldest_proof(&none), Some(Timestamp(77)), "the dates of proofs are kept");
+    assert_eq!(again.oldest_proof(&[RoaringBitmap::from([BLOCKS - 1])]), None, "a region whose end is skipped");
     again.opened(Some(head(1)), false);
     assert_eq!(again.next_unknown(0, 0), Some(2), "and so is what was learnt");
 }

@@ -116,6 +116,13 @@ impl VolumeDigests {
         is_proof
     }
 
+    /// When each region was proved, but for those whose last block is one of `skipped`.
+    pub(super) fn proofs(&self, skipped: &RoaringBitmap) -> impl Iterator<Item = Timestamp> {
+        let ends = (1..).map(|number: u64| (number * u64::from(REGION_BLOCKS)).min(self.blocks) - 1);
+        let counts = move |(_, end): &(&Timestamp, u64)| !skipped.contains(*end as u32);
+        self.proved.iter().zip(ends).filter(counts).map(|(proved, _)| *proved)
+    }
+
     /// What is known of the blocks of `extent`, whatever is under way.
     pub(super) fn slots(&self, extent: Extent) -> io::Result<Vec<Slot>> {
         let mut slots = match &self.file {

@@ -25,7 +25,8 @@ impl Group {
         status.unacked_bytes = self.ledger.unacked_bytes();
         status.acked_bytes = self.acked_bytes;
         status.unchanged_bytes = self.unchanged_bytes;
-        status.audit = AuditStatus { oldest_proof: self.setup.digests.oldest_proof(), ..self.audit_counts };
+        let oldest_proof = self.setup.digests.oldest_proof(&self.ledger.skipped);
+        status.audit = AuditStatus { oldest_proof, ..self.audit_counts };
         status.rescan_percent = self.rescan_percent();
         status.estimate_s = self.estimate_s();
         status.last_cut = self.last_cut;
