@@ -412,6 +412,7 @@ fn a_point_with_the_postgresql_hook_recovers() -> Result<()> {
     hosted.site.set_group_option(&format!("hooks.pre_cut = ['{}', '--host={sockets}']", hook("postgresql")))?;
     hosted.site.set_group_option("hooks.deadline_ms = 60000")?;
     hosted.site.start_source()?;
+    hosted.site.wait_for_points(1, PATIENCE)?;
     let postgres = Postgres::start(&hosted, &bin, &data, "run")?;
     run(&mut postgres.pgbench(&["-i", "-q", "-s", "2"]))?;
     postgres.sql("create table marks(number integer primary key)")?;
@@ -532,6 +533,7 @@ fn the_plain_hook_has_everything_written_back() -> Result<()> {
     hosted.site.set_group_option(&format!("hooks.pre_cut = ['{}', '{}']", hook("plain"), live.display()))?;
     hosted.site.set_group_option(&format!("hooks.post_cut = ['{}']", hook("plain")))?;
     hosted.site.start_source()?;
+    hosted.site.wait_for_points(1, PATIENCE)?;
     fs::write(live.join("letter"), "not synced by whoever wrote it")?;
     let point = asked_point(&hosted.site, "written")?;
     ensure!(point["class"] == "application", "{point}");
