@@ -11,7 +11,7 @@ use cdp_protocol::units::VolumeSlot;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 
@@ -24,6 +24,7 @@ const GROUP_KEYS: &[&str] = &[
     "cut_bound_ms",
     "capture_bytes_max",
     "audit_interval_s",
+    "exclude",
     "freeze",
     "freeze_deadline_ms",
     "hooks",
@@ -32,6 +33,8 @@ const GROUP_KEYS: &[&str] = &[
 const HOOKS_KEYS: &[&str] = &["pre_cut", "post_cut", "deadline_ms"];
 const VOLUME_KEYS: &[&str] = &["name", "slot", "device", "tracker"];
 const MIB: u64 = 1 << 20;
+/// Files that a group may leave out: each is looked at twice a cut.
+const EXCLUDES_MAX: usize = 64;
 
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -60,6 +63,9 @@ pub struct GroupConfig {
     /// Bytes of blocks that one cut may hold in memory; what is more goes in parts.
     #[serde(default = "default_capture_bytes_max")]
     pub capture_bytes_max: u64,
+    /// Files that are not captured where they are written: they stand as holes in the points.
+    #[serde(default)]
+    pub exclude: Vec<PathBuf>,
     /// Whether its file systems may be frozen for a cut.
     #[serde(default)]
     pub freeze: FreezePolicy,
@@ -204,6 +210,7 @@ impl GroupConfig {
             audit_interval_s: default_audit_interval_s(),
             cut_bound_ms: None,
             capture_bytes_max: default_capture_bytes_max(),
+            exclude: Vec::new(),
             freeze: FreezePolicy::default(),
             freeze_deadline_ms: default_deadline_ms(),
             hooks: None,
@@ -236,6 +243,12 @@ impl GroupConfig {
         }
         if let Some(hooks) = &self.hooks {
             hooks.check().or_else(refuse)?;
+        }
+        if self.exclude.len() > EXCLUDES_MAX {
+            return refuse(format!("exclude has {} files, at most {EXCLUDES_MAX} are allowed", self.exclude.len()));
+        }
+        if let Some(path) = self.exclude.iter().find(|path| !path.is_absolute()) {
+            return refuse(format!("exclude: {} is no absolute path", path.display()));
         }
         if self.volumes.len() > VOLUMES_MAX {
             return refuse(format!("{} volumes, at most {VOLUMES_MAX} are allowed", self.volumes.len()));
@@ -294,6 +307,21 @@ impl Config {
             group.check(name)?;
         }
         Ok(config)
+    }
+
+    /// Refuses files of the state folder `root` among what is to be left out: configuration, keys and certificates are part of the
+    /// points, and the digests are left out anyway.
+    ///
+    /// # Errors
+    /// Where there is one.
+    pub fn refuse_excludes_in(&self, root: &Path) -> Result<(), ConfigError> {
+        let mut files =
+            self.groups.iter().flat_map(|(group, config)| config.exclude.iter().map(move |path| (group, path)));
+        let Some((group, path)) = files.find(|(_, path)| path.starts_with(root)) else { return Ok(()) };
+        let path = path.display();
+        Err(ConfigError::Value(format!(
+            "groups.{group}: exclude: {path} lies in the state folder; its digests are left out anyway, nothing else of it ever is"
+        )))
     }
 }
 
@@ -407,6 +435,7 @@ mod tests {
         for (text, closest) in [
             ("metrics_listn = 1", "metrics_listen"),
             ("[groups.main]\nintervall_ms = 1", "interval_ms"),
+            ("[groups.main]\nexcludes = []", "exclude"),
             ("[[groups.main.volumes]]\ndevise = 'x'", "device"),
             ("[groups.main]\nhooks.precut = ['/x']", "pre_cut"),
         ] {
@@ -435,10 +464,21 @@ mod tests {
             (two("name='a'\nslot=0\ndevice='/a'", "name='a'\nslot=1\ndevice='/b'"), "two volumes are named"),
             (two("name='a'\nslot=0\ndevice='/a'", "name='b'\nslot=0\ndevice='/b'"), "have slot 0"),
             ("[[groups.main.volumes]]\nname='a'\nslot=0\ndevice='a'".to_owned(), "no absolute path"),
+            ("[groups.main]\nexclude = ['a']".to_owned(), "exclude: a is no absolute path"),
+            (format!("[groups.main]\nexclude = [{}]", "'/a',".repeat(65)), "exclude has 65 files"),
             ("groups = [".to_owned(), "read source.toml"),
         ] {
             let error = Config::parse(&text).expect_err(&text);
             assert!(error.to_string().contains(part), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn files_of_the_state_folder_are_not_excluded() {
+        let config =
+            Config::parse("[groups.main]\nexclude = ['/srv/scratch', '/var/lib/cdp/identity/key.pem']").expect("valid");
+        assert!(config.refuse_excludes_in(Path::new("/srv/other")).is_ok());
+        let error = config.refuse_excludes_in(Path::new("/var/lib/cdp")).expect_err("refused").to_string();
+        assert!(error.contains("/var/lib/cdp/identity/key.pem lies in the state folder"), "{error}");
     }
 }

@@ -9,6 +9,7 @@
 //! decide when to cut, nor what becomes of the capture.
 
 use crate::capture::{Capture, CapturedVolume};
+use crate::exclusion::{NothingExcluded, Skipping};
 use crate::reader::{self, BlockReader, READ_BLOCKS_MAX, ReadRequest};
 use crate::tracker::{Tracker, TrackerError};
 use cdp_protocol::units::{Block, Extent, Timestamp, blocks_in};
@@ -87,9 +88,26 @@ pub fn cut(
     carry: &mut Blocks,
     limits: &CutLimits,
 ) -> Result<Cut, CutError> {
+    let (mut exclusion, mut skipped) = (NothingExcluded, Blocks::new());
+    cut_skipping(tracker, reader, clock, carry, limits, Skipping::new(&mut exclusion, &mut skipped))
+}
+
+/// The same, and leaves out what `skipping` says. Its blocks are not read, and no write to them fails the cut.
+///
+/// # Errors
+/// As `cut`.
+pub fn cut_skipping<'a>(
+    tracker: &'a mut dyn Tracker,
+    reader: &mut dyn BlockReader,
+    clock: &dyn Clock,
+    carry: &mut Blocks,
+    limits: &CutLimits,
+    skipping: Skipping<'a>,
+) -> Result<Cut, CutError> {
     let sizes: Vec<u64> = tracker.volumes().iter().map(|volume| blocks_in(volume.size_bytes)).collect();
-    let mut round = Round { tracker, sizes, cut_time: Timestamp(0) };
+    let mut round = Round { tracker, skipping, sizes, cut_time: Timestamp(0) };
     carry.resize_with(round.sizes.len(), RoaringBitmap::new);
+    round.skipping.begin(carry);
     round.clip(carry);
     if round.content_len(carry) > limits.blocks_max {
         // Without a flip, which may cost a pass over the volumes: parts go on from the same marks.
@@ -98,7 +116,7 @@ pub fn cut(
     let started = clock.monotonic();
     let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
     union(carry, &marked);
-    if len(carry) == 0 {
+    if len(carry) == 0 && len(&round.skipping.end(carry)) == 0 {
         return Ok(Cut::Unchanged { as_of: round.cut_time });
     }
     let mut capture = Capture::new(carry.len());
@@ -110,9 +128,12 @@ pub fn cut(
             return Ok(Cut::TooLarge);
         }
         capture.meters.cut_rounds += 1;
-        let failed = round.read(reader, &due, &heat, &mut capture)?;
+        let mut failed = round.read(reader, &due, &heat, &mut capture)?;
         if len(&failed) == 0 && round.tracker.settle()? {
-            break;
+            failed = round.skipping.end(carry);
+            if len(&failed) == 0 {
+                break;
+            }
         }
         let now = clock.monotonic();
         if now >= *deadline.get_or_insert(now + limits.bound) {
@@ -128,22 +149,27 @@ pub fn cut(
     capture.meters.cut_us = clock.monotonic().saturating_sub(started).as_micros() as u64;
     capture.count();
     assert!(capture.volumes.iter().map(CapturedVolume::blocks).eq(carry.iter()), "what was given is what was read");
-    carry.iter_mut().for_each(RoaringBitmap::clear);
+    for (volume, carry) in carry.iter_mut().enumerate() {
+        round.skipping.captured(volume, carry);
+        carry.clear();
+    }
     Ok(Cut::Captured(capture))
 }
 
 /// Reads up to `blocks_max` of the lowest blocks of `carry`, and takes the known holes among and around them, without validation: a
 /// part, of no instant. Removes nothing from `carry`, and looks at no more of it than a part may hold: a volume has thousands. Whatever is being written meanwhile is marked when it completes, and so comes
-/// with a later flip.
+/// with a later flip; and whether what is skipped here was rightly skipped is for the cut to say that takes the part in.
 ///
 /// # Errors
 /// Where the reader cannot go on.
 pub fn read_part(
     tracker: &dyn Tracker,
     reader: &mut dyn BlockReader,
-    carry: &[RoaringBitmap],
+    carry: &mut Blocks,
     blocks_max: u64,
+    mut skipping: Skipping<'_>,
 ) -> Result<Capture, CutError> {
+    skipping.begin(carry);
     let mut capture = Capture::new(carry.len());
     let mut left = blocks_max;
     let mut requests = Vec::new();
@@ -153,7 +179,8 @@ pub fn read_part(
         if left == 0 {
             break;
         }
-        let holes = tracker.holes(volume, &window);
+        let skipped = skipping.of(volume, &window);
+        let holes = tracker.holes(volume, &window) | skipped;
         holes.iter().for_each(|block| capture.volumes[volume].put_zero(Block(block)));
         let content = window - holes;
         let lowest = content.iter().take(usize::try_from(left).unwrap_or(usize::MAX));
@@ -162,6 +189,9 @@ pub fn read_part(
         requests.extend(extents.into_iter().map(|extent| ReadRequest { volume, extent }));
     }
     read_into(reader, &requests, &mut capture, &mut |_, _| {})?;
+    for (at, volume) in capture.volumes.iter().enumerate() {
+        skipping.captured(at, volume.blocks());
+    }
     capture.count();
     Ok(capture)
 }
@@ -180,6 +210,7 @@ fn windows_of(blocks: &RoaringBitmap) -> impl Iterator<Item = RoaringBitmap> + '
 /// What the rounds of one cut share.
 struct Round<'a> {
     tracker: &'a mut dyn Tracker,
+    skipping: Skipping<'a>,
     /// Blocks of each volume.
     sizes: Vec<u64>,
     /// Taken just before the last flip: every write that had completed by then is in.
@@ -193,6 +224,7 @@ impl Round<'_> {
         match self.tracker.flip() {
             Ok(mut marked) => {
                 self.clip(&mut marked);
+                self.skipping.pass_over(&mut marked);
                 Ok(Some(marked))
             }
             Err(error @ (TrackerError::Stragglers(_) | TrackerError::InDoubt(_))) => {
@@ -214,8 +246,11 @@ impl Round<'_> {
 
     /// Blocks that have to be read, as far as is known now.
     fn content_len(&self, blocks: &[RoaringBitmap]) -> u64 {
-        let holes = |(volume, blocks)| self.tracker.holes(volume, blocks).len();
-        len(blocks) - blocks.iter().enumerate().map(holes).sum::<u64>()
+        let content = |(volume, blocks): (usize, &RoaringBitmap)| {
+            let read = blocks - self.skipping.of(volume, blocks);
+            read.len() - self.tracker.holes(volume, &read).len()
+        };
+        blocks.iter().enumerate().map(content).sum()
     }
 
     /// Takes `due` into the capture, holes first, the hottest of the others next, and gives the blocks that failed: a
@@ -230,6 +265,10 @@ impl Round<'_> {
         let mut failed = vec![RoaringBitmap::new(); self.sizes.len()];
         let mut content = due.to_vec();
         for (volume, blocks) in content.iter_mut().enumerate() {
+            let skipped = self.skipping.of(volume, blocks);
+            *blocks -= &skipped;
+            // Nobody asks what they hold, so no write to them matters.
+            skipped.iter().for_each(|block| capture.volumes[volume].put_zero(Block(block)));
             let holes = self.tracker.holes(volume, blocks);
             *blocks -= &holes;
             for block in &holes {
@@ -371,7 +410,8 @@ mod tests {
         assert!(matches!(outcome, Ok(Cut::TooLarge)));
         let carried = len(&driver.carry);
         assert!(carried > 3);
-        let part = read_part(&driver.tracker, &mut driver.reader, &driver.carry, 3).expect("a part");
+        let skipping = Skipping::new(&mut *driver.exclusion, &mut driver.skipped);
+        let part = read_part(&driver.tracker, &mut driver.reader, &mut driver.carry, 3, skipping).expect("a part");
         let lowest: Vec<u32> = driver.carry[0].iter().take(3).collect();
         assert_eq!(part.volumes[0].blocks().iter().collect::<Vec<_>>(), lowest);
         assert_eq!((part.volumes[1].blocks().len(), part.cut_time), (0, Timestamp(0)));

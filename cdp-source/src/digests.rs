@@ -24,6 +24,7 @@ use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, GroupId, Head, Timest
 use cdp_seams::random::{self, Random};
 use cdp_seams::storage::Storage;
 use roaring::RoaringBitmap;
+pub use slots::slots_path;
 use slots::{RUN_BLOCKS_MAX, Slot, SlotFile};
 use state::State;
 use std::collections::VecDeque;

@@ -11,6 +11,8 @@ pub mod cut;
 pub mod digests;
 pub mod doctor;
 pub mod encoder;
+pub mod excludes;
+pub mod exclusion;
 pub mod freeze;
 pub mod hooks;
 pub mod join;

@@ -55,7 +55,7 @@ fn number_of(device: &str) -> Option<String> {
 }
 
 /// The kernel writes blanks and backslashes as three octal digits.
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     let mut parts = field.split('\\');
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {

@@ -142,6 +142,12 @@ impl StateFolder {
         &self.root
     }
 
+    /// The folder with every link followed; as it was given where that cannot be told.
+    #[must_use]
+    pub fn real_root(&self) -> PathBuf {
+        std::fs::canonicalize(&self.root).unwrap_or_else(|_| self.root.clone())
+    }
+
     /// Where its files are kept.
     #[must_use]
     pub fn storage(&self) -> &Arc<dyn Storage> {
@@ -184,7 +190,7 @@ impl StateFolder {
     /// # Errors
     /// Where it cannot be read or is not valid.
     pub fn config(&self) -> Result<Config, StateError> {
-        Ok(Config::parse(&self.config_text()?)?)
+        self.parse(&self.config_text()?)
     }
 
     /// Puts another text in the configuration's place, all or nothing. It has to be valid.
@@ -192,10 +198,18 @@ impl StateFolder {
     /// # Errors
     /// Where it is not valid or cannot be written.
     pub fn replace_config(&self, text: &str) -> Result<(), StateError> {
-        Config::parse(text)?;
+        self.parse(text)?;
         self.make(&self.root.clone())?;
         let path = self.root.join("source.toml");
         storage::replace(&*self.storage, &path, text.as_bytes()).map_err(failed("write", &path))
+    }
+
+    fn parse(&self, text: &str) -> Result<Config, StateError> {
+        let config = Config::parse(text)?;
+        for root in [&self.root, &self.real_root()] {
+            config.refuse_excludes_in(root)?;
+        }
+        Ok(config)
     }
 
     /// Becomes the one agent of the folder.

@@ -27,6 +27,7 @@ use cdp_source::agent::status::GroupStatus;
 use cdp_source::cut::CutLimits;
 use cdp_source::digests::Digests;
 use cdp_source::encoder::Encoder;
+use cdp_source::exclusion::NothingExcluded;
 use cdp_source::sim::{Died, Instant, Profile, SimReader, SimTracker, World};
 use cdp_source::state::MemoFile;
 
@@ -380,7 +381,11 @@ impl Source {
 fn devices(world: &Arc<World>) -> Devices {
     let mut tracker = SimTracker::attach(world);
     (tracker.straggler_permille, tracker.false_hit_permille) = (10, 2);
-    Devices { tracker: Box::new(tracker), reader: Box::new(SimReader::new(world)) }
+    Devices {
+        tracker: Box::new(tracker),
+        reader: Box::new(SimReader::new(world)),
+        exclusion: Box::new(NothingExcluded),
+    }
 }
 
 impl End {

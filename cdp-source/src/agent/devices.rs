@@ -5,26 +5,57 @@
 //! for a person to say.
 
 use super::group::{Devices, Opener};
-use crate::config::{TrackerChoice, VolumeConfig};
+use crate::config::{GroupConfig, TrackerChoice, VolumeConfig};
 use crate::doctor;
+use crate::excludes::{ExcludeSet, Excludes, Window};
 use crate::probe::{self, Probe};
-use crate::reader::{self, ReadTarget};
+use crate::reader::{self, BlockReader, ReadTarget};
 use crate::state::{GroupState, StateFolder};
+use crate::tracker::Tracker;
 use crate::tracker::device::Device;
 use crate::tracker::ebpf::{EbpfOptions, EbpfTracker};
 use crate::tracker::scan::ScanTracker;
 use anyhow::{Context, Result, bail};
 use cdp_protocol::units::VolumeSlot;
+use cdp_seams::clock::Clock;
 use cdp_seams::random::SystemRandom;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What opens a group's volumes, as often as it has to.
-pub(super) fn opener(state: StateFolder, group: String, facts: GroupState, volumes: Vec<VolumeConfig>) -> Opener {
-    Box::new(move || open(&state, &group, &facts, &volumes).map_err(|error| format!("{error:#}")))
+/// What opens a group's volumes, as often as it has to. `own`: files of ours that are left out.
+pub(super) fn opener(
+    state: StateFolder,
+    group: String,
+    facts: GroupState,
+    config: GroupConfig,
+    own: Vec<PathBuf>,
+    clock: Arc<dyn Clock>,
+) -> Opener {
+    Box::new(move || {
+        let (devices, windows) = open(&state, &group, &facts, &config.volumes).map_err(|error| format!("{error:#}"))?;
+        let set = ExcludeSet {
+            group: group.clone(),
+            volumes: windows,
+            configured: config.exclude.clone(),
+            own: own.clone(),
+            state: state.real_root(),
+        };
+        let exclusion = Box::new(Excludes::new(set, Arc::clone(&clock)));
+        let (tracker, reader) = devices;
+        Ok(Devices { tracker, reader, exclusion })
+    })
 }
 
-fn open(state: &StateFolder, group: &str, facts: &GroupState, volumes: &[VolumeConfig]) -> Result<Devices> {
+/// What watches the volumes and what reads them.
+type Opened = (Box<dyn Tracker>, Box<dyn BlockReader>);
+
+/// Also tells where each volume lies, unless it is an image file.
+fn open(
+    state: &StateFolder,
+    group: &str,
+    facts: &GroupState,
+    volumes: &[VolumeConfig],
+) -> Result<(Opened, Vec<Option<Window>>)> {
     let probes = volumes.iter().map(|volume| look(state, facts, volume)).collect::<Result<Vec<_>>>()?;
     let folder = state.tracking(group);
     state.make(&folder)?;
@@ -41,7 +72,8 @@ fn open(state: &StateFolder, group: &str, facts: &GroupState, volumes: &[VolumeC
             let options = EbpfOptions::new(facts.group, paths, folder, Arc::clone(state.storage()));
             let tracker = EbpfTracker::open(&options)?;
             let targets: Vec<ReadTarget> = tracker.devices().iter().map(Device::read_target).collect();
-            Ok(Devices { reader: reader::open(&targets)?, tracker: Box::new(tracker) })
+            let windows = tracker.devices().iter().map(Window::of).map(Some).collect();
+            Ok(((Box::new(tracker), reader::open(&targets)?), windows))
         }
     }
 }
@@ -72,18 +104,21 @@ fn scan(
     folder: &std::path::Path,
     paths: &[(VolumeSlot, PathBuf)],
     probes: &[Probe],
-) -> Result<Devices> {
-    let targets = probes.iter().map(scan_target).collect::<Result<Vec<ReadTarget>>>()?;
+) -> Result<(Opened, Vec<Option<Window>>)> {
+    let found = probes.iter().map(scan_target).collect::<Result<Vec<_>>>()?;
+    let (targets, windows): (Vec<ReadTarget>, _) = found.into_iter().unzip();
     let named: Vec<(VolumeSlot, ReadTarget)> =
         paths.iter().map(|(slot, _)| *slot).zip(targets.iter().cloned()).collect();
     let own = reader::open(&targets)?;
     let tracker = ScanTracker::open(&named, own, Arc::clone(state.storage()), folder, &SystemRandom)?;
-    Ok(Devices { tracker: Box::new(tracker), reader: reader::open(&targets)? })
+    Ok(((Box::new(tracker), reader::open(&targets)?), windows))
 }
 
-fn scan_target(probe: &Probe) -> Result<ReadTarget> {
+fn scan_target(probe: &Probe) -> Result<(ReadTarget, Option<Window>)> {
     if probe.is_block() {
-        return Ok(Device::inspect(&probe.device)?.read_target());
+        let device = Device::inspect(&probe.device)?;
+        return Ok((device.read_target(), Some(Window::of(&device))));
     }
-    Ok(ReadTarget { node: probe.device.clone(), offset_bytes: 0, size_bytes: probe.size_bytes })
+    let target = ReadTarget { node: probe.device.clone(), offset_bytes: 0, size_bytes: probe.size_bytes };
+    Ok((target, None))
 }

@@ -27,6 +27,7 @@ use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
 use crate::digests::Digests;
 use crate::encoder::{BlockDigests, Encoder};
+use crate::exclusion::Exclusion;
 use crate::freeze::Freezer;
 use crate::hooks::HookEvent;
 use crate::reader::BlockReader;
@@ -116,6 +117,8 @@ pub struct Devices {
     pub tracker: Box<dyn Tracker>,
     /// Reads them.
     pub reader: Box<dyn BlockReader>,
+    /// Says what of them is left out.
+    pub exclusion: Box<dyn Exclusion>,
 }
 
 /// Opens a group's volumes; tells in a line why not.
@@ -396,7 +399,7 @@ impl Group {
             return self.reopen_at.saturating_sub(now).min(IDLE_WAIT);
         }
         let retain = self.retain_at.map_or(IDLE_WAIT, |at| at.saturating_sub(now));
-        let cut = match (self.open, self.has_room()) {
+        let cut = match (self.open, self.may_capture()) {
             (Some(_), true) if self.is_too_large() || self.is_point_due() => Duration::ZERO,
             (Some(_), true) => self.next_cut.saturating_sub(now),
             _ => IDLE_WAIT,
@@ -413,6 +416,11 @@ impl Group {
             && self.ledger.attempts() < ATTEMPTS_MAX
     }
 
+    /// Whether anything may be captured now: what is to be left out is known, and there is room.
+    fn may_capture(&self) -> bool {
+        self.has_room() && self.devices.as_ref().is_some_and(|devices| !devices.exclusion.is_pending())
+    }
+
     /// Whether what is carried does not fit into one cut.
     fn is_too_large(&self) -> bool {
         self.ledger.carried() > self.setup.limits.blocks_max
@@ -420,7 +428,7 @@ impl Group {
 
     fn due(&self) -> Due {
         let now = self.setup.clock.monotonic();
-        if self.open.is_none() || self.devices.is_none() || !self.has_room() {
+        if self.open.is_none() || !self.may_capture() {
             Due::Nothing
         } else if self.is_too_large() {
             Due::Part

@@ -1,7 +1,7 @@
 //! What is still to be captured and what is captured but not acked: the account of one group's blocks.
 //!
-//! Invariant: a block that the tracker gave is in `carry` or in a captured attempt until the target has acked it. Their
-//! union is what the tracker has to keep as `unacked`. Knows no tracker and no line.
+//! Invariant: a block that the tracker gave is in `carry`, in a captured attempt until the target has acked it, or among the `skipped`.
+//! Their union is what the tracker has to keep as `unacked`. Knows no tracker and no line.
 
 use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, Timestamp};
 use roaring::RoaringBitmap;
@@ -19,6 +19,8 @@ pub struct Ledger {
     pub carry: Blocks,
     /// Blocks whose newest capture the device could not read: nothing marks them when it can again.
     unreadable: Blocks,
+    /// Blocks that stand as holes in what was captured because they were excluded (`exclusion`).
+    pub skipped: Blocks,
     captured: VecDeque<Captured>,
 }
 
@@ -44,7 +46,7 @@ impl Ledger {
     #[must_use]
     pub fn new(volume_blocks: Vec<u64>) -> Self {
         let carry = vec![RoaringBitmap::new(); volume_blocks.len()];
-        Self { volume_blocks, unreadable: carry.clone(), carry, captured: VecDeque::new() }
+        Self { volume_blocks, unreadable: carry.clone(), skipped: carry.clone(), carry, captured: VecDeque::new() }
     }
 
     /// Blocks in `carry`.
@@ -155,11 +157,9 @@ impl Ledger {
     #[must_use]
     pub fn unacked(&self) -> Blocks {
         let mut union = self.carry.clone();
-        for (union, blocks) in union.iter_mut().zip(&self.unreadable) {
-            *union |= blocks;
-        }
-        for captured in &self.captured {
-            for (union, blocks) in union.iter_mut().zip(&captured.blocks) {
+        let kept = [&self.unreadable, &self.skipped];
+        for blocks in kept.into_iter().chain(self.captured.iter().map(|captured| &captured.blocks)) {
+            for (union, blocks) in union.iter_mut().zip(blocks) {
                 *union |= blocks;
             }
         }
@@ -302,6 +302,18 @@ mod tests {
         ledger.capture(captured(2, 2, false, RoaringBitmap::from_iter([9])), &none);
         ledger.acked(Epoch(2));
         assert_eq!(ledger.unacked(), none);
+    }
+
+    #[test]
+    fn what_is_skipped_stays_unacked_though_its_hole_is_acked() {
+        let blocks = |blocks: &[u32]| vec![RoaringBitmap::from_iter(blocks)];
+        let mut ledger = Ledger::new(vec![10]);
+        ledger.skipped = blocks(&[4, 5]);
+        ledger.capture(captured(1, 1, false, RoaringBitmap::from_iter([3, 4])), &[RoaringBitmap::new()]);
+        assert_eq!(ledger.unacked(), blocks(&[3, 4, 5]));
+        ledger.acked(Epoch(1));
+        assert_eq!(ledger.unacked(), blocks(&[4, 5]));
+        assert!(ledger.is_acked());
     }
 
     #[test]

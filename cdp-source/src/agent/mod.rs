@@ -17,7 +17,7 @@ use crate::config::{Config, FreezePolicy, GroupConfig};
 use crate::connect::Identity;
 use crate::control;
 use crate::cut::CutLimits;
-use crate::digests::Digests;
+use crate::digests::{self, Digests};
 use crate::encoder::Encoder;
 use crate::freeze::Freezer;
 use crate::metrics;
@@ -34,7 +34,7 @@ use cdp_seams::random::{self, SystemRandom};
 use group::{GroupSetup, Input};
 use requests::Shared;
 use status::{GroupStatus, VolumeStatus};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -137,7 +137,11 @@ async fn start(
     let chooser = Chooser::new(config.packing, Arc::new(SystemClock::new()), uplink.rate());
     let encoder = Arc::new(Encoder::new(threads).choosing(chooser));
     let mut groups = Vec::new();
+    // Whichever group's volume they lie on.
+    let slots = config.groups.iter().flat_map(|(name, group)| group.volumes.iter().map(move |v| (name, v.slot)));
+    let own: Vec<PathBuf> = slots.map(|(name, slot)| digests::slots_path(&state.digests(name), slot)).collect();
     for (name, group) in config.groups {
+        let own = own.clone();
         let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());
         let (uplink, encoder, shared) = (uplink.clone(), Arc::clone(&encoder), Arc::clone(shared));
         let instance = instance.clone();
@@ -146,7 +150,7 @@ async fn start(
                 forget_tracking(&state, &name);
                 return Ok(None);
             }
-            start_group(&state, &name, &group, &escrow, instance, &uplink, encoder, &shared).map(Some)
+            start_group(&state, &name, group, own, &escrow, instance, &uplink, encoder, &shared).map(Some)
         });
         groups.extend(started.await.context("start a group")??);
     }
@@ -158,7 +162,8 @@ async fn start(
 fn start_group(
     state: &StateFolder,
     name: &str,
-    config: &GroupConfig,
+    config: GroupConfig,
+    own: Vec<PathBuf>,
     escrow_public: &[u8],
     instance: Instance,
     uplink: &Uplink,
@@ -171,7 +176,7 @@ fn start_group(
         )
     })?;
     state.renew_envelope(name, &mut facts, escrow_public)?;
-    let volumes = wire_volumes(config, &facts)?;
+    let volumes = wire_volumes(&config, &facts)?;
     let status = Arc::new(Mutex::new(GroupStatus {
         group: name.to_owned(),
         volumes: config
@@ -194,6 +199,7 @@ fn start_group(
     let (storage, folder) = (Arc::clone(state.storage()), state.digests(name));
     let digests = Digests::open(storage, &folder, facts.group, data_key.digest_key(), &volumes, &SystemRandom);
     let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), instance, envelope, volumes };
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let setup = GroupSetup {
         connect: uplink.connect(group_facts.clone(), inputs.clone()),
         facts: group_facts,
@@ -213,9 +219,9 @@ fn start_group(
             deadline: Duration::from_millis(config.freeze_deadline_ms),
         }),
         kept_memo: Box::new(state.kept_memo(name)),
-        opener: devices::opener(state.clone(), name.to_owned(), facts, config.volumes.clone()),
+        opener: devices::opener(state.clone(), name.to_owned(), facts, config, own, Arc::clone(&clock)),
         encoder,
-        clock: Arc::new(SystemClock::new()) as Arc<dyn Clock>,
+        clock,
         random: Arc::new(SystemRandom),
         status,
     };

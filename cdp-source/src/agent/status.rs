@@ -94,6 +94,12 @@ pub struct GroupStatus {
     pub acked_bytes: u64,
     /// Bytes of blocks since the agent's start that were marked and not sent, because the target held just that already.
     pub unchanged_bytes: u64,
+    /// Bytes that stand as holes in the points because they are excluded.
+    #[serde(default)]
+    pub skipped_bytes: u64,
+    /// What is excluded, or should be and is not.
+    #[serde(default)]
+    pub excludes: Vec<ExcludeStatus>,
     /// What the audit has found.
     pub audit: AuditStatus,
     /// How much of what has to be compared again was, in percent; `None` where nothing has to.
@@ -127,6 +133,31 @@ pub struct HooksStatus {
     pub post_cut: Option<HookRun>,
     /// Runs since the agent's start that failed.
     pub failures: u64,
+}
+
+/// A file, or a swap device, that is left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExcludeStatus {
+    /// Its path.
+    pub path: PathBuf,
+    /// Why it is one to be left out.
+    pub kind: ExcludeKind,
+    /// Bytes of it that are left out where they are written.
+    pub bytes: u64,
+    /// Why it, or some of it, is captured all the same.
+    pub reason: Option<String>,
+}
+
+/// Why something is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExcludeKind {
+    /// The configuration names it.
+    Configured,
+    /// The kernel swaps to it.
+    Swap,
+    /// The agent's own digests.
+    Own,
 }
 
 /// What reading blocks that nobody writes to has come to since the agent's start.

@@ -2,7 +2,7 @@
 
 use super::failure::UserError;
 use super::{PointArgs, PointsArgs};
-use crate::agent::status::{AgentStatus, AuditStatus, GroupStatus, HooksStatus, rfc3339};
+use crate::agent::status::{AgentStatus, AuditStatus, ExcludeKind, ExcludeStatus, GroupStatus, HooksStatus, rfc3339};
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
 use crate::hooks::HookRun;
@@ -123,11 +123,29 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
     lines.extend(audit_line(&group.audit));
     lines.extend(group.hooks.iter().flat_map(hook_lines));
     lines.extend(freeze_line(group));
+    lines.extend(group.excludes.iter().map(exclude_line));
     for volume in &group.volumes {
         let (name, device) = (&volume.name, volume.device.display());
         lines.push(format!("  volume {name}: {device}, {} bytes, tracker {}", volume.size_bytes, group.tracker.kind));
     }
     lines
+}
+
+/// What is left out, or is not and why.
+fn exclude_line(exclude: &ExcludeStatus) -> String {
+    let kind = match exclude.kind {
+        ExcludeKind::Configured => "",
+        ExcludeKind::Swap => " (swap)",
+        ExcludeKind::Own => " (digests)",
+    };
+    let path = exclude.path.display();
+    match &exclude.reason {
+        Some(reason) if exclude.bytes == 0 => format!("  not excluded: {path}: {reason}"),
+        reason => {
+            let but = reason.as_ref().map_or_else(String::new, |reason| format!("; {reason}"));
+            format!("  excluded: {path}{kind}, {} bytes{but}", exclude.bytes)
+        }
+    }
 }
 
 /// What the audit has found, once it has looked at anything.

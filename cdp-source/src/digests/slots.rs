@@ -41,13 +41,13 @@ pub(super) struct SlotFile {
 impl SlotFile {
     /// Makes the file anew, durable but for its name.
     pub(super) fn make((storage, folder, slot, blocks): Place<'_>, era: &[u8; 16]) -> io::Result<Self> {
-        let path = path(folder, slot);
+        let path = slots_path(folder, slot);
         match storage.remove(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         let file = storage.create_new(&path)?;
-        file.set_len(SLOTS_AT + blocks * DIGEST_BYTES as u64)?;
+        file.allocate(SLOTS_AT + blocks * DIGEST_BYTES as u64)?;
         file.write_at(&header(slot, blocks, era), 0)?;
         file.sync()?;
         Ok(Self { file, era: *era })
@@ -55,7 +55,7 @@ impl SlotFile {
 
     /// Opens the file of this volume and era.
     pub(super) fn open((storage, folder, slot, blocks): Place<'_>, era: &[u8; 16]) -> io::Result<Self> {
-        let file = storage.open_write(&path(folder, slot))?;
+        let file = storage.open_write(&slots_path(folder, slot))?;
         let mut found = [0; HEADER_BYTES];
         file.read_at(&mut found, 0)?;
         if found != header(slot, blocks, era) {
@@ -112,7 +112,9 @@ fn merged(
     })
 }
 
-fn path(folder: &Path, slot: VolumeSlot) -> PathBuf {
+/// A volume's file in the folder of its group's digests. It is made whole, and then written in place: cuts leave it out (`excludes`).
+#[must_use]
+pub fn slots_path(folder: &Path, slot: VolumeSlot) -> PathBuf {
     folder.join(format!("{slot}.slots"))
 }
 

@@ -2,7 +2,8 @@
 
 use super::{Blocks, Image, Profile, Sabotage, SimReader, SimTracker, World, sectors_of};
 use crate::capture::{BlockContent, Capture};
-use crate::cut::{Cut, CutError, CutLimits, cut, read_part};
+use crate::cut::{Cut, CutError, CutLimits, cut_skipping, read_part};
+use crate::exclusion::{Exclusion, NothingExcluded, Skipping};
 use crate::tracker::Tracker;
 use cdp_protocol::units::BLOCK_SECTORS;
 use std::sync::Arc;
@@ -18,6 +19,10 @@ pub struct Driver {
     pub reader: SimReader,
     /// What the next cut carries.
     pub carry: Blocks,
+    /// What the cuts leave out; nothing by default.
+    pub exclusion: Box<dyn Exclusion>,
+    /// What stands as holes in the image because of that.
+    pub skipped: Blocks,
     /// What all captures together amount to.
     pub image: Image,
     /// What became of the cuts.
@@ -50,7 +55,8 @@ impl Driver {
         // Whatever was there before the first capture must not be taken for it.
         let image = world.media().iter().map(|volume| vec![u64::MAX; volume.len()]).collect();
         let reader = SimReader::new(&world);
-        Self { world, tracker, reader, carry, image, tally: Tally::default(), sabotage }
+        let (exclusion, skipped, tally) = (Box::new(NothingExcluded), Blocks::new(), Tally::default());
+        Self { world, tracker, reader, carry, exclusion, skipped, image, tally, sabotage }
     }
 
     /// One cut; what it captured goes to the image, which then has to be a state of the instant.
@@ -59,17 +65,19 @@ impl Driver {
     /// What the oracle objects to.
     pub fn cut(&mut self, limits: &CutLimits) -> Result<(), String> {
         let clock = Arc::clone(&self.world.clock);
-        let outcome = cut(&mut self.tracker, &mut self.reader, clock.as_ref(), &mut self.carry, limits);
+        let skipping = Skipping::new(&mut *self.exclusion, &mut self.skipped);
+        let (tracker, reader) = (&mut self.tracker, &mut self.reader);
+        let outcome = cut_skipping(tracker, reader, clock.as_ref(), &mut self.carry, limits, skipping);
         match outcome.map_err(|error: CutError| error.to_string())? {
             Cut::Captured(capture) => {
                 self.apply(&capture);
                 self.tally.captured += 1;
                 self.tally.rounds_max = self.tally.rounds_max.max(capture.meters.cut_rounds);
-                self.tracker.instant().explain(&self.image)
+                self.explain()
             }
             Cut::Unchanged { .. } => {
                 self.tally.unchanged += 1;
-                self.tracker.instant().explain(&self.image)
+                self.explain()
             }
             Cut::TooLarge => {
                 self.tally.too_large += 1;
@@ -90,13 +98,31 @@ impl Driver {
     /// # Errors
     /// Where the reader cannot go on.
     pub fn part(&mut self, blocks_max: u64) -> Result<(), String> {
-        let part =
-            read_part(&self.tracker, &mut self.reader, &self.carry, blocks_max).map_err(|error| error.to_string())?;
+        let skipping = Skipping::new(&mut *self.exclusion, &mut self.skipped);
+        let part = read_part(&self.tracker, &mut self.reader, &mut self.carry, blocks_max, skipping)
+            .map_err(|error| error.to_string())?;
         self.apply(&part);
         for (carry, part) in self.carry.iter_mut().zip(&part.volumes) {
             *carry -= part.blocks();
         }
         Ok(())
+    }
+
+    /// Holds the image against the instant: what was skipped is zeros, all else what a power cut could have left.
+    fn explain(&self) -> Result<(), String> {
+        let instant = self.tracker.instant();
+        let mut image = self.image.clone();
+        for (volume, skipped) in self.skipped.iter().enumerate() {
+            for block in skipped {
+                let first = (u64::from(block) * BLOCK_SECTORS) as usize;
+                let sectors = first..image[volume].len().min(first + BLOCK_SECTORS as usize);
+                if image[volume][sectors.clone()].iter().any(|held| *held != 0) {
+                    return Err(format!("volume {volume} block {block} was skipped and is not zeros"));
+                }
+                image[volume][sectors.clone()].copy_from_slice(&instant.settled[volume][sectors]);
+            }
+        }
+        instant.explain(&image)
     }
 
     /// Puts what was captured into the image.

@@ -24,6 +24,12 @@ pub struct DeviceNumber {
 }
 
 impl DeviceNumber {
+    /// The number as `stat` gives it.
+    #[must_use]
+    pub fn of_stat(number: u64) -> Self {
+        Self { major: rustix::fs::major(number), minor: rustix::fs::minor(number) }
+    }
+
     /// The number as the kernel holds it (`dev_t` within the kernel, not the one of `stat`).
     #[must_use]
     pub const fn to_kernel(self) -> u32 {
@@ -98,7 +104,7 @@ impl Device {
         if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::BlockDevice {
             return Err(refuse("is not a block device (an image file is tracked by `scan`)"));
         }
-        let number = DeviceNumber { major: rustix::fs::major(stat.st_rdev), minor: rustix::fs::minor(stat.st_rdev) };
+        let number = DeviceNumber::of_stat(stat.st_rdev);
         Self::of_number(path, number).map_err(|error| io_error(path, error))?.usable()
     }
 
@@ -167,6 +173,26 @@ impl Device {
     pub(super) fn is_partition(&self) -> bool {
         self.number != self.disk
     }
+}
+
+/// Where the block device with this number lies: the whole disk it is of, where in it it begins and how long it is.
+///
+/// # Errors
+/// Where there is no such device, or sysfs does not tell.
+pub fn place_of(number: DeviceNumber) -> io::Result<(DeviceNumber, Sectors, Sectors)> {
+    let folder = number.sysfs();
+    let length = Sectors(read_number(&folder.join("size"))?);
+    if rustix::fs::stat(folder.join("partition")).is_err() {
+        return Ok((number, Sectors(0), length));
+    }
+    let disk = parse_device(&read_text(&folder.join("../dev"))?)?;
+    Ok((disk, Sectors(read_number(&folder.join("start"))?), length))
+}
+
+/// Whether the block device with this number is built of others by the kernel: device-mapper, md.
+#[must_use]
+pub fn is_stacked(number: DeviceNumber) -> bool {
+    ["dm", "md"].iter().any(|name| rustix::fs::stat(number.sysfs().join(name)).is_ok())
 }
 
 /// The node of the block device with this number, `major:minor`, as the kernel names it.

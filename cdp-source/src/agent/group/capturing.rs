@@ -10,6 +10,7 @@ use crate::agent::status::CutStatus;
 use crate::capture::Capture;
 use crate::control::{PointReply, Reply};
 use crate::cut::{self, Cut, CutError};
+use crate::exclusion::Skipping;
 use crate::freeze::Frozen;
 use crate::tracker::TrackerError;
 use cdp_protocol::codec::Sealer;
@@ -35,7 +36,9 @@ impl Group {
                 Err(error) => return Err(error.into()),
             }
         }
-        let mut capture = cut::read_part(&*devices.tracker, &mut *devices.reader, &self.ledger.carry, PART_BLOCKS)?;
+        let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
+        let (tracker, reader) = (&*devices.tracker, &mut *devices.reader);
+        let mut capture = cut::read_part(tracker, reader, &mut self.ledger.carry, PART_BLOCKS, skipping)?;
         if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
             self.fail("every block read came back with an error".into());
             return Ok(());
@@ -55,8 +58,9 @@ impl Group {
         let frozen = self.freeze_if_due();
         let Some(devices) = &mut self.devices else { return Ok(()) };
         let clock = Arc::clone(&self.setup.clock);
-        let cut =
-            cut::cut(&mut *devices.tracker, &mut *devices.reader, &*clock, &mut self.ledger.carry, &self.setup.limits);
+        let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
+        let (tracker, reader) = (&mut *devices.tracker, &mut *devices.reader);
+        let cut = cut::cut_skipping(tracker, reader, &*clock, &mut self.ledger.carry, &self.setup.limits, skipping);
         let class = frozen.map_or(Class::Crash, |frozen| self.thaw(frozen));
         let cut = cut?;
         self.cuts.count(&cut);

@@ -4,6 +4,7 @@ use super::{FAILED_CUTS_MAX, Group, lock};
 use crate::agent::ledger::to_bytes;
 use crate::agent::status::{AuditStatus, GroupPhase};
 use cdp_protocol::units::Timestamp;
+use roaring::RoaringBitmap;
 
 impl Group {
     pub(super) fn publish(&self) {
@@ -35,7 +36,9 @@ impl Group {
         status.freezes = self.freezes;
         status.freeze_failure.clone_from(&self.freeze_failure);
         status.hooks = self.setup.hooks.as_ref().map(|_| self.hooks.clone());
+        status.skipped_bytes = to_bytes(self.ledger.skipped.iter().map(RoaringBitmap::len).sum());
         if let Some(devices) = &self.devices {
+            status.excludes = devices.exclusion.report();
             status.tracker = devices.tracker.report().into();
         }
     }

@@ -11,6 +11,7 @@ use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
 use crate::digests::Digests;
 use crate::encoder::Encoder;
+use crate::exclusion::NothingExcluded;
 use crate::reader::{self, ReadTarget};
 use crate::tracker::scan::ScanTracker;
 use cdp_protocol::codec;
@@ -268,7 +269,8 @@ impl Bench {
             let open = || reader::open(&targets).map_err(|error| error.to_string());
             let storage = Arc::new(SystemStorage);
             let tracker = ScanTracker::open(&[(SLOT, target)], open()?, storage, &folder, &SystemRandom);
-            Ok(Devices { tracker: Box::new(tracker.map_err(|error| error.to_string())?), reader: open()? })
+            let tracker = Box::new(tracker.map_err(|error| error.to_string())?);
+            Ok(Devices { tracker, reader: open()?, exclusion: Box::new(NothingExcluded) })
         })
     }
 

@@ -85,6 +85,13 @@ pub trait StorageFile: Send + Sync {
     /// # Errors
     /// As the file system says.
     fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Extends to `len` (with zeros), with room on the disk for all of it where the file system can.
+    ///
+    /// # Errors
+    /// As the file system says.
+    fn allocate(&self, len: u64) -> io::Result<()> {
+        self.set_len(len)
+    }
     /// Makes content and length durable. An error is final for this file.
     ///
     /// # Errors

@@ -109,6 +109,11 @@ impl StorageFile for SystemFile {
         self.0.set_len(len)
     }
 
+    fn allocate(&self, len: u64) -> io::Result<()> {
+        // Where there is no room for all of it, some of it may do.
+        rustix::fs::fallocate(&self.0, rustix::fs::FallocateFlags::empty(), 0, len).or_else(|_| self.0.set_len(len))
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
     }
