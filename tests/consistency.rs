@@ -199,6 +199,12 @@ impl Drop for Frost {
             let _ = device.detach();
         }
         drop(self.file.take());
+        // The kernel lets the file go a moment after the device.
+        let slow = self.folder.path().join("slow").display().to_string();
+        let _ = wait_for("the disk's file to be free", PATIENCE, || {
+            let is_gone = tool("mountpoint", &["-q", &slow]).is_err() || tool("umount", &[&slow]).is_ok();
+            Ok(is_gone.then_some(()))
+        });
     }
 }
 
