@@ -122,8 +122,10 @@ impl Frost {
         let disk = SlowReads::new(32 * MIB);
         let file = FuseFile::mount(&folder.path().join("slow"), 32 * MIB, disk.clone())?;
         let device = LoopDevice::attach(file.path())?;
-        tool("mkfs.ext4", &["-q", "-F", device.node().to_str().context("a path of text")?])?;
-        let mount = Mount::new(device.node(), &folder.path().join("live"), "rw")?;
+        // Nothing is to be written but what the test writes: reads are few then, and each takes long.
+        let whole = "lazy_itable_init=0,lazy_journal_init=0";
+        tool("mkfs.ext4", &["-q", "-F", "-E", whole, device.node().to_str().context("a path of text")?])?;
+        let mount = Mount::new(device.node(), &folder.path().join("live"), "rw,noatime")?;
         let mut site = Site::new(folder.path())?;
         site.source(&["protect", &format!("data={}", device.node().display())])?;
         for option in ["interval_ms = 50", "cut_bound_ms = 1", &format!("freeze_deadline_ms = {freeze_deadline_ms}")] {
@@ -157,6 +159,11 @@ impl Frost {
         self.site.start_source_logging("info,cdp_source::agent::group::capturing=debug")
     }
 
+    /// Waits until it has. Cuts take as long as their reads.
+    fn wait_until_frozen(&mut self) -> Result<()> {
+        self.site.source_daemon().wait_for_line(FROZEN, 3 * PATIENCE).map(drop)
+    }
+
     /// The agent's process, once it can be asked.
     fn agent(&self) -> Result<Pid> {
         wait_for("the agent's process", PATIENCE, || {
@@ -181,7 +188,8 @@ impl Frost {
 impl Drop for Frost {
     fn drop(&mut self) {
         self.read_takes(0);
-        // Whatever went wrong, the writer is let go, and the disk is not held by its own mount.
+        // Whatever went wrong, the writer is let go, and nobody holds the disk.
+        let _ = self.site.kill_source();
         let _ = self.is_frozen();
         if let Some(hot) = self.hot.take() {
             let _ = hot.stop();
@@ -191,6 +199,12 @@ impl Drop for Frost {
             let _ = device.detach();
         }
         drop(self.file.take());
+        // The kernel lets the file go a moment after the device.
+        let slow = self.folder.path().join("slow").display().to_string();
+        let _ = wait_for("the disk's file to be free", PATIENCE, || {
+            let is_gone = tool("mountpoint", &["-q", &slow]).is_err() || tool("umount", &[&slow]).is_ok();
+            Ok(is_gone.then_some(()))
+        });
     }
 }
 
@@ -234,10 +248,10 @@ fn a_killed_agent_leaves_nothing_frozen() -> Result<()> {
         return Ok(());
     }
     let mut frost = Frost::new(60_000)?;
-    frost.read_takes(1000);
+    frost.read_takes(300);
     frost.start_telling()?;
     let pid = frost.agent()?;
-    frost.site.source_daemon().wait_for_line(FROZEN, PATIENCE)?;
+    frost.wait_until_frozen()?;
     kill_process(pid, Signal::KILL)?;
     frost.hot().goes_on(Duration::from_secs(20))?;
     frost.wait_for_watchdog("thawed: the agent has died")?;
@@ -254,10 +268,10 @@ fn at_the_deadline_it_is_thawed_whatever_the_agent_does() -> Result<()> {
         return Ok(());
     }
     let mut frost = Frost::new(2000)?;
-    frost.read_takes(1000);
+    frost.read_takes(300);
     frost.start_telling()?;
     let pid = frost.agent()?;
-    frost.site.source_daemon().wait_for_line(FROZEN, PATIENCE)?;
+    frost.wait_until_frozen()?;
     kill_process(pid, Signal::STOP)?;
     let stopped = Instant::now();
     let went_on = frost.hot().goes_on(Duration::from_secs(30));
@@ -404,6 +418,7 @@ fn a_point_with_the_postgresql_hook_recovers() -> Result<()> {
     hosted.site.set_group_option(&format!("hooks.pre_cut = ['{}', '--host={sockets}']", hook("postgresql")))?;
     hosted.site.set_group_option("hooks.deadline_ms = 60000")?;
     hosted.site.start_source()?;
+    hosted.site.wait_for_points(1, PATIENCE)?;
     let postgres = Postgres::start(&hosted, &bin, &data, "run")?;
     run(&mut postgres.pgbench(&["-i", "-q", "-s", "2"]))?;
     postgres.sql("create table marks(number integer primary key)")?;
@@ -524,6 +539,7 @@ fn the_plain_hook_has_everything_written_back() -> Result<()> {
     hosted.site.set_group_option(&format!("hooks.pre_cut = ['{}', '{}']", hook("plain"), live.display()))?;
     hosted.site.set_group_option(&format!("hooks.post_cut = ['{}']", hook("plain")))?;
     hosted.site.start_source()?;
+    hosted.site.wait_for_points(1, PATIENCE)?;
     fs::write(live.join("letter"), "not synced by whoever wrote it")?;
     let point = asked_point(&hosted.site, "written")?;
     ensure!(point["class"] == "application", "{point}");
