@@ -324,24 +324,22 @@ impl GroupView {
         Ok(found.ok().map(|at| commits[at].clone()))
     }
 
-    /// Whether the journal has another point at a checkpoint's number: the one it was made at was lost, and the number given again.
-    fn is_of_another(&self, image: &ImageIndex) -> bool {
-        let head = image.commit().head;
-        matches!(self.journal_commit(head.epoch), Ok(Some(commit)) if commit.head != head)
-    }
-
     /// The index of a checkpoint; `None` where it is missing, damaged or of a point that is not here.
     pub(crate) fn image_index(&self, checkpoint: &Checkpoint) -> Result<Option<Arc<ImageIndex>>, JournalError> {
         let Shelf { storage, folder, group, caches } = self.shelf();
         if let Some(image) = caches.image(&checkpoint.index_hash) {
             return Ok(Some(image));
         }
-        let image = ImageIndex::open(storage, folder, group, checkpoint)?;
-        let image = image.filter(|image| !self.is_of_another(image)).map(Arc::new);
-        if let Some(image) = &image {
-            caches.keep_image(checkpoint.index_hash, image);
+        let Some(image) = ImageIndex::open(storage, folder, group, checkpoint)?.map(Arc::new) else { return Ok(None) };
+        let head = image.commit().head;
+        match self.journal_commit(head.epoch) {
+            // The point it was made at was lost, and its number given again.
+            Ok(Some(commit)) if commit.head != head => return Ok(None),
+            Ok(Some(_)) => caches.keep_image(checkpoint.index_hash, &image),
+            // Its number may yet be given again: that is looked up each time.
+            _ => {}
         }
-        Ok(image)
+        Ok(Some(image))
     }
 
     /// A file of frames.

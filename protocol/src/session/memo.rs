@@ -7,7 +7,6 @@
 //! acked part before the part's blocks are forgotten, so that a target that lost it is noticed.
 
 use super::{ACKED_MAX, SENT_MAX};
-use crate::message::Verdict;
 use crate::record::PartChain;
 use crate::units::{Epoch, FrameHash, Generation, Head};
 
@@ -80,26 +79,20 @@ impl Memo {
     }
 
     /// The target's answer: its head is where the source stands from now on, its parts are what the next point takes in.
-    pub fn opened(
-        &mut self,
-        generation: Generation,
-        verdict: Verdict,
-        head: Option<Head>,
-        parts: Option<(Epoch, PartChain)>,
-    ) {
+    pub fn opened(&mut self, generation: Generation, head: Option<Head>, parts: Option<(Epoch, PartChain)>) {
         if self.generation != Some(generation) {
             // Frames of the lower generation are fenced off: what was under way can no longer be acked.
             self.sent.retain(|sent| Some(*sent) == head);
         }
         self.generation = Some(generation);
-        match (verdict, head) {
+        match head {
             // Commits under way in this generation may yet be acked: they go again, or are still on their way.
-            (_, None) => self.acked.clear(),
-            (Verdict::TargetBehind, Some(head)) => {
-                self.acked.retain(|acked| acked.epoch <= head.epoch);
+            None => self.acked.clear(),
+            Some(head) => {
+                // A target that lost points may stand below what it has acked, whatever else it finds of the two histories.
+                self.acked.retain(|acked| acked.epoch < head.epoch || *acked == head);
                 self.acked(head);
             }
-            (_, Some(head)) => self.acked(head),
         }
         self.parts = parts;
     }
@@ -224,26 +217,26 @@ mod tests {
             sent: vec![head(4), head(3)],
             parts,
         };
-        memo.opened(Generation(1), Verdict::Continue, Some(head(3)), parts);
+        memo.opened(Generation(1), Some(head(3)), parts);
         assert_eq!((memo.head(), memo.sent.as_slice()), (Some(head(3)), [head(4)].as_slice()));
         assert_eq!(memo.parts, parts);
-        memo.opened(Generation(2), Verdict::TargetBehind, Some(head(1)), None);
+        memo.opened(Generation(2), Some(head(1)), None);
         assert_eq!((memo.acked.as_slice(), memo.sent.len(), memo.parts), ([head(1)].as_slice(), 0, None));
-        memo.opened(Generation(3), Verdict::Rollback { to: Some(Epoch(1)) }, Some(head(9)), None);
+        memo.opened(Generation(3), Some(head(9)), None);
         assert_eq!(memo.acked, [head(9), head(1)]);
         memo.part_acked(Epoch(10), PARTS);
         memo.acked(head(10));
         assert_eq!(memo.parts, None, "the point has taken them in");
-        memo.opened(Generation(4), Verdict::New, None, None);
+        memo.opened(Generation(4), None, None);
         assert_eq!(memo, Memo { generation: Some(Generation(4)), ..Memo::default() });
     }
 
     #[test]
     fn commits_under_way_stay_known_where_the_target_has_no_point_yet() {
         let mut memo = Memo { generation: Some(Generation(1)), sent: vec![head(1)], ..Memo::default() };
-        memo.opened(Generation(1), Verdict::Continue, None, None);
+        memo.opened(Generation(1), None, None);
         assert_eq!(memo.sent, [head(1)], "it goes again, and may be acked unheard");
-        memo.opened(Generation(2), Verdict::Continue, None, None);
+        memo.opened(Generation(2), None, None);
         assert_eq!(memo.sent, [], "fenced off");
     }
 

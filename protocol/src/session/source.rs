@@ -276,7 +276,7 @@ impl SourceSession {
             self.catch_up(opened, &mut events).inspect_err(|_| self.anew = true)?;
         }
         let head = opened.head.map(|(head, _)| head);
-        self.memo.opened(opened.generation, opened.verdict, head, opened.parts);
+        self.memo.opened(opened.generation, head, opened.parts);
         self.cursor = (0, self.resume_at(opened));
         self.open = true;
         events.push(SourceEvent::Opened {

@@ -98,7 +98,7 @@ impl Group {
         }
         self.setup.digests.opened(head, parts.is_some());
         self.ask_at = Duration::ZERO;
-        self.memo.opened(generation, verdict, head, parts);
+        self.memo.opened(generation, head, parts);
         self.keep_memo();
         if is_new {
             self.setup.kept_memo.keep(&self.memo);
