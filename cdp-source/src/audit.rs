@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// Blocks read at a time where digests are to be had back: 4 MiB after a cut.
 const UNKNOWN_BLOCKS: u64 = 1024;
+/// How soon they are looked for again once all were seen.
+const UNKNOWN_AGAIN: Duration = Duration::from_secs(60);
 /// Blocks read at a time on the round: at least 256 KiB, so that an idle disk is not woken for each block; and no more than 1 MiB, however long nothing could be
 /// looked at.
 const ROUND_BLOCKS: (u64, u64) = (64, 256);
@@ -46,6 +48,8 @@ pub struct Audit {
     next: (usize, u64),
     /// The next block of those that nothing is known of.
     next_unknown: (usize, u64),
+    /// When they are looked for again.
+    unknown_at: Duration,
     /// Blocks that the round may read.
     allowed: f64,
     allowed_at: Option<Duration>,
@@ -66,17 +70,21 @@ impl Audit {
         let (blocks_min, blocks_max) = ROUND_BLOCKS;
         let more = all as f64 * since.as_secs_f64() / round.as_secs_f64();
         self.allowed = (self.allowed + more).min(blocks_max as f64);
-        let unknown = |volume: usize, from: u32| digests.next_unknown(volume, from);
-        let blocks = take(&mut self.next_unknown, &sizes, UNKNOWN_BLOCKS, unknown);
-        let blocks = if blocks.iter().any(|blocks| !blocks.is_empty()) {
-            blocks
-        } else if self.allowed >= blocks_min.min(all) as f64 {
+        let mut blocks = vec![RoaringBitmap::new(); sizes.len()];
+        if now >= self.unknown_at {
+            blocks =
+                take(&mut self.next_unknown, &sizes, UNKNOWN_BLOCKS, |volume, from| digests.next_unknown(volume, from));
+            // All of them were seen: what is left cannot be read, or is busy.
+            if blocks.iter().map(RoaringBitmap::len).sum::<u64>() < UNKNOWN_BLOCKS {
+                self.unknown_at = now + UNKNOWN_AGAIN;
+            }
+        }
+        if self.allowed >= blocks_min.min(all) as f64 {
             let count = self.allowed as u64;
             self.allowed -= count as f64;
-            take(&mut self.next, &sizes, count, |_, from| Some(from))
-        } else {
-            return Vec::new();
-        };
+            let round = take(&mut self.next, &sizes, count, |_, from| Some(from));
+            blocks.iter_mut().zip(round).for_each(|(blocks, round)| *blocks |= round);
+        }
         let volumes = blocks.into_iter().zip(busy).enumerate();
         let requests = volumes.flat_map(|(volume, (blocks, busy))| {
             let extents = reader::runs(&(blocks - busy), READ_BLOCKS_MAX);
@@ -137,6 +145,14 @@ fn take(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cdp_protocol::record::Volume;
+    use cdp_protocol::seal::DataKey;
+    use cdp_protocol::units::{BLOCK_BYTES, GroupId, VolumeSlot};
+    use cdp_seams::random::SimRandom;
+    use cdp_seams::storage::Storage;
+    use cdp_seams::storage::sim::SimStorage;
+    use std::path::Path;
+    use std::sync::Arc;
 
     #[test]
     fn the_round_comes_by_every_block_and_begins_again() {
@@ -160,6 +176,26 @@ mod tests {
         assert_eq!(take(&mut next, &sizes, 8, next_of)[0].iter().collect::<Vec<_>>(), [3, 9]);
         assert_eq!(take(&mut next, &sizes, 8, next_of)[0].iter().collect::<Vec<_>>(), [2, 3, 9]);
         assert!(take(&mut next, &sizes, 8, |_, _| None)[0].is_empty());
+    }
+
+    /// A block that cannot be read stays unknown for ever: the round goes on all the same, and it is not read after each cut.
+    #[test]
+    fn what_stays_unknown_does_not_keep_the_round_from_going_on() {
+        let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(1));
+        let volume = Volume { slot: VolumeSlot(0), size_bytes: 200 * BLOCK_BYTES as u64, name: "data".into() };
+        let key = DataKey::new([5; 32]).digest_key();
+        let folder = Path::new("/digests");
+        let digests = Digests::open(storage, folder, GroupId([7; 16]), key, &[volume], &SimRandom::new(1));
+        let (mut audit, round) = (Audit::default(), Duration::from_secs(200));
+        let mut read = |at: u64| {
+            let requests = audit.requests(&digests, &[RoaringBitmap::new()], round, Duration::from_secs(at));
+            requests.iter().map(|request| u64::from(request.extent.count)).sum::<u64>()
+        };
+        assert_eq!(read(0), 200, "all of it is unknown, and stays so");
+        assert_eq!(read(1), 0);
+        assert_eq!(read(59), 0);
+        assert_eq!(read(60), 200, "it is tried again");
+        assert_eq!(read(64), 64, "and the round goes on");
     }
 
     #[test]
