@@ -59,9 +59,15 @@ struct Run {
     violation: Option<Violation>,
 }
 
-/// Cuts `node` until `cuts` were captured or one of them is none the device ever held, and rests between two cuts; then lets it
-/// come to rest and compares.
-fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, change: impl FnOnce(&mut EbpfOptions)) -> Result<Run> {
+/// Cuts `node` until the cuts captured are `enough` or one of them is none the device ever held, and rests between two cuts;
+/// then lets it come to rest and compares.
+fn run(
+    node: &Path,
+    layout: &Layout,
+    enough: impl Fn(&Figures) -> bool,
+    rest: Duration,
+    change: impl FnOnce(&mut EbpfOptions),
+) -> Result<Run> {
     let board = Board::default();
     let mut cutter = Cutter::open(node, layout, change)?;
     ensure!(cutter.cut(&board, BOUND)? == Outcome::Checked, "the first point is all of the volume");
@@ -71,7 +77,7 @@ fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, change: impl FnO
         let handles = writers::start(scope, node, layout, &board);
         let mut violation = None;
         let mut last = (Instant::now(), 0);
-        while violation.is_none() && cutter.figures.validated < cuts && !board.is_stopped() {
+        while violation.is_none() && !enough(&cutter.figures) && !board.is_stopped() {
             match cutter.cut(&board, BOUND)? {
                 Outcome::Violated(found) => {
                     violation = Some(found);
@@ -103,13 +109,19 @@ fn run(node: &Path, layout: &Layout, cuts: u64, rest: Duration, change: impl FnO
     Ok(Run { figures, violation })
 }
 
+/// So many cuts are enough.
+fn captured(cuts: u64) -> impl Fn(&Figures) -> bool {
+    move |figures| figures.validated >= cuts
+}
+
 /// The tracker as the product has it.
 fn as_it_is(_: &mut EbpfOptions) {}
 
 /// Cuts a device as often as is asked for, without a violation.
 fn prove(name: &str, node: &Path, sector_bytes: u64) -> Result<()> {
     let cuts = cuts_each()?;
-    let run = run(node, &Layout::new(sector_bytes), cuts, Duration::ZERO, as_it_is).with_context(|| name.to_owned())?;
+    let run = run(node, &Layout::new(sector_bytes), captured(cuts), Duration::ZERO, as_it_is)
+        .with_context(|| name.to_owned())?;
     eprintln!("{name}: {}", run.figures);
     if let Some(violation) = run.violation {
         bail!("{name}: cut {} is none the device ever held: {violation}", run.figures.tried);

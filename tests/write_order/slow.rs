@@ -6,7 +6,7 @@
 use crate::board::{Board, StopAtEnd};
 use crate::cutter::{BOUND, Cutter, Figures, Outcome};
 use crate::layout::{Layout, VOLUME_BYTES};
-use crate::{alone, as_it_is, in_memory, run, writers};
+use crate::{alone, as_it_is, captured, in_memory, run, writers};
 use anyhow::{Context, Result, bail, ensure};
 use cdp_tests::loop_device::{LoopDevice, Mount};
 use cdp_tests::process::{tool, wait_for};
@@ -31,7 +31,7 @@ fn cuts_of_a_slow_disk_validate_under_scattered_writes() -> Result<()> {
     let _alone = alone();
     let folder = in_memory()?;
     let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY, Landing::WithAnswer)?;
-    let run = run(disk.node(), &Layout::scattered(), 200, REST, as_it_is)?;
+    let run = run(disk.node(), &Layout::scattered(), captured(200), REST, as_it_is)?;
     eprintln!("slow disk, 8 writes in flight: {}", run.figures);
     ensure!(run.violation.is_none(), "cut {}: {:?}", run.figures.tried, run.violation);
     let (tried, validated) = (run.figures.tried - run.figures.unchanged, run.figures.validated);
@@ -48,7 +48,7 @@ fn every_cut_of_a_slow_disk_is_one_instant() -> Result<()> {
     for landing in [Landing::WithAnswer, Landing::AtOnce] {
         let folder = in_memory()?;
         let disk = SlowDisk::new(folder.path(), VOLUME_BYTES, LATENCY, landing)?;
-        let run = run(disk.node(), &Layout::new(512), 200, REST, as_it_is)?;
+        let run = run(disk.node(), &Layout::new(512), captured(200), REST, as_it_is)?;
         eprintln!("slow disk, all writers, landing {landing:?}: {}", run.figures);
         ensure!(run.violation.is_none(), "cut {}: {:?}", run.figures.tried, run.violation);
     }
