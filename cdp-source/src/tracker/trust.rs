@@ -12,7 +12,8 @@
 //!
 //! Writes and discards are compared each for itself. `WRITE_ZEROES` counts as written in the kernel, and some bio-based
 //! drivers (zram) count neither it nor discards: so the exact comparison is made when nothing is in flight, where the difference
-//! has to be none, or just what those operations amount to. A kernel that counts less than the program cannot show a loss: until
+//! has to be none, or just what those operations amount to. Once that was seen, the program's own count of them is added to the
+//! kernel's. A kernel that counts less than the program cannot show a loss: until
 //! it agrees again, what is suspect joins instead of being given up. More completed than was ever issued means that issues were missed;
 //! that, a bio's range that could not be kept or was not there, and a kernel that does not count at all are causes of `doubt`.
 
@@ -109,8 +110,8 @@ pub(super) struct Trust {
 struct DiskTrust {
     disk: DeviceNumber,
     bio_based: bool,
-    /// Sectors the kernel had completed and the program had not counted when the measure began.
-    origin: u64,
+    /// The counts when the measure began.
+    first: (DiskCounts, Tally),
     /// Sectors the kernel has written and discarded beyond what the program counted, at most: what is beyond that is lost.
     ahead: [i64; 2],
     /// The same when nothing was in flight last, or the measure began: what was lost since is beyond it.
@@ -119,6 +120,8 @@ struct DiskTrust {
     base: Option<(DiskCounts, Tally)>,
     /// The kernel counts less than the program.
     is_behind: bool,
+    /// It does since nothing was in flight last, on a driver that may leave out what it is not known to: as many sectors may be lost.
+    may_hide: bool,
     /// What a bio-based driver leaves out of the kernel's counts, once it was seen.
     leaves_out: LeavesOut,
     /// Times in a row that the counts differed although nothing was in flight.
@@ -136,8 +139,13 @@ struct DiskTrust {
 
 /// Sectors by which the kernel is ahead of the program: written, and discarded.
 fn ahead(kernel: &DiskCounts, counted: &Tally) -> [i64; 2] {
-    let written = kernel.written.wrapping_sub(counted.written.wrapping_add(counted.zeroed));
-    [written as i64, kernel.discarded.wrapping_sub(counted.discarded) as i64]
+    let seen = completed_by(counted);
+    [kernel.written.wrapping_sub(seen[0]) as i64, kernel.discarded.wrapping_sub(seen[1]) as i64]
+}
+
+/// Sectors that the program saw completed: written or zeroed, which the kernel counts as one, and discarded.
+fn completed_by(counted: &Tally) -> [u64; 2] {
+    [counted.written.wrapping_add(counted.zeroed), counted.discarded]
 }
 
 impl DiskTrust {
@@ -145,11 +153,12 @@ impl DiskTrust {
         Self {
             disk,
             bio_based,
-            origin: kernel.written.wrapping_add(kernel.discarded).wrapping_sub(counted.completed()),
+            first: (*kernel, *counted),
             ahead: ahead(kernel, counted),
             ahead_at_rest: ahead(kernel, counted),
             base: None,
             is_behind: false,
+            may_hide: false,
             leaves_out: LeavesOut::default(),
             disagreements: 0,
             outstanding: i64::MAX,
@@ -160,11 +169,21 @@ impl DiskTrust {
         }
     }
 
-    fn judge(&mut self, kernel: &DiskCounts, before: &Tally, counted: &Tally, now: Duration) -> Verdict {
-        let by_kernel = kernel.written.wrapping_add(kernel.discarded).wrapping_sub(self.origin);
-        // What the program saw by then is completed, counted by the kernel or not.
-        let completed =
-            if by_kernel.wrapping_sub(before.completed()) as i64 > 0 { by_kernel } else { before.completed() };
+    /// Sectors completed by the kernel's count or, where that is less, by the program's: what either saw is completed.
+    fn completed(&self, kernel: &DiskCounts, counted: &Tally) -> u64 {
+        let (first_kernel, first) = &self.first;
+        let origin = ahead(&self.leaves_out.made_whole(first_kernel, first), first);
+        let by_kernel = [kernel.written, kernel.discarded];
+        let by_program = completed_by(counted);
+        (0..2).fold(0, |sum: u64, kind| {
+            let more = by_kernel[kind].wrapping_sub(by_program[kind]) as i64 - origin[kind];
+            sum.wrapping_add(by_program[kind]).wrapping_add_signed(more.max(0))
+        })
+    }
+
+    fn judge(&mut self, raw: &DiskCounts, before: &Tally, counted: &Tally, now: Duration) -> Verdict {
+        let kernel = &self.leaves_out.made_whole(raw, before);
+        let completed = self.completed(kernel, before);
         let outstanding = before.issued.wrapping_sub(completed) as i64;
         let is_ahead = ahead(kernel, counted);
         let mut lost = is_ahead[0] > self.ahead[0] || is_ahead[1] > self.ahead[1];
@@ -183,12 +202,13 @@ impl DiskTrust {
         let issued = counted.issued.wrapping_add(counted.remapped);
         let missing = self.misses_issues(issued.wrapping_sub(completed) as i64, issued, quiet);
         if quiet {
-            lost |= !self.agrees(kernel, counted) && self.base.is_some();
-            self.base = Some((*kernel, *counted));
-            self.ahead = is_ahead;
-            self.ahead_at_rest = is_ahead;
+            lost |= !self.agrees(raw, counted) && self.base.is_some();
+            self.base = Some((*raw, *counted));
+            // By what has been learned of the driver just now.
+            self.ahead = ahead(&self.leaves_out.made_whole(raw, counted), counted);
+            self.ahead_at_rest = self.ahead;
         }
-        self.tell(kernel, counted);
+        self.tell(raw, counted);
         Verdict { lost, quiet, clean: true, doubt: self.doubt(kernel, missing) }
     }
 
@@ -261,6 +281,7 @@ impl DiskTrust {
     /// later ones that the program was asked for had hidden it.
     fn is_late(&mut self, excess: [i64; 2]) -> bool {
         let is_late = excess[0] > self.ahead[0] || excess[1] > self.ahead[1];
+        self.may_hide = self.bio_based && (0..2).any(|kind| excess[kind] < self.ahead_at_rest[kind]);
         // Downwards too: a count that was ahead for a moment would hide the next loss. But no further than at rest: a request is
         // counted by the program a moment before the kernel does, which is no less of a kernel's count.
         self.ahead = [0, 1].map(|kind: usize| excess[kind].max(self.ahead_at_rest[kind]));
@@ -273,6 +294,19 @@ impl DiskTrust {
 struct LeavesOut {
     zeroed: Option<bool>,
     discarded: Option<bool>,
+}
+
+impl LeavesOut {
+    /// The kernel's counts and, of what the driver leaves out, the program's: without them every such operation would hide as many
+    /// sectors whose completion was lost.
+    fn made_whole(self, kernel: &DiskCounts, counted: &Tally) -> DiskCounts {
+        let part = |is_left_out: Option<bool>, sectors| if is_left_out == Some(true) { sectors } else { 0 };
+        DiskCounts {
+            written: kernel.written.wrapping_add(part(self.zeroed, counted.zeroed)),
+            discarded: kernel.discarded.wrapping_add(part(self.discarded, counted.discarded)),
+            ..*kernel
+        }
+    }
 }
 
 /// Whether the kernel counted what the program saw. Of a bio-based driver it is learned once whether it leaves `special` out:
@@ -339,11 +373,15 @@ impl Trust {
         for (index, (disk, counter)) in self.disks.iter_mut().zip(&self.counters).enumerate() {
             let counted = instance.tally(index);
             let of_disk = disk.judge(&before.kernel[index], &before.counted[index], &counted, now);
-            let counts = || Ok((instance.tally(index), counter.completed()?));
+            let leaves_out = disk.leaves_out;
+            let counts = || {
+                let counted = instance.tally(index);
+                Ok((counted, leaves_out.made_whole(&counter.completed()?, &counted)))
+            };
             let excess = least_excess(counts, disk.ahead)?;
             let is_late = disk.is_late(excess);
             verdict.lost |= of_disk.lost || is_late;
-            verdict.clean &= !disk.is_behind;
+            verdict.clean &= !disk.is_behind && !disk.may_hide;
             verdict.quiet &= of_disk.quiet;
             verdict.doubt = verdict.doubt.or(of_disk.doubt);
         }
@@ -426,6 +464,17 @@ mod tests {
         let kernel = DiskCounts { written: 116, ..IDLE };
         let more = Tally { discarded: 96, issued: 194, ..zeroed };
         assert!(at_rest(&mut trust, &kernel, &more).lost);
+    }
+
+    #[test]
+    fn a_driver_that_is_not_known_yet_may_hide_a_loss_until_it_is_quiet() {
+        let mut trust = trust_in(true);
+        let seen = Tally { zeroed: 32, ..tally(0, 90) };
+        let kernel = DiskCounts { in_flight: 1, ..IDLE };
+        assert_eq!(at_rest(&mut trust, &kernel, &seen), verdict(false, false));
+        assert!(!trust.is_late(ahead(&kernel, &seen)) && trust.may_hide);
+        assert_eq!(at_rest(&mut trust, &IDLE, &Tally { issued: 82, ..seen }), verdict(false, true));
+        assert!(!trust.is_late(trust.ahead) && !trust.may_hide, "it leaves zeroes out");
     }
 
     #[test]
@@ -544,8 +593,19 @@ mod tests {
         assert!(!at_rest(&mut trust, &counts(8), &zeroed(8, 16)).lost, "it leaves zeroes out");
         // 16 more were zeroed, and a write of 16 was not seen.
         let lost = Tally { issued: 50 + 8 + 32 + 16, ..zeroed(8, 32) };
-        assert!(!at_rest(&mut trust, &counts(24), &lost).quiet, "it may be on its way");
-        assert!(trust.judge(&counts(24), &lost, &lost, AT + STILL_FOR_BIOS).lost);
+        assert_eq!(at_rest(&mut trust, &counts(24), &lost), verdict(true, true));
+    }
+
+    #[test]
+    fn what_a_driver_leaves_out_hides_no_loss_where_it_is_never_quiet() {
+        let mut trust = trust_in(true);
+        let kernel = DiskCounts { written: 108, ..IDLE };
+        let seen = Tally { zeroed: 32, discarded: 64, ..tally(8, 154) };
+        assert_eq!(at_rest(&mut trust, &kernel, &seen), verdict(false, true), "it leaves both out");
+        // From here on something is always in flight. More is zeroed than the write has sectors that is not seen.
+        let seen = Tally { zeroed: 64, discarded: 128, issued: 154 + 32 + 64 + 8 + 8, ..seen };
+        let kernel = DiskCounts { written: 116, in_flight: 1, ..IDLE };
+        assert_eq!(at_rest(&mut trust, &kernel, &seen), verdict(true, false));
     }
 
     #[test]
