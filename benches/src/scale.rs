@@ -25,12 +25,14 @@ const CHECKPOINT_DAYS: u64 = 5;
 const READERS: [u64; 4] = [1, 2, 4, 8];
 /// What a reader of a small and of a large frame reads of the disk.
 const DISK_READ_BYTES: [u64; 2] = [4096, 65_536];
+/// What zstd packs with in the history of its frames.
+const ZSTD_LEVEL: u8 = 3;
 /// The first argument of a child.
 pub(crate) const CHILD: &str = "scale-child";
 
 pub(crate) fn run(folder: &Path) -> Result<()> {
     let points = std::env::var("CDP_BENCH_POINTS").map_or(Ok(POINTS), |text| text.parse());
-    let plan = Plan { points: points.context("CDP_BENCH_POINTS")? };
+    let plan = Plan { points: points.context("CDP_BENCH_POINTS")?, level: None };
     ensure!(plan.points >= 3000, "the ladder is of no use with fewer than 100 points a day");
     let free = cdp_seams::storage::Storage::free_bytes(&cdp_seams::storage::SystemStorage, folder)?;
     ensure!(
@@ -43,7 +45,7 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     let scale = Scale { folder: folder.join("scale"), plan };
     scale.make()?;
     let (without, mut rates) = (scale.readings(1)?, scale.disk_rates()?);
-    rates.extend(scale.read_rates(1, "without checkpoints")?);
+    rates.extend(scale.read_rates(1, "without checkpoints", "10000")?);
     println!("\n| checkpoint | seconds | MiB needed | MiB written | peak MiB |\n|---|---|---|---|---|");
     let checkpointed = keep::checkpointed(plan, CHECKPOINT_DAYS);
     for (at, epoch) in checkpointed.iter().enumerate() {
@@ -66,14 +68,28 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
     for ((what, without, aim), (_, with, _)) in without.iter().zip(&with) {
         println!("| {what} | {without} | {with} | {aim} |");
     }
-    rates.extend(scale.read_rates(checkpointed[0], "with checkpoints")?);
+    rates.extend(scale.read_rates(checkpointed[0], "with checkpoints", "10000")?);
+    print_rates(rates);
+    scale.prune()?;
+    std::fs::remove_dir_all(&scale.folder)?;
+    zstd(folder, plan)?;
+    ingest::run(folder)
+}
+
+/// The same history in frames that zstd packed, as far as reading goes.
+fn zstd(folder: &Path, plan: Plan) -> Result<()> {
+    let scale = Scale { folder: folder.join("scale"), plan: Plan { level: Some(ZSTD_LEVEL), ..plan } };
+    scale.make()?;
+    let rates = scale.read_rates(1, &format!("in frames of zstd {ZSTD_LEVEL}"), "5000")?;
+    print_rates(rates);
+    Ok(std::fs::remove_dir_all(&scale.folder)?)
+}
+
+fn print_rates(rates: Vec<Rates>) {
     println!("\n| reads a second by | 1 reader | 2 | 4 | 8 | aim |\n|---|---|---|---|---|---|");
     for (what, rates, aim) in rates {
         println!("| {what} | {} | {aim} |", rates.map(|rate| format!("{rate:.0}")).join(" | "));
     }
-    scale.prune()?;
-    std::fs::remove_dir_all(&scale.folder)?;
-    ingest::run(folder)
 }
 
 /// A row of readings: what, how much, and what it should be.
@@ -135,7 +151,7 @@ impl Scale {
     }
 
     /// Of the database and of other files: from cold files, and from files in the page cache, of which no frame is kept.
-    fn read_rates(&self, oldest: u64, how: &str) -> Result<Vec<Rates>> {
+    fn read_rates(&self, oldest: u64, how: &str, aim: &'static str) -> Result<Vec<Rates>> {
         let mut rows = Vec::new();
         for (of_database, what) in [(true, "the database"), (false, "other files")] {
             let (mut cold, mut warm) = ([0.0; READERS.len()], [0.0; READERS.len()]);
@@ -143,7 +159,7 @@ impl Scale {
                 let figures = self.blocks(oldest, of_database, *readers)?;
                 (cold[at], warm[at]) = (number(&figures, "cold_rate")?, number(&figures, "warm_rate")?);
             }
-            rows.push((format!("{what} {how}, cold files"), cold, "10000"));
+            rows.push((format!("{what} {how}, cold files"), cold, aim));
             rows.push(("the same, files in the page cache".to_owned(), warm, ""));
         }
         Ok(rows)
@@ -188,6 +204,7 @@ impl Scale {
     fn child(&self, what: &str, arguments: &[&u64]) -> Result<Value> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args([CHILD, what]).arg(&self.folder).arg(self.plan.points.to_string());
+        command.arg(self.plan.level.unwrap_or_default().to_string());
         command.args(arguments.iter().map(ToString::to_string));
         Ok(serde_json::from_str(&process::run(&mut command)?)?)
     }
@@ -197,8 +214,11 @@ impl Scale {
 pub(crate) fn child(arguments: &[String]) -> Result<()> {
     let [what, folder, numbers @ ..] = arguments else { bail!("what, a folder and numbers") };
     let numbers: Vec<u64> = numbers.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
-    let (folder, plan) = (Path::new(folder), Plan { points: *numbers.first().context("the points")? });
-    let document = match (what.as_str(), &numbers[1..]) {
+    let [points, level, numbers @ ..] = numbers.as_slice() else { bail!("the points, and zstd's level") };
+    let plan = Plan { points: *points, level: u8::try_from(*level).ok().filter(|level| *level > 0) };
+    let folder = Path::new(folder);
+    cdp_target::open_files::allow();
+    let document = match (what.as_str(), numbers) {
         ("make", []) => keep::make(folder, plan)?,
         ("open", [oldest, newest]) => reads::open(folder, *oldest, *newest)?,
         ("list", []) => reads::list(folder)?,

@@ -22,7 +22,7 @@ use cdp_protocol::frame::Frame;
 use cdp_protocol::units::Timestamp;
 use cdp_seams::clock::Clock;
 use cdp_seams::storage::Storage;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -32,8 +32,10 @@ use std::time::Duration;
 const BYTES_A_SECOND: u64 = 16 << 20;
 /// Between two segments at most, however small the store.
 const PAUSE_MAX: Duration = Duration::from_secs(3600);
-/// How soon it is looked again where nothing is due.
+/// How soon it is looked again what there is, also where nothing is due.
 const LOOK_EVERY: Duration = Duration::from_secs(600);
+/// Files that are read without looking again, at most.
+const TURNS_MAX: usize = 256;
 
 /// Takes office, group, file and what is wrong with it.
 pub type Found<'a> = dyn Fn(&str, GroupPlace, FileId, Vec<Damage>) -> bool + 'a;
@@ -95,12 +97,16 @@ impl Scrub<'_> {
     pub fn run(&self, ended: &Receiver<()>) {
         // Files that could not be read: tried again when they are due again.
         let mut failed = HashMap::new();
+        let mut turns = VecDeque::new();
         loop {
-            let turn = self.next(&failed).unwrap_or_else(|error| {
-                tracing::warn!(error = one_line(&error), "nothing is scrubbed for now");
-                None
-            });
-            let pause = turn.as_ref().map_or(LOOK_EVERY.min(self.interval), |turn| turn.pause);
+            if turns.is_empty() {
+                turns = self.next(&failed).unwrap_or_else(|error| {
+                    tracing::warn!(error = one_line(&error), "nothing is scrubbed for now");
+                    VecDeque::new()
+                });
+            }
+            let turn = turns.pop_front();
+            let pause = turn.as_ref().map_or(LOOK_EVERY.min(self.interval), |turn: &Turn| turn.pause);
             if ended.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
                 return;
             }
@@ -113,8 +119,8 @@ impl Scrub<'_> {
         }
     }
 
-    /// The file that was read longest ago, if it is due.
-    fn next(&self, failed: &HashMap<(GroupPlace, FileId), Timestamp>) -> Result<Option<Turn>, ScrubError> {
+    /// The files that were read longest ago, as far as they are due.
+    fn next(&self, failed: &HashMap<(GroupPlace, FileId), Timestamp>) -> Result<VecDeque<Turn>, ScrubError> {
         let mut candidates = Vec::new();
         for office in (self.catalog)()?.offices() {
             for place in self.store.groups(office.id)? {
@@ -194,21 +200,27 @@ fn sealed_files(storage: &dyn Storage, folder: &Path) -> Result<Vec<Sealed>, Jou
     Ok(manifest.sealed.iter().map(SealedSegment::sealed).chain(packs).collect())
 }
 
-/// The one that was read longest ago, if that is an interval ago.
-fn choose(candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> Option<Turn> {
+/// Those that were read longest ago, if that is an interval ago: what is read before it is looked again, and one at least. To look is
+/// to read what every group of the store has.
+fn choose(mut candidates: Vec<Candidate>, now: Timestamp, interval: Duration) -> VecDeque<Turn> {
     let total: u64 = candidates.iter().map(|candidate| candidate.len).sum();
     let interval_ms = i64::try_from(interval.as_millis()).unwrap_or(i64::MAX);
     let is_due = |read: Timestamp| now.0.saturating_sub(read.0) >= interval_ms || read > now;
-    let oldest = candidates.into_iter().min_by_key(|candidate| (candidate.read, candidate.file))?;
-    if !oldest.read.is_none_or(is_due) {
-        return None;
-    }
-    let share = oldest.len as f64 / total.max(1) as f64;
-    // Reading takes its own part of the time.
-    let reading = Duration::from_secs_f64(oldest.len as f64 / BYTES_A_SECOND as f64);
-    let pause = interval.mul_f64(share).saturating_sub(reading).min(PAUSE_MAX);
-    let Candidate { office, place, file, .. } = oldest;
-    Some(Turn { office, place, file, pause })
+    candidates.retain(|candidate| candidate.read.is_none_or(is_due));
+    candidates.sort_by_key(|candidate| (candidate.read, candidate.file));
+    let turn = |Candidate { office, place, file, len, .. }: Candidate| {
+        let share = len as f64 / total.max(1) as f64;
+        // Reading takes its own part of the time.
+        let reading = Duration::from_secs_f64(len as f64 / BYTES_A_SECOND as f64);
+        Turn { office, place, file, pause: interval.mul_f64(share).saturating_sub(reading).min(PAUSE_MAX) }
+    };
+    let mut until = Duration::ZERO;
+    let is_soon = |turn: &Turn| {
+        let begins = until;
+        until = until.saturating_add(turn.pause);
+        begins < LOOK_EVERY
+    };
+    candidates.into_iter().map(turn).take(TURNS_MAX).take_while(is_soon).collect()
 }
 
 /// Keeps the reading of a file to its pace.
@@ -234,25 +246,34 @@ mod tests {
         Candidate { office: "berlin".to_owned(), place, file, len, read: read.map(Timestamp) }
     }
 
-    /// Group, segment and pause in seconds.
-    fn chosen(candidates: Vec<Candidate>, now: i64) -> Option<(u8, u64, u64)> {
+    /// Groups, segments and pauses in seconds.
+    fn chosen(candidates: Vec<Candidate>, now: i64) -> Vec<(u8, u64, u64)> {
         let seconds = |turn: &Turn| turn.pause.as_secs_f64().round() as u64;
         let number = |turn: &Turn| match turn.file {
             FileId::Segment { number, .. } => number,
             FileId::Slice(_) => 0,
         };
-        choose(candidates, Timestamp(now), HOUR).map(|turn| (turn.place.group.0[0], number(&turn), seconds(&turn)))
+        let turns = choose(candidates, Timestamp(now), HOUR);
+        turns.iter().map(|turn| (turn.place.group.0[0], number(turn), seconds(turn))).collect()
     }
 
     #[test]
     fn what_was_never_read_comes_first_then_what_was_read_longest_ago() {
         let hour = 3_600_000;
-        assert_eq!(chosen(vec![], 0), None);
+        assert_eq!(chosen(vec![], 0), []);
         let all = || vec![candidate(1, 1, 100, Some(5)), candidate(2, 1, 200, None), candidate(2, 2, 100, Some(3))];
-        assert_eq!(chosen(all(), 10), Some((2, 1, 1800)), "half of all bytes, half of the interval");
+        assert_eq!(chosen(all(), 10), [(2, 1, 1800)], "half of all bytes, half of the interval");
         let all = || vec![candidate(1, 1, 100, Some(5)), candidate(2, 1, 200, Some(9)), candidate(2, 2, 100, Some(3))];
-        assert_eq!(chosen(all(), hour), None, "nothing is an interval old");
-        assert_eq!(chosen(all(), hour + 3), Some((2, 2, 900)));
-        assert_eq!(chosen(vec![candidate(1, 1, 100, Some(hour))], 5), Some((1, 1, 3600)), "the clock went back");
+        assert_eq!(chosen(all(), hour), [], "nothing is an interval old");
+        assert_eq!(chosen(all(), hour + 3), [(2, 2, 900)]);
+        assert_eq!(chosen(vec![candidate(1, 1, 100, Some(hour))], 5), [(1, 1, 3600)], "the clock went back");
+    }
+
+    #[test]
+    fn of_many_small_files_as_many_are_chosen_as_are_read_before_it_is_looked_again() {
+        let files = |count: u64| (0..count).map(|segment| candidate(1, segment, 100, None)).collect();
+        let turns = chosen(files(50), 10);
+        assert_eq!((turns.len(), turns[0], turns[8]), (9, (1, 0, 72), (1, 8, 72)));
+        assert_eq!(chosen(files(3600), 10).len(), TURNS_MAX);
     }
 }

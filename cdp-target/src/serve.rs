@@ -82,16 +82,6 @@ pub struct Server {
     _lock: StoreLock,
 }
 
-/// Asks for as many open files as the system lets this process have: each group keeps some tens open for its readers, and the usual limit
-/// of 1024 is soon reached.
-fn allow_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::warn!(%error, "the limit of open files stays as it is");
-    }
-}
-
 impl Server {
     /// A server over a store whose lock is held.
     #[must_use]
@@ -104,7 +94,6 @@ impl Server {
     /// # Errors
     /// Where it cannot start.
     pub fn run(self) -> Result<(), ServeError> {
-        allow_files();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let ended = runtime.block_on(self.serve());
         // What still runs on blocking threads was given its time.

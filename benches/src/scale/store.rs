@@ -8,7 +8,7 @@ use cdp_protocol::codec::{Draft, FrameListHasher, Sealer};
 use cdp_protocol::escrow::Envelope;
 use cdp_protocol::frame::{self, Encoding, Kind};
 use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, HOLE_BLOCKS_MAX};
-use cdp_protocol::packer::Packer;
+use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::record::{Begin, Commit, Meters, PartChain, PartEnd, Predecessor, Volume};
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::lineage::Line;
@@ -45,10 +45,13 @@ pub(super) fn key() -> DataKey {
     DataKey::new([3; 32])
 }
 
-/// What there is in the files, by the number of points that the 30 days have.
+/// What there is in the files.
 #[derive(Clone, Copy)]
 pub(super) struct Plan {
+    /// Points that the 30 days have.
     pub(super) points: u64,
+    /// zstd's level; lz4 where there is none.
+    pub(super) level: Option<u8>,
 }
 
 impl Plan {
@@ -59,6 +62,10 @@ impl Plan {
 
     pub(super) const fn points_a_day(self) -> u64 {
         self.points / DAYS
+    }
+
+    fn packer(self) -> Packer {
+        Packer::new(self.level.map_or(Packing::Lz4, Packing::zstd))
     }
 }
 
@@ -133,13 +140,13 @@ impl History {
         let identity = GroupIdentity { group: GROUP, office: "branch".into(), name: "main".into(), envelope };
         let mut journal = GroupJournal::create(Arc::new(SystemStorage), folder, identity, JournalLimits::default())?;
         journal.begin(Line { generation: GENERATION, after: None, from: None })?;
-        Ok(Self { journal, plan, newest: None, parts: None, packer: Packer::default() })
+        Ok(Self { journal, plan, newest: None, parts: None, packer: plan.packer() })
     }
 
     pub(super) fn open(folder: &Path, plan: Plan) -> Result<Self> {
         let (journal, _) = GroupJournal::open(Arc::new(SystemStorage), folder, JournalLimits::default())?;
         let newest = journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt });
-        Ok(Self { journal, plan, newest, parts: None, packer: Packer::default() })
+        Ok(Self { journal, plan, newest, parts: None, packer: plan.packer() })
     }
 
     /// The newest point's number; 0 where there is none.

@@ -85,6 +85,7 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     start_log(matches!(cli.command, Command::Serve(_)));
+    crate::open_files::allow();
     match run(cli.command) {
         Ok(code) => code,
         Err(failure) => failure.report(),

@@ -13,6 +13,7 @@ use super::segment::{FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
 use crate::checkpoint::index::ImageIndex;
+use crate::open_files;
 use cdp_protocol::units::{Epoch, Extent, GroupId, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
 use roaring::RoaringBitmap;
@@ -26,8 +27,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 const CACHE_BYTES_MAX: usize = 32 << 20;
 /// Memory for extents, in bytes: those of a month of small points take 90 MB.
 const EXTENTS_BYTES_MAX: usize = 64 << 20;
-/// Files kept open.
-const FILES_MAX: usize = 64;
 /// Image indexes kept open.
 const IMAGES_MAX: usize = 64;
 
@@ -277,7 +276,7 @@ impl Shelf<'_> {
             Err(error) if is_no_file(&error) => return Ok(None),
             opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
         };
-        locked(&self.caches.files).keep(id, &file, 1, FILES_MAX);
+        locked(&self.caches.files).keep(id, &file, 1, open_files::per_group());
         Ok(Some(file))
     }
 
