@@ -13,6 +13,7 @@
 //! Invariant: data durable, then the point visible, then the ack; and nothing that was proven durable is ever cut off.
 
 pub(crate) mod bytes;
+mod caches;
 pub mod change;
 pub mod changes;
 pub mod file;

@@ -3,32 +3,22 @@
 //! An index that does not verify is made anew from the file's frames, in memory; nothing is written. It is made anew as a
 //! whole, whichever part of it is damaged: what was lost among the frames is told by the other part.
 
-use super::file::{FileId, Sealed, SliceId};
+use super::caches::Caches;
+use super::file::{FileId, Sealed};
 use super::index::{Lost, OpenIndex, Run, Summary, Tables};
-use super::listing::Tally;
 use super::manifest::PointRange;
 use super::pack::walk_pack;
 use super::scan::FrameScan;
 use super::segment::{FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Header, INDEX_MAGIC, Section};
 use super::walk::{Blind, Visit, Walked, walk};
 use super::{Damage, JournalError};
-use crate::checkpoint::index::ImageIndex;
-use crate::open_files;
 use cdp_protocol::units::{Epoch, Extent, GroupId, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
 use roaring::RoaringBitmap;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// Memory for summaries, and for which blocks a segment touches, each, in bytes.
-const CACHE_BYTES_MAX: usize = 32 << 20;
-/// Memory for extents, in bytes: those of a month of small points take 90 MB.
-const EXTENTS_BYTES_MAX: usize = 64 << 20;
-/// Image indexes kept open.
-const IMAGES_MAX: usize = 64;
+use std::sync::Arc;
 
 /// A sealed segment's index does not verify, and why.
 enum IndexError {
@@ -64,7 +54,7 @@ impl Touched {
         self.has_lost || self.bitmaps.get(&slot.0).is_some_and(|bitmap| bitmap.range_cardinality(blocks) > 0)
     }
 
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.bitmaps.values().map(RoaringBitmap::serialized_size).sum()
     }
 }
@@ -77,7 +67,7 @@ pub(crate) struct Extents {
 }
 
 impl Extents {
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.tables.bytes() + self.runs.len() * size_of::<Run>() + self.lost.len() * size_of::<Lost>()
     }
 }
@@ -87,128 +77,6 @@ struct Parts {
     summary: Arc<Summary>,
     touched: Arc<Touched>,
     extents: Arc<Extents>,
-}
-
-/// What readers of one group share.
-#[derive(Default)]
-pub(crate) struct Caches {
-    summaries: Mutex<Cache<Summary>>,
-    touched: Mutex<Cache<Touched>>,
-    extents: Mutex<Cache<Extents>>,
-    files: Mutex<Cache<Box<dyn StorageFile>>>,
-    /// Files whose index does not verify, in some part: nothing of it is believed.
-    distrusted: Mutex<HashSet<FileId>>,
-    /// Two numbers a segment: never dropped.
-    tallies: Mutex<HashMap<FileId, Tally>>,
-    /// Bytes of the parts of a point, by its epoch, where it has any: the first copy, and long outages.
-    part_bytes: Mutex<HashMap<Epoch, u64>>,
-    /// Image indexes, open, by their hash.
-    images: Mutex<HashMap<[u8; 32], Arc<ImageIndex>>>,
-    /// Packs in which a frame was met that is not what was written: read past where anything else has the content.
-    bad_slices: Mutex<HashSet<SliceId>>,
-    /// How often the storage failed a read that was then told as damage: it may succeed another time.
-    failed_reads: AtomicU64,
-}
-
-impl Caches {
-    pub(super) fn tally(&self, file: FileId) -> Option<Tally> {
-        locked(&self.tallies).get(&file).cloned()
-    }
-
-    pub(super) fn part_bytes(&self, epoch: Epoch) -> Option<u64> {
-        locked(&self.part_bytes).get(&epoch).copied()
-    }
-
-    pub(super) fn image(&self, hash: &[u8; 32]) -> Option<Arc<ImageIndex>> {
-        locked(&self.images).get(hash).map(Arc::clone)
-    }
-
-    pub(super) fn keep_image(&self, hash: [u8; 32], image: &Arc<ImageIndex>) {
-        let mut images = locked(&self.images);
-        if images.len() >= IMAGES_MAX {
-            images.clear();
-        }
-        images.insert(hash, Arc::clone(image));
-    }
-
-    pub(crate) fn is_bad(&self, slice: SliceId) -> bool {
-        locked(&self.bad_slices).contains(&slice)
-    }
-
-    pub(crate) fn note_bad(&self, slice: SliceId) {
-        locked(&self.bad_slices).insert(slice);
-    }
-
-    /// A file of this name is written anew: nothing that was read of the one before is good for it.
-    pub(crate) fn forget(&self, file: FileId) {
-        locked(&self.summaries).remove(file);
-        locked(&self.touched).remove(file);
-        locked(&self.extents).remove(file);
-        locked(&self.files).remove(file);
-        locked(&self.distrusted).remove(&file);
-    }
-
-    pub(crate) fn forget_bad(&self, slice: SliceId) {
-        locked(&self.bad_slices).remove(&slice);
-    }
-
-    pub(crate) fn note_failed_read(&self) {
-        self.failed_reads.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn failed_reads(&self) -> u64 {
-        self.failed_reads.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn keep_part_bytes(&self, epoch: Epoch, bytes: u64) {
-        locked(&self.part_bytes).insert(epoch, bytes);
-    }
-
-    pub(super) fn keep_tally(&self, file: FileId, tally: Tally) {
-        locked(&self.tallies).insert(file, tally);
-    }
-}
-
-/// Values by file, the longest unused going first.
-struct Cache<T> {
-    values: HashMap<FileId, (u64, usize, Arc<T>)>,
-    bytes: usize,
-    uses: u64,
-}
-
-impl<T> Default for Cache<T> {
-    fn default() -> Self {
-        Self { values: HashMap::new(), bytes: 0, uses: 0 }
-    }
-}
-
-impl<T> Cache<T> {
-    fn find(&mut self, file: FileId) -> Option<Arc<T>> {
-        self.uses += 1;
-        let (used, _, value) = self.values.get_mut(&file)?;
-        *used = self.uses;
-        Some(Arc::clone(value))
-    }
-
-    fn remove(&mut self, file: FileId) {
-        self.bytes -= self.values.remove(&file).map_or(0, |(_, bytes, _)| bytes);
-    }
-
-    fn keep(&mut self, file: FileId, value: &Arc<T>, bytes: usize, bytes_max: usize) {
-        while self.bytes + bytes > bytes_max
-            && let Some(oldest) = self.values.iter().min_by_key(|(_, (used, ..))| *used).map(|(file, _)| *file)
-        {
-            self.bytes -= self.values.remove(&oldest).map_or(0, |(_, bytes, _)| bytes);
-        }
-        self.uses += 1;
-        if self.values.insert(file, (self.uses, bytes, Arc::clone(value))).is_none() {
-            self.bytes += bytes;
-        }
-    }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Nothing stands there, or something that is no file.
@@ -267,7 +135,7 @@ impl Shelf<'_> {
 
     /// A file, open to read, if it is there.
     fn open_file(&self, id: FileId) -> Result<Option<Arc<Box<dyn StorageFile>>>, JournalError> {
-        if let Some(file) = locked(&self.caches.files).find(id) {
+        if let Some(file) = self.caches.files.find(id) {
             return Ok(Some(file));
         }
         let path = id.path(self.folder);
@@ -276,7 +144,7 @@ impl Shelf<'_> {
             Err(error) if is_no_file(&error) => return Ok(None),
             opened => Arc::new(opened.map_err(JournalError::io("open", &path))?),
         };
-        locked(&self.caches.files).keep(id, &file, 1, open_files::per_group());
+        self.caches.files.keep(id, &file, 1);
         Ok(Some(file))
     }
 
@@ -304,13 +172,13 @@ impl Shelf<'_> {
 
     /// Everything but the extents.
     pub(crate) fn summary(&self, sealed: &Sealed) -> Result<Arc<Summary>, JournalError> {
-        if let Some(summary) = locked(&self.caches.summaries).find(sealed.id) {
+        if let Some(summary) = self.caches.summaries.find(sealed.id) {
             return Ok(summary);
         }
         match self.load(sealed, load_summary)? {
             Some(summary) => {
                 let summary = Arc::new(summary);
-                locked(&self.caches.summaries).keep(sealed.id, &summary, summary.bytes(), CACHE_BYTES_MAX);
+                self.caches.summaries.keep(sealed.id, &summary, summary.bytes());
                 Ok(summary)
             }
             None => Ok(self.make_anew(sealed)?.summary),
@@ -319,13 +187,13 @@ impl Shelf<'_> {
 
     /// Which blocks it touches.
     pub(crate) fn touched(&self, sealed: &Sealed) -> Result<Arc<Touched>, JournalError> {
-        if let Some(touched) = locked(&self.caches.touched).find(sealed.id) {
+        if let Some(touched) = self.caches.touched.find(sealed.id) {
             return Ok(touched);
         }
         match self.load(sealed, load_touched)? {
             Some(touched) => {
                 let touched = Arc::new(touched);
-                locked(&self.caches.touched).keep(sealed.id, &touched, touched.bytes(), CACHE_BYTES_MAX);
+                self.caches.touched.keep(sealed.id, &touched, touched.bytes());
                 Ok(touched)
             }
             None => Ok(self.make_anew(sealed)?.touched),
@@ -334,13 +202,13 @@ impl Shelf<'_> {
 
     /// The extents, and what belongs to them.
     pub(crate) fn extents(&self, sealed: &Sealed) -> Result<Arc<Extents>, JournalError> {
-        if let Some(extents) = locked(&self.caches.extents).find(sealed.id) {
+        if let Some(extents) = self.caches.extents.find(sealed.id) {
             return Ok(extents);
         }
         match self.load(sealed, load_extents)? {
             Some(extents) => {
                 let extents = Arc::new(extents);
-                locked(&self.caches.extents).keep(sealed.id, &extents, extents.bytes(), EXTENTS_BYTES_MAX);
+                self.caches.extents.keep(sealed.id, &extents, extents.bytes());
                 Ok(extents)
             }
             None => Ok(self.make_anew(sealed)?.extents),
@@ -366,7 +234,7 @@ impl Shelf<'_> {
         sealed: &Sealed,
         load: impl FnOnce(&dyn StorageFile, &Sealed) -> Result<T, IndexError>,
     ) -> Result<Option<T>, JournalError> {
-        if self.is_distrusted(sealed.id) {
+        if self.caches.is_distrusted(sealed.id) {
             return Ok(None);
         }
         match load(self.file(sealed.id)?.as_ref().as_ref(), sealed) {
@@ -374,10 +242,6 @@ impl Shelf<'_> {
             Err(IndexError::Damaged) => Ok(None),
             Err(IndexError::Io(error)) => Err(self.read_error(sealed.id, error)),
         }
-    }
-
-    fn is_distrusted(&self, file: FileId) -> bool {
-        locked(&self.caches.distrusted).contains(&file)
     }
 
     /// All of an index that does not verify, from the frames; what was believed of it before gives way.
@@ -391,10 +255,10 @@ impl Shelf<'_> {
             return Ok(parts);
         }
         let Parts { summary, touched, extents } = &parts;
-        locked(&self.caches.distrusted).insert(sealed.id);
-        locked(&self.caches.summaries).keep(sealed.id, summary, summary.bytes(), CACHE_BYTES_MAX);
-        locked(&self.caches.touched).keep(sealed.id, touched, touched.bytes(), CACHE_BYTES_MAX);
-        locked(&self.caches.extents).keep(sealed.id, extents, extents.bytes(), EXTENTS_BYTES_MAX);
+        self.caches.distrust(sealed.id);
+        self.caches.summaries.keep(sealed.id, summary, summary.bytes());
+        self.caches.touched.keep(sealed.id, touched, touched.bytes());
+        self.caches.extents.keep(sealed.id, extents, extents.bytes());
         Ok(parts)
     }
 
@@ -520,26 +384,4 @@ fn load_extents(file: &dyn StorageFile, sealed: &Sealed) -> Result<Extents, Inde
     let tables = Tables::decode(&content, &bare).map_err(|_| IndexError::Damaged)?;
     let (runs, lost) = load_runs(file, sealed)?;
     Ok(Extents { tables, runs, lost })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cache_keeps_what_was_used_last_within_its_bytes() {
-        let mut cache = Cache::<u64>::default();
-        let file = |number: u64| FileId::Segment { number, revision: 0 };
-        for number in 0..200 {
-            cache.keep(file(number), &Arc::new(number), 10, 100);
-            assert!(cache.bytes <= 100 && cache.values.len() <= 10);
-            assert!(number == 0 || cache.find(file(0)).is_some(), "used again and again");
-        }
-        assert_eq!(cache.find(file(199)).as_deref(), Some(&199));
-        assert_eq!(cache.find(file(150)), None);
-        cache.keep(file(199), &Arc::new(199), 10, 100);
-        assert_eq!(cache.bytes, cache.values.len() * 10, "counted once");
-        cache.keep(file(500), &Arc::new(500), 1000, 100);
-        assert_eq!((cache.values.len(), cache.bytes), (1, 1000), "one that is larger than all stands alone");
-    }
 }

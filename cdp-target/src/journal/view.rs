@@ -23,7 +23,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
-pub(super) use super::sealed::Caches;
+pub(super) use super::caches::Caches;
 
 /// A reader's view of a group.
 pub struct GroupView {
