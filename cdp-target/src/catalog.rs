@@ -9,7 +9,7 @@ use crate::enroll::Office;
 use crate::journal::change::Change;
 use crate::journal::lease::{self, Lease};
 use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_claim};
-use crate::points::{PointInfo, PointTimes, point_time};
+use crate::points::{PointInfo, point_time};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::store::{GroupPlace, Store, StoreError};
@@ -264,13 +264,11 @@ pub fn points_of(view: &GroupView) -> Result<Vec<PointInfo>, JournalError> {
     let mut before = None;
     let unreadable = view.unreadable();
     let verified = verified(view);
-    let points = view.all_points().map(|point| {
-        let point = point?;
-        let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
+    let points = view.all_points().map(|known| {
+        let known = known?;
+        let time = point_time(known.times, before);
         before = Some(time);
-        if view.is_removed(point.epoch) {
-            return Ok(None);
-        }
+        let Some(point) = known.point else { return Ok(None) };
         let mut blocks = 0;
         if unreadable.any(point.epoch) {
             blocks = unreadable.blocks(point.epoch, &view.volumes(point.epoch)?);

@@ -18,6 +18,16 @@ pub struct Overview {
     pub newest: Option<(Point, Timestamp)>,
 }
 
+/// A point that there was, and the point itself where it was not removed.
+pub(crate) struct KnownPoint {
+    /// Its number.
+    pub(crate) epoch: Epoch,
+    /// What its time is made of.
+    pub(crate) times: PointTimes,
+    /// Nothing of one that was removed.
+    pub(crate) point: Option<Point>,
+}
+
 /// The points of a segment in short.
 #[derive(Clone, Default)]
 pub(super) struct Tally {
@@ -50,19 +60,21 @@ impl GroupView {
     /// goes on.
     #[must_use]
     pub fn points(&self) -> impl DoubleEndedIterator<Item = Result<Point, JournalError>> + '_ {
-        let is_listed = |point: &Point| !self.is_removed(point.epoch);
-        self.all_points().filter(move |point| point.as_ref().map_or(true, is_listed))
+        self.all_points().filter_map(|known| known.map(|known| known.point).transpose())
     }
 
     /// The same with those that were removed: their times bound those of the ones behind them.
-    pub(crate) fn all_points(&self) -> impl DoubleEndedIterator<Item = Result<Point, JournalError>> + '_ {
+    pub(crate) fn all_points(&self) -> impl DoubleEndedIterator<Item = Result<KnownPoint, JournalError>> + '_ {
         let reaches = self.reaches();
-        self.segments().flat_map(move |number| {
-            let points: Vec<_> = match self.commits_of(number, Epoch(0), usize::MAX) {
-                Ok(commits) => commits.iter().map(|commit| Ok(self.to_point(commit, &reaches))).collect(),
-                Err(error) => vec![Err(error)],
-            };
-            points
+        let known = move |commit: &CommitEntry| {
+            let epoch = commit.head.epoch;
+            let times = PointTimes { cut: commit.cut_time(), received: commit.received };
+            // They may be half a million, most of them removed: of those nothing else is made.
+            KnownPoint { epoch, times, point: (!self.is_removed(epoch)).then(|| self.to_point(commit, &reaches)) }
+        };
+        self.segments().flat_map(move |number| match self.index(number) {
+            Ok(index) => index.commits().iter().map(|commit| Ok(known(commit))).collect(),
+            Err(error) => vec![Err(error)],
         })
     }
 

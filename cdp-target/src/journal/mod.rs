@@ -20,7 +20,7 @@ pub mod file;
 mod images;
 pub mod index;
 pub mod lease;
-mod listing;
+pub(crate) mod listing;
 pub mod manifest;
 pub mod pack;
 pub(crate) mod pieces;

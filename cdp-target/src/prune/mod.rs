@@ -18,10 +18,11 @@ mod unlisted;
 use crate::checkpoint::builder::{Builder, Progress, Step};
 use crate::checkpoint::index::{self, SliceContent};
 use crate::journal::change::Change;
+use crate::journal::listing::KnownPoint;
 use crate::journal::manifest::Checkpoint;
 use crate::journal::walk::Blind;
 use crate::journal::{GroupJournal, GroupView, JournalError, Point};
-use crate::points::{Instant, PointTimes, point_time};
+use crate::points::{Instant, point_time};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::retention::{Candidate, Decision, Held, Ladder, Reason, Removal, Tally, Verdict, decide};
@@ -153,11 +154,11 @@ struct Judged {
 }
 
 impl Judged {
-    fn of(view: &GroupView, point: &Point, time: Timestamp, is_unlisted: bool) -> Self {
-        let went_before = view.is_removed(point.epoch);
-        let held = held(point).filter(|_| !went_before);
-        let is_damaged = (point.damaged.is_some() || is_unlisted) && !went_before;
-        Self { epoch: point.epoch, time, received: point.received, held, went_before, is_damaged, is_unlisted }
+    fn of(known: &KnownPoint, time: Timestamp, is_unlisted: bool) -> Self {
+        let (epoch, received, point) = (known.epoch, known.times.received, known.point.as_ref());
+        let is_damaged = point.is_some_and(|point| point.damaged.is_some() || is_unlisted);
+        let (held, went_before) = (point.and_then(held), point.is_none());
+        Self { epoch, time, received, held, went_before, is_damaged, is_unlisted }
     }
 
     /// One that is damaged takes nobody's place, and waits for what may heal it.
@@ -243,11 +244,11 @@ impl Prune<'_> {
         // Between what is read and what is decided only the next point: a history has half a million.
         let (waiting, failed) = (RefCell::new(VecDeque::new()), Cell::new(None));
         let mut before = None;
-        let candidates = view.all_points().map_while(|point| match point {
-            Ok(point) => {
-                let time = point_time(PointTimes { cut: point.cut_time, received: point.received }, before);
+        let candidates = view.all_points().map_while(|known| match known {
+            Ok(known) => {
+                let time = point_time(known.times, before);
                 before = Some(time);
-                let point = Judged::of(view, &point, time, is_unlisted(point.epoch));
+                let point = Judged::of(&known, time, is_unlisted(known.epoch));
                 waiting.borrow_mut().push_back(point);
                 Some(point.candidate())
             }
@@ -487,8 +488,7 @@ pub(crate) fn journal_bytes(view: &GroupView, from: Epoch, to: Epoch) -> u64 {
 
 /// The first point there ever was.
 fn first_epoch(view: &GroupView) -> Result<Epoch, JournalError> {
-    let first = view.all_points().find_map(|point| point.map(|point| Some(point.epoch)).transpose());
-    Ok(first.transpose()?.unwrap_or(Epoch(1)))
+    Ok(view.all_points().next().transpose()?.map_or(Epoch(1), |known| known.epoch))
 }
 
 fn held(point: &Point) -> Option<Held> {
