@@ -13,7 +13,7 @@ use cdp_protocol::units::Epoch;
 use cdp_seams::storage::StorageFile;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 /// Memory for summaries, and for which blocks a segment touches, each, in bytes.
 const CACHE_BYTES_MAX: usize = 32 << 20;
@@ -130,56 +130,74 @@ impl Caches {
     }
 }
 
-/// Values by file, within a bound on what they take in all; the longest unused going first.
+/// Values by file, within a bound on what they take in all; the longest unused going first. Looking something up keeps nobody else from it:
+/// one read of a block asks for what every segment touches.
 pub(super) struct Cache<T> {
-    values: Mutex<Values<T>>,
+    values: RwLock<Values<T>>,
+    uses: AtomicU64,
     size_max: usize,
 }
 
 struct Values<T> {
-    /// When each was used last, and what it takes.
-    by_file: HashMap<FileId, (u64, usize, Arc<T>)>,
+    by_file: HashMap<FileId, Kept<T>>,
     size: usize,
-    uses: u64,
+}
+
+struct Kept<T> {
+    value: Arc<T>,
+    /// Which of the uses was its last.
+    used: AtomicU64,
+    size: usize,
 }
 
 impl<T> Cache<T> {
     fn new(size_max: usize) -> Self {
-        Self { values: Mutex::new(Values { by_file: HashMap::new(), size: 0, uses: 0 }), size_max }
+        let values = RwLock::new(Values { by_file: HashMap::new(), size: 0 });
+        Self { values, uses: AtomicU64::new(0), size_max }
     }
 
     pub(super) fn find(&self, file: FileId) -> Option<Arc<T>> {
-        let mut values = locked(&self.values);
-        values.uses += 1;
-        let now = values.uses;
-        let (used, _, value) = values.by_file.get_mut(&file)?;
-        *used = now;
-        Some(Arc::clone(value))
+        let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
+        let kept = values.by_file.get(&file)?;
+        kept.used.store(self.next_use(), Ordering::Relaxed);
+        Some(Arc::clone(&kept.value))
     }
 
     /// Keeps a value of a size; one that is larger than the bound stands alone.
     pub(super) fn keep(&self, file: FileId, value: &Arc<T>, size: usize) {
-        let mut values = locked(&self.values);
+        let mut values = self.changed();
+        values.remove(file);
         while values.size + size > self.size_max
-            && let Some(oldest) = values.by_file.iter().min_by_key(|(_, (used, ..))| *used).map(|(file, _)| *file)
+            && let Some(oldest) = values.longest_unused()
         {
             values.remove(oldest);
         }
-        values.remove(file);
-        values.uses += 1;
         values.size += size;
-        let now = values.uses;
-        values.by_file.insert(file, (now, size, Arc::clone(value)));
+        let used = AtomicU64::new(self.next_use());
+        values.by_file.insert(file, Kept { value: Arc::clone(value), used, size });
     }
 
     fn remove(&self, file: FileId) {
-        locked(&self.values).remove(file);
+        self.changed().remove(file);
+    }
+
+    fn next_use(&self) -> u64 {
+        self.uses.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn changed(&self) -> RwLockWriteGuard<'_, Values<T>> {
+        self.values.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<T> Values<T> {
+    fn longest_unused(&self) -> Option<FileId> {
+        let kept = self.by_file.iter().min_by_key(|(_, kept)| kept.used.load(Ordering::Relaxed));
+        kept.map(|(file, _)| *file)
+    }
+
     fn remove(&mut self, file: FileId) {
-        self.size -= self.by_file.remove(&file).map_or(0, |(_, size, _)| size);
+        self.size -= self.by_file.remove(&file).map_or(0, |kept| kept.size);
     }
 }
 
@@ -194,7 +212,10 @@ mod tests {
     #[test]
     fn a_cache_keeps_what_was_used_last_within_its_bound() {
         let cache = Cache::<u64>::new(100);
-        let size = |cache: &Cache<u64>| (locked(&cache.values).by_file.len(), locked(&cache.values).size);
+        let size = |cache: &Cache<u64>| {
+            let values = cache.changed();
+            (values.by_file.len(), values.size)
+        };
         let file = |number: u64| FileId::Segment { number, revision: 0 };
         for number in 0..200 {
             cache.keep(file(number), &Arc::new(number), 10);

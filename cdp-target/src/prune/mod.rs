@@ -133,6 +133,11 @@ impl Plan {
         self.stays.first().copied()
     }
 
+    /// The newest of the points that go, or went before.
+    fn newest_removed(&self) -> Option<Epoch> {
+        self.ranges.last().map(|(_, last)| *last)
+    }
+
     /// How many points stay.
     #[must_use]
     pub const fn kept(&self) -> u64 {
@@ -312,7 +317,7 @@ impl Prune<'_> {
         }
         drop(removed);
         let base = self.base(&mut view, &plan, owner, step, progress)?;
-        let rewritten = rewrite::rewrite(self, &mut view, &plan.stays, owner, step)?;
+        let rewritten = rewrite::rewrite(self, &mut view, &plan, owner, step)?;
         // What the journal is shorter by may make another short cut needless.
         let checkpoints = self.surplus(&view, None);
         if !checkpoints.is_empty() {
@@ -333,7 +338,7 @@ impl Prune<'_> {
             plan.ranges.iter().for_each(|(first, last)| manifest.removed.insert(*first, *last));
             manifest.floor = manifest.floor.max(plan.oldest_kept().filter(|_| went));
         });
-        rewrite::estimate(self, &Arc::new(after), &plan.stays)
+        rewrite::estimate(self, &Arc::new(after), plan)
     }
 
     /// Refuses what would leave next to nothing.

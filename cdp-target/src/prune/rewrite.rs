@@ -7,13 +7,13 @@
 //! next segment. With the key content is sealed anew in block order, without it frames are taken over whole. A segment that is
 //! damaged and not healed is left alone: rewriting it would make final what may yet be healed.
 
-use super::{Owner, Prune, unlisted};
+use super::{Owner, Plan, Prune, unlisted};
 use crate::checkpoint::builder::Step;
 use crate::checkpoint::repack::{Repack, parts};
 use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, Entry, Run, RunEnd};
-use crate::journal::manifest::SealedSegment;
+use crate::journal::manifest::{PointRange, SealedSegment};
 use crate::journal::pack::PackWriter;
 use crate::journal::walk::{Blind, Visit};
 use crate::journal::{Damage, GroupView, JournalError, extents, is_no_file, synced_frame};
@@ -30,6 +30,8 @@ use std::sync::Arc;
 const WASTE_MAX: f64 = 1.05;
 /// A segment below this share of a full one is joined with its neighbours.
 const SMALL_SHARE: u64 = 4;
+/// A segment that is being thinned is left until all its points are old enough, where it is less than this share of all segments.
+const LEFT_SHARE: u64 = 32;
 
 type Blocks = BTreeMap<u16, RoaringBitmap>;
 
@@ -56,22 +58,31 @@ struct Met {
     blocks: Blocks,
 }
 
-/// Rewrites to what the points in `stays` need, and those that came behind them, until nothing more comes of it; gives how many
+/// Which points stay.
+struct Stay<'a> {
+    /// They.
+    kept: &'a [Epoch],
+    /// All that are newer stay for now, and many of them go later.
+    newest_removed: Option<Epoch>,
+}
+
+/// Rewrites to what the points need that stay by `plan`, and those that came behind them, until nothing more comes of it; gives how many
 /// segments gave way.
 pub(super) fn rewrite(
     prune: &Prune<'_>,
     view: &mut Arc<GroupView>,
-    stays: &[Epoch],
+    plan: &Plan,
     owner: &mut dyn Owner,
     step: &mut Step<'_>,
 ) -> Result<u64, JournalError> {
-    let mut kept = stays.to_vec();
-    kept.extend(view.epochs_after(stays.last().copied().unwrap_or_default())?);
+    let mut kept = plan.stays.clone();
+    kept.extend(view.epochs_after(plan.stays.last().copied().unwrap_or_default())?);
+    let stay = Stay { kept: &kept, newest_removed: plan.newest_removed() };
     let mut rewritten = 0;
     let mut failed = HashSet::new();
     loop {
         let mut found = None;
-        pass(prune, view, &kept, &failed, &mut |chunk| {
+        pass(prune, view, &stay, &failed, &mut |chunk| {
             found = Some(chunk);
             false
         })?;
@@ -101,9 +112,10 @@ fn frames_bytes(segments: &[SealedSegment]) -> u64 {
 }
 
 /// Bytes that rewriting would give back, about.
-pub(super) fn estimate(prune: &Prune<'_>, view: &Arc<GroupView>, stays: &[Epoch]) -> Result<u64, JournalError> {
+pub(super) fn estimate(prune: &Prune<'_>, view: &Arc<GroupView>, plan: &Plan) -> Result<u64, JournalError> {
     let mut bytes = 0;
-    pass(prune, view, stays, &HashSet::new(), &mut |chunk| {
+    let stay = Stay { kept: &plan.stays, newest_removed: plan.newest_removed() };
+    pass(prune, view, &stay, &HashSet::new(), &mut |chunk| {
         bytes += chunk.held_bytes.saturating_sub(chunk.bytes_after(view, prune.keys.is_some()) as u64);
         true
     })?;
@@ -153,17 +165,33 @@ fn stop(
     Ok(Stop { number, movable, wasteful: runs.iter().any(is_waste), continues })
 }
 
+/// The segment that has points on both sides of the newest that went. The younger ones go in their turn, so it would be written again with every
+/// prune until they have; where it is small beside the others it waits until then.
+fn left_for_later(view: &GroupView, stay: &Stay<'_>) -> Option<u64> {
+    let edge = stay.newest_removed?;
+    let sealed = &view.manifest().sealed;
+    let bytes: u64 = sealed.iter().map(|sealed| sealed.len).sum();
+    let is_across = |points: PointRange| points.first <= edge && edge < points.last;
+    let left = sealed.iter().find(|sealed| sealed.points.is_some_and(is_across))?;
+    (left.len < bytes / LEFT_SHARE).then_some(left.number)
+}
+
 /// Goes from the newest segment to the oldest, and gives every chunk that is worth rewriting to `found` until that has enough.
 fn pass(
     prune: &Prune<'_>,
     view: &Arc<GroupView>,
-    kept: &[Epoch],
+    stay: &Stay<'_>,
     failed: &HashSet<(u64, u64)>,
     found: &mut dyn FnMut(Chunk) -> bool,
 ) -> Result<(), JournalError> {
+    let kept = stay.kept;
     let numbers: Vec<u64> = view.segments_from(0).collect();
     let stops = numbers.into_iter().rev().map(|number| stop(view, number, kept, failed, prune.keys.is_some()));
     let mut stops = stops.collect::<Result<Vec<_>, _>>()?;
+    let left = left_for_later(view, stay);
+    for stop in stops.iter_mut().filter(|stop| left == Some(stop.number)) {
+        (stop.movable, stop.wasteful) = (None, false);
+    }
     // What points need that cannot be listed nobody knows: all that is older stays.
     let unlisted = unlisted::unlisted(view).last().map(|unlisted| unlisted.segment);
     for stop in stops.iter_mut().filter(|stop| unlisted >= Some(stop.number)) {
