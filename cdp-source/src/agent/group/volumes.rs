@@ -21,6 +21,7 @@ impl Group {
                 self.rescan = Some(reason);
             }
         }
+        self.metering.begin(devices.tracker.written_bytes());
         self.devices = Some(devices);
         self.primed = false;
         self.trouble = None;
