@@ -47,8 +47,9 @@ impl Group {
         let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
         let (tracker, reader) = (&*devices.tracker, &mut *devices.reader);
         let mut capture = cut::read_part(tracker, reader, &mut self.ledger.carry, PART_BLOCKS, skipping)?;
-        if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
-            self.fail("every block read came back with an error".into());
+        if let Some(volume) = self.dead_volume(&capture) {
+            self.carry_again(&capture);
+            self.fail_reading(volume);
             return Ok(());
         }
         self.take_out_unchanged(&mut capture);
@@ -88,14 +89,12 @@ impl Group {
         }
         self.count_written();
         match cut {
-            Cut::Captured(capture)
-                if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) =>
-            {
-                let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
-                self.ledger.carry_more(&blocks);
-                self.fail("every changed block came back with an error".into());
-            }
             Cut::Captured(mut capture) => {
+                if let Some(volume) = self.dead_volume(&capture) {
+                    self.carry_again(&capture);
+                    self.fail_reading(volume);
+                    return Ok(());
+                }
                 self.take_out_unchanged(&mut capture);
                 if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture, class) }
             }
@@ -110,6 +109,12 @@ impl Group {
             self.audit();
         }
         Ok(())
+    }
+
+    /// A capture that becomes nothing is to be made again.
+    fn carry_again(&mut self, capture: &Capture) {
+        let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+        self.ledger.carry_more(&blocks);
     }
 
     /// Freezes the file systems for this cut, where so many before it did not validate. Where it does not help, as many
@@ -290,9 +295,4 @@ impl Cuts {
         self.validated += validated;
         self.unchanged += unchanged;
     }
-}
-
-fn is_all_unreadable(capture: &Capture) -> bool {
-    let meters = &capture.meters;
-    meters.dirty_blocks > 0 && meters.unreadable_blocks == meters.dirty_blocks
 }
