@@ -4,11 +4,11 @@
 
 use anyhow::{Context, Result, ensure};
 use cdp_tests::files::content;
+use cdp_tests::metrics::{scrape, serve};
 use cdp_tests::process::{program, run, wait_for};
 use cdp_tests::site::{PATIENCE, Site};
 use serde_json::Value;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -160,19 +160,6 @@ fn documented(beginning: &str) -> Vec<String> {
     names.map(|(name, _)| name.to_owned()).filter(|name| name.starts_with(beginning)).collect()
 }
 
-/// What `GET /metrics` answers.
-fn scrape(address: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address)?;
-    write!(stream, "GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
-}
-
-fn free_tcp_address() -> Result<String> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
-}
-
 #[test]
 fn both_programs_serve_the_metrics_that_are_documented() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -183,10 +170,7 @@ fn both_programs_serve_the_metrics_that_are_documented() -> Result<()> {
     for (file, beginning) in
         [(site.state.join("source.toml"), "cdp_source_"), (site.data.join("target.toml"), "cdp_target_")]
     {
-        let address = free_tcp_address()?;
-        let config = std::fs::read_to_string(&file)?;
-        std::fs::write(&file, format!("metrics_listen = \"{address}\"\n{config}"))?;
-        served.push((address, documented(beginning)));
+        served.push((serve(&file)?, documented(beginning)));
     }
     site.start_target()?;
     site.start_source()?;

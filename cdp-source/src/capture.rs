@@ -45,6 +45,17 @@ enum Holding {
     Unreadable,
 }
 
+/// How many blocks hold what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockCounts {
+    /// Content.
+    pub content: u64,
+    /// Zeros.
+    pub holes: u64,
+    /// What the device could not read.
+    pub unreadable: u64,
+}
+
 /// What a captured block holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockContent<'a> {
@@ -93,18 +104,12 @@ impl Capture {
 
     /// Counts what is held into the meters.
     pub(crate) fn count(&mut self) {
-        let (mut content, mut unreadable) = (0, 0);
-        let holes = self.volumes.iter().map(|volume| volume.zeros.len()).sum();
-        for holding in self.volumes.iter().flat_map(|volume| volume.holdings.values()) {
-            match holding {
-                Holding::Slot(_) => content += 1,
-                Holding::Unreadable => unreadable += 1,
-            }
-        }
-        self.meters.dirty_blocks = content + holes + unreadable;
-        self.meters.content_blocks = content;
-        self.meters.hole_blocks = holes;
-        self.meters.unreadable_blocks = unreadable;
+        let counts: Vec<BlockCounts> = self.volumes.iter().map(CapturedVolume::counts).collect();
+        let meters = &mut self.meters;
+        meters.content_blocks = counts.iter().map(|counts| counts.content).sum();
+        meters.hole_blocks = counts.iter().map(|counts| counts.holes).sum();
+        meters.unreadable_blocks = counts.iter().map(|counts| counts.unreadable).sum();
+        meters.dirty_blocks = meters.content_blocks + meters.hole_blocks + meters.unreadable_blocks;
     }
 }
 
@@ -113,6 +118,13 @@ impl CapturedVolume {
     #[must_use]
     pub const fn blocks(&self) -> &RoaringBitmap {
         &self.blocks
+    }
+
+    /// How many blocks hold what.
+    #[must_use]
+    pub fn counts(&self) -> BlockCounts {
+        let unreadable = self.holdings.values().filter(|holding| **holding == Holding::Unreadable).count() as u64;
+        BlockCounts { content: self.holdings.len() as u64 - unreadable, holes: self.zeros.len(), unreadable }
     }
 
     /// What a block that is held holds.

@@ -35,6 +35,17 @@ pub struct EncodedAttempt {
     pub bytes: u64,
     /// The digests of the blocks with content.
     pub digests: Vec<BlockDigests>,
+    /// What each volume's frames came to, in the capture's order.
+    pub volumes: Vec<FrameMeters>,
+}
+
+/// What a volume's frames came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrameMeters {
+    /// Their bytes.
+    pub bytes: u64,
+    /// Blocks with content that packing did not make shorter.
+    pub incompressible_blocks: u64,
 }
 
 /// Digests of blocks of one volume.
@@ -80,6 +91,9 @@ enum Work {
 
 /// A frame that was made.
 struct Made {
+    /// Its volume, where it is one of extents.
+    volume: Option<VolumeSlot>,
+    incompressible_blocks: u64,
     sequence: Sequence,
     hash: FrameHash,
     frame: Bytes,
@@ -147,7 +161,14 @@ impl Encoder {
     ) -> EncodedAttempt {
         let (made, finished) = channel();
         let begin = Bytes::from(sealer.begin(begin));
-        let _ = made.send(Made { sequence: Sequence(0), hash: frame::hash(&begin), frame: begin, digests: None });
+        let _ = made.send(Made {
+            volume: None,
+            incompressible_blocks: 0,
+            sequence: Sequence(0),
+            hash: frame::hash(&begin),
+            frame: begin,
+            digests: None,
+        });
         let (epoch, attempt) = (sealer.epoch(), sealer.attempt());
         let mut plan = Plan { way: &self.way, packing, sealer, made, volume: VolumeSlot(0), next: Sequence(1) };
         for (volume, slot) in capture.volumes.iter().zip(slots) {
@@ -156,7 +177,10 @@ impl Encoder {
         }
         let count = plan.next.0 as usize;
         drop(plan);
-        collect(epoch, attempt, capture.meters, &finished, count)
+        let made: Vec<Made> = finished.iter().collect();
+        assert_eq!(made.len(), count, "every frame is made, or a thread of the pool has panicked");
+        let volumes = slots.iter().map(|slot| FrameMeters::of(*slot, &made)).collect();
+        EncodedAttempt { volumes, ..collect(epoch, attempt, capture.meters, made) }
     }
 }
 
@@ -188,28 +212,35 @@ fn serve(queue: &Mutex<Receiver<Job>>) {
 fn make(job: Job, packer: &mut Packer) {
     let Job { sealer, volume, sequence, extents, packing, work, made } = job;
     packer.set_packing(packing);
-    let (frame, digests) = match work {
+    let (mut incompressible_blocks, mut digests) = (0, None);
+    let frame = match work {
         Work::Content(draft) => {
             let blocks: Vec<Block> = extents.iter().flat_map(|extent| extent.blocks()).collect();
-            let (frame, digests) = sealer.digested_content_of(packer, volume, sequence, extents, draft);
-            (frame, Some(BlockDigests { volume, blocks: blocks.into_iter().zip(digests).collect() }))
+            let (frame, found, encoding) = sealer.digested_content_of(packer, volume, sequence, extents, draft);
+            incompressible_blocks = if encoding == Encoding::Raw { blocks.len() as u64 } else { 0 };
+            digests = Some(BlockDigests { volume, blocks: blocks.into_iter().zip(found).collect() });
+            frame
         }
-        Work::Bare(encoding) => (sealer.bare(encoding, volume, sequence, extents).into(), None),
+        Work::Bare(encoding) => sealer.bare(encoding, volume, sequence, extents).into(),
     };
+    let hash = frame::hash(&frame);
     // The receiver is gone only if the one who waits has panicked.
-    let _ = made.send(Made { sequence, hash: frame::hash(&frame), frame, digests });
+    let _ = made.send(Made { volume: Some(volume), incompressible_blocks, sequence, hash, frame, digests });
+}
+
+impl FrameMeters {
+    /// What the frames of a volume come to.
+    fn of(volume: VolumeSlot, made: &[Made]) -> Self {
+        let made = made.iter().filter(|made| made.volume == Some(volume));
+        made.fold(Self::default(), |sum, made| Self {
+            bytes: sum.bytes + made.frame.len() as u64,
+            incompressible_blocks: sum.incompressible_blocks + made.incompressible_blocks,
+        })
+    }
 }
 
 /// Puts the frames in order.
-fn collect(
-    epoch: Epoch,
-    attempt: AttemptId,
-    mut meters: Meters,
-    finished: &Receiver<Made>,
-    count: usize,
-) -> EncodedAttempt {
-    let mut made: Vec<Made> = finished.iter().collect();
-    assert_eq!(made.len(), count, "every frame is made, or a thread of the pool has panicked");
+fn collect(epoch: Epoch, attempt: AttemptId, mut meters: Meters, mut made: Vec<Made>) -> EncodedAttempt {
     made.sort_unstable_by_key(|made| made.sequence);
     let mut hasher = FrameListHasher::default();
     for made in &made {
@@ -219,7 +250,7 @@ fn collect(
     meters.frame_bytes = bytes;
     let (frames, digests): (Vec<Bytes>, Vec<_>) = made.into_iter().map(|made| (made.frame, made.digests)).unzip();
     let digests = digests.into_iter().flatten().collect();
-    EncodedAttempt { epoch, attempt, frames, list: hasher.list(), meters, bytes, digests }
+    EncodedAttempt { epoch, attempt, frames, list: hasher.list(), meters, bytes, digests, volumes: Vec::new() }
 }
 
 /// Decides which blocks share a frame, and numbers the frames.
@@ -372,6 +403,8 @@ mod tests {
             assert!(image == expected, "the frames hold something else");
             assert_eq!(encoded.meters.frame_bytes, encoded.bytes);
             assert_eq!(encoded.meters.dirty_blocks, expected.len() as u64);
+            let begin = encoded.frames[0].len() as u64;
+            assert_eq!(encoded.volumes.iter().map(|volume| volume.bytes).sum::<u64>() + begin, encoded.bytes);
         }
     }
 

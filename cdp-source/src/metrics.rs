@@ -1,8 +1,8 @@
 //! Names of the metrics, and the exporter that serves them where `metrics_listen` asks for it.
 //!
-//! Base units, `_total` on counters, one label: the group.
+//! Base units, `_total` on counters; labels: the group, and the volume where the figure is a volume's.
 
-use crate::agent::status::{GroupPhase, GroupStatus};
+use crate::agent::status::{GroupPhase, GroupStatus, VolumeStatus};
 use anyhow::{Context, Result};
 use metrics::{counter, gauge};
 use std::net::SocketAddr;
@@ -57,6 +57,25 @@ pub const RESCANS_TOTAL: &str = "cdp_source_rescans_total";
 /// 1 while no cut is made because the tracking is in doubt.
 pub const IN_DOUBT: &str = "cdp_source_tracker_in_doubt";
 
+/// Bytes that were issued to the volume's disk to be written, discarded or zeroed, since the agent's start; 0 where the tracker does not count.
+pub const VOLUME_WRITTEN_BYTES_TOTAL: &str = "cdp_source_volume_written_bytes_total";
+/// Blocks of the volume found dirty since the agent's start, each as often as it was.
+pub const VOLUME_DIRTY_BLOCKS_TOTAL: &str = "cdp_source_volume_dirty_blocks_total";
+/// Those of them that the target held already.
+pub const VOLUME_UNCHANGED_BLOCKS_TOTAL: &str = "cdp_source_volume_unchanged_blocks_total";
+/// Those of them that were captured with content.
+pub const VOLUME_CONTENT_BLOCKS_TOTAL: &str = "cdp_source_volume_content_blocks_total";
+/// Those of them that were captured as holes.
+pub const VOLUME_HOLE_BLOCKS_TOTAL: &str = "cdp_source_volume_hole_blocks_total";
+/// Those of them that the device could not read.
+pub const VOLUME_UNREADABLE_BLOCKS_TOTAL: &str = "cdp_source_volume_unreadable_blocks_total";
+/// Those of them that the cut before had found dirty too.
+pub const VOLUME_REWRITTEN_BLOCKS_TOTAL: &str = "cdp_source_volume_rewritten_blocks_total";
+/// Blocks with content that packing did not make shorter.
+pub const VOLUME_INCOMPRESSIBLE_BLOCKS_TOTAL: &str = "cdp_source_volume_incompressible_blocks_total";
+/// Bytes of the volume's frames, as they are sent and stored.
+pub const VOLUME_FRAME_BYTES_TOTAL: &str = "cdp_source_volume_frame_bytes_total";
+
 /// Serves the metrics at `listen`. Needs a tokio runtime around it.
 ///
 /// # Errors
@@ -106,4 +125,21 @@ pub fn record(status: &GroupStatus) {
     count(COMPLETIONS_LOST_TOTAL, trust.completions_lost);
     count(BLIND_WRITES_TOTAL, trust.blind_writes);
     count(RESCANS_TOTAL, trust.rescans);
+    status.volumes.iter().for_each(|volume| record_volume(&status.group, volume));
+}
+
+/// Records what became of a volume.
+fn record_volume(group: &str, volume: &VolumeStatus) {
+    let labels = [("group", group.to_owned()), ("volume", volume.name.clone())];
+    let count = |name: &'static str, total: u64| counter!(name, &labels).absolute(total);
+    let meters = &volume.meters;
+    count(VOLUME_WRITTEN_BYTES_TOTAL, meters.written_bytes.unwrap_or_default());
+    count(VOLUME_DIRTY_BLOCKS_TOTAL, meters.dirty_blocks);
+    count(VOLUME_UNCHANGED_BLOCKS_TOTAL, meters.unchanged_blocks);
+    count(VOLUME_CONTENT_BLOCKS_TOTAL, meters.content_blocks);
+    count(VOLUME_HOLE_BLOCKS_TOTAL, meters.hole_blocks);
+    count(VOLUME_UNREADABLE_BLOCKS_TOTAL, meters.unreadable_blocks);
+    count(VOLUME_REWRITTEN_BLOCKS_TOTAL, meters.rewritten_blocks);
+    count(VOLUME_INCOMPRESSIBLE_BLOCKS_TOTAL, meters.incompressible_blocks);
+    count(VOLUME_FRAME_BYTES_TOTAL, meters.frame_bytes);
 }

@@ -317,6 +317,7 @@ fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
         bytes: point.bytes,
         cut_us: point.meters.cut_us,
         cut_rounds: point.meters.cut_rounds,
+        volumes: point.volumes,
         verified: None,
         damaged: point.damaged,
         warning: (!warnings.is_empty()).then(|| warnings.join("; ")),

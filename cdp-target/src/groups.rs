@@ -6,8 +6,9 @@
 use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::{
-    Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point,
+    Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point, PointVolume,
 };
+use crate::metrics;
 use crate::receiver::{Changed, GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
@@ -224,7 +225,12 @@ impl GroupWriter for JournalWriter {
     }
 
     fn append(&mut self, frame: &Frame<'_>, received: Timestamp) -> Result<Step, StoreError> {
-        self.journal.append(frame, received).map_err(failed)
+        let step = self.journal.append(frame, received).map_err(failed)?;
+        if let Step::Committed(_, commit) = &step {
+            let identity = self.journal.identity();
+            metrics::committed(&identity.office, &identity.name, &PointVolume::of(commit, self.journal.volumes()));
+        }
+        Ok(step)
     }
 
     fn sync(&mut self) -> Result<(), StoreError> {

@@ -9,7 +9,8 @@ use crate::journal::segment::{self, FOOTER_BYTES, Footer, HEADER_BYTES_MAX, Head
 use crate::journal::walk::{Visit, walk};
 use crate::journal::{Damage, JournalError, Manifest, manifest};
 use cdp_protocol::frame::{Frame, Kind};
-use cdp_protocol::record::Synced;
+use cdp_protocol::record::volume_meters::VolumeMeters;
+use cdp_protocol::record::{Commit, Meters, Synced};
 use cdp_protocol::units::{AttemptId, Epoch, Generation, GroupId, Head, Sequence, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile, read_all};
 use std::path::{Path, PathBuf};
@@ -132,6 +133,35 @@ pub struct FrameDescription {
     pub blocks: u64,
     /// The offset a synced record proves.
     pub proves: Option<u64>,
+    /// What a commit's cut and epoch amounted to.
+    pub meters: Option<CommitMeters>,
+}
+
+/// What a commit says of its cut and its volumes.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct CommitMeters {
+    /// Of the cut and the whole epoch.
+    #[serde(flatten)]
+    pub epoch: Meters,
+    /// Of each volume, since the point before; empty where its source did not count.
+    pub volumes: Vec<SlotMeters>,
+}
+
+/// What became of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SlotMeters {
+    /// The volume.
+    pub volume: VolumeSlot,
+    /// By its source's count.
+    #[serde(flatten)]
+    pub meters: VolumeMeters,
+}
+
+impl CommitMeters {
+    fn of(commit: &Commit) -> Self {
+        let slot = |(volume, meters): &(VolumeSlot, VolumeMeters)| SlotMeters { volume: *volume, meters: *meters };
+        Self { epoch: commit.meters, volumes: commit.volumes.iter().map(slot).collect() }
+    }
 }
 
 /// Why a file cannot be described.
@@ -263,6 +293,7 @@ impl Visit for List {
             Kind::Synced => "synced".to_owned(),
         };
         let synced = (header.kind == Kind::Synced).then(|| Synced::decode(frame.payload).ok()).flatten();
+        let commit = (header.kind == Kind::Commit).then(|| Commit::decode(frame.payload).ok()).flatten();
         self.0.push(FrameDescription {
             offset,
             bytes: frame.bytes.len() as u64,
@@ -274,6 +305,7 @@ impl Visit for List {
             extents: header.extents.len() as u64,
             blocks: header.blocks(),
             proves: synced.map(|synced| synced.offset),
+            meters: commit.map(|(commit, _)| CommitMeters::of(&commit)),
         });
     }
 }

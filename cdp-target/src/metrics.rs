@@ -2,6 +2,7 @@
 //!
 //! Base units; `_total` on counters. The live RPO is computed here at the target, from what it has committed.
 
+use crate::journal::PointVolume;
 use crate::status::{GroupState, StatusReport};
 use metrics::{counter, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
@@ -41,6 +42,42 @@ pub const PRUNED_POINTS: &str = "cdp_target_pruned_points_total";
 pub const PRUNED_BYTES: &str = "cdp_target_pruned_bytes_total";
 /// Prunes that failed.
 pub const PRUNE_FAILURES: &str = "cdp_target_prune_failures_total";
+
+/// Bytes that were issued to a volume's disk to be written, discarded or zeroed, by the commits that came since the server's start.
+pub const VOLUME_WRITTEN_BYTES: &str = "cdp_target_volume_written_bytes_total";
+/// Blocks of a volume found dirty, by those commits.
+pub const VOLUME_DIRTY_BLOCKS: &str = "cdp_target_volume_dirty_blocks_total";
+/// Those of them that stood here already.
+pub const VOLUME_UNCHANGED_BLOCKS: &str = "cdp_target_volume_unchanged_blocks_total";
+/// Those of them that came with content.
+pub const VOLUME_CONTENT_BLOCKS: &str = "cdp_target_volume_content_blocks_total";
+/// Those of them that came as holes.
+pub const VOLUME_HOLE_BLOCKS: &str = "cdp_target_volume_hole_blocks_total";
+/// Those of them that the device could not read.
+pub const VOLUME_UNREADABLE_BLOCKS: &str = "cdp_target_volume_unreadable_blocks_total";
+/// Those of them that the cut before had found dirty too.
+pub const VOLUME_REWRITTEN_BLOCKS: &str = "cdp_target_volume_rewritten_blocks_total";
+/// Blocks with content that packing did not make shorter.
+pub const VOLUME_INCOMPRESSIBLE_BLOCKS: &str = "cdp_target_volume_incompressible_blocks_total";
+/// Bytes of a volume's frames.
+pub const VOLUME_FRAME_BYTES: &str = "cdp_target_volume_frame_bytes_total";
+
+/// Counts what a commit says of its volumes.
+pub(crate) fn committed(office: &str, group: &str, volumes: &[PointVolume]) {
+    for PointVolume { name, meters } in volumes {
+        let labels = [("office", office.to_owned()), ("group", group.to_owned()), ("volume", name.clone())];
+        let count = |name: &'static str, more: u64| counter!(name, &labels).increment(more);
+        count(VOLUME_WRITTEN_BYTES, meters.written_bytes.unwrap_or_default());
+        count(VOLUME_DIRTY_BLOCKS, meters.dirty_blocks);
+        count(VOLUME_UNCHANGED_BLOCKS, meters.unchanged_blocks);
+        count(VOLUME_CONTENT_BLOCKS, meters.content_blocks);
+        count(VOLUME_HOLE_BLOCKS, meters.hole_blocks);
+        count(VOLUME_UNREADABLE_BLOCKS, meters.unreadable_blocks);
+        count(VOLUME_REWRITTEN_BLOCKS, meters.rewritten_blocks);
+        count(VOLUME_INCOMPRESSIBLE_BLOCKS, meters.incompressible_blocks);
+        count(VOLUME_FRAME_BYTES, meters.frame_bytes);
+    }
+}
 
 /// Counts checkpoints that were made, and those that could not be.
 pub(crate) fn checkpoints(made: u64, failed: u64) {

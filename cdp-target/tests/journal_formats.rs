@@ -7,7 +7,11 @@ mod journal_support;
 use cdp_protocol::codec::{Draft, Sealer, open_content, open_digests};
 use cdp_protocol::frame::{self, Encoding};
 use cdp_protocol::packer::{Packer, Packing};
-use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Epoch, Extent, Generation, Sequence, Timestamp, VolumeSlot};
+use cdp_protocol::record::volume_meters::VolumeMeters;
+use cdp_protocol::record::{Commit, FrameList, Meters};
+use cdp_protocol::units::{
+    AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, FrameHash, Generation, Sequence, Timestamp, VolumeSlot,
+};
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::SimStorage;
 use cdp_seams::storage::{Storage, SystemStorage};
@@ -126,6 +130,47 @@ fn frames_of_every_packing_are_still_read() {
         let attempt = key().attempt_key(&frame.header.attempt);
         assert_eq!(open_content(&frame, &attempt).as_ref(), Ok(&content), "{name}");
         assert_eq!(open_digests(&frame, &attempt), Ok(key().digest_key().digests(&content)), "{name}");
+    }
+}
+
+/// Commits of before the volumes were counted, and those of today: both are read, and encoded as they were, since the chain of points
+/// is made of their hashes.
+#[test]
+fn commits_of_both_forms_are_still_read_and_still_written() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata/frame/1");
+    let meters = VolumeMeters {
+        written_bytes: Some(1 << 33),
+        dirty_blocks: 9,
+        unchanged_blocks: 1,
+        content_blocks: 5,
+        hole_blocks: 2,
+        unreadable_blocks: 1,
+        rewritten_blocks: 3,
+        incompressible_blocks: 4,
+        frame_bytes: 17_000,
+    };
+    let uncounted = VolumeMeters { written_bytes: None, ..VolumeMeters::default() };
+    for (name, volumes) in
+        [("commit.frame", vec![]), ("commit-volumes.frame", vec![(VolumeSlot(1), meters), (VolumeSlot(4), uncounted)])]
+    {
+        let commit = Commit {
+            predecessor: None,
+            frames: FrameList { count: 3, hash: FrameHash([6; 32]) },
+            parts: None,
+            first_epoch: Epoch(7),
+            after_rollback_to: None,
+            class: Class::Crash,
+            cut_time: Timestamp(1_764_000_000_000),
+            meters: Meters { cut_rounds: 1, cut_us: 900, dirty_blocks: 9, ..Meters::default() },
+            label: Some("before-upgrade".into()),
+            volumes,
+        };
+        let sealer = Sealer::new(identity().group, Epoch(7), Generation(1), AttemptId([4; 16]), &key());
+        let written = sealer.record(frame::Kind::Commit, Sequence(3), commit.encode());
+        freeze(&data.join(name), &written);
+        let frame = frame::decode(&identity().group, &written).expect("a frame");
+        let (read, mac_at) = Commit::decode(frame.payload).expect("a commit");
+        assert_eq!((read.encode().as_slice(), &read), (&frame.payload[..mac_at], &commit), "{name}");
     }
 }
 

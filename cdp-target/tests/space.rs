@@ -69,6 +69,7 @@ fn append(journal: &mut GroupJournal, random: &SimRandom, key: &DataKey, epoch: 
         cut_time: received(epoch),
         meters: Meters::default(),
         label: None,
+        volumes: vec![],
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
     for bytes in &frames {

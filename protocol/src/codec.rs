@@ -151,7 +151,7 @@ impl Sealer {
         self.digested_content_of(packer, volume, sequence, extents, draft).0
     }
 
-    /// The same, with the digests of the blocks.
+    /// The same, with the digests of the blocks, and how the content came to be packed.
     #[must_use]
     pub fn digested_content_of(
         &self,
@@ -160,7 +160,7 @@ impl Sealer {
         sequence: Sequence,
         extents: Vec<Extent>,
         draft: Draft,
-    ) -> (Bytes, Vec<Digest>) {
+    ) -> (Bytes, Vec<Digest>, Encoding) {
         let content = draft.content();
         let (content_len, blocks) = (content.len(), content.len() / BLOCK_BYTES);
         assert!(blocks <= CONTENT_BLOCKS_MAX && content_len == blocks * BLOCK_BYTES, "whole blocks, and not too many");
@@ -189,7 +189,7 @@ impl Sealer {
         self.attempt_key.seal(sequence, Section::Digests, associated_data, &mut out, digests_at);
         let frame_at = content_at - start.len();
         frame::finish(&self.group, &header, &mut out, frame_at);
-        (Bytes::from(out).slice(frame_at..), digests)
+        (Bytes::from(out).slice(frame_at..), digests, encoding)
     }
 
     /// A frame of extents without content: holes, unreadable or lost blocks. Its seal is over nothing but the header; lost blocks

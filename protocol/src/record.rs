@@ -4,8 +4,11 @@
 //! header and the record before it, so that only a holder of the group's data key can make them; whoever has no key
 //! still reads them. A commit is built when its epoch is sent: it names its predecessor, so the points form a chain.
 
+pub mod volume_meters;
+
 use crate::limits::{NAME_BYTES_MAX, VOLUMES_MAX};
 use crate::units::{AttemptId, Class, Epoch, FrameHash, Head, KeyId, Timestamp, VolumeSlot};
+use volume_meters::VolumeMeters;
 
 /// Bytes of a record's keyed hash.
 pub const MAC_BYTES: usize = 32;
@@ -78,6 +81,8 @@ pub struct Commit {
     pub meters: Meters,
     /// A name given to the point when it was cut.
     pub label: Option<String>,
+    /// What became of each volume since the point before, by rising slot; empty in commits of programs that did not count it.
+    pub volumes: Vec<(VolumeSlot, VolumeMeters)>,
 }
 
 /// The point before, and the attempt that made it: tells its frames even where its commit is damaged.
@@ -226,6 +231,7 @@ impl Commit {
             out.extend_from_slice(&number.to_le_bytes());
         }
         put_text(&mut out, self.label.as_deref().unwrap_or(""));
+        volume_meters::put(&mut out, &self.volumes);
         out
     }
 
@@ -266,6 +272,7 @@ impl Commit {
             recaptured_blocks: input.u64()?,
         };
         let label = Some(input.text()?).filter(|label| !label.is_empty());
+        let volumes = volume_meters::take(&mut input)?;
         let record = Self {
             predecessor,
             frames,
@@ -276,6 +283,7 @@ impl Commit {
             cut_time,
             meters,
             label,
+            volumes,
         };
         Ok((record, input.finish()?))
     }
@@ -345,8 +353,12 @@ impl<'a> Input<'a> {
         Ok(Self { bytes: &payload[..len], at: 0 })
     }
 
+    const fn is_at_end(&self) -> bool {
+        self.at == self.bytes.len()
+    }
+
     fn finish(self) -> Result<usize, RecordError> {
-        if self.at == self.bytes.len() { Ok(self.at) } else { Err(RecordError::Length) }
+        if self.is_at_end() { Ok(self.at) } else { Err(RecordError::Length) }
     }
 
     fn take(&mut self, len: usize) -> Result<&'a [u8], RecordError> {
@@ -432,6 +444,7 @@ mod tests {
             cut_time: Timestamp(-1),
             meters: Meters { cut_rounds: 2, cut_us: 3, dirty_blocks: 4, recaptured_blocks: 5, ..Meters::default() },
             label: Some("before-upgrade".into()),
+            volumes: vec![],
         }
     }
 
@@ -456,5 +469,12 @@ mod tests {
             assert!(Commit::decode(&bytes[..len]).is_err(), "cut to {len}");
         }
         assert!(Commit::decode(&[bytes, vec![0]].concat()).is_err());
+        let of_before = commit().encode();
+        let counted = Commit { volumes: vec![(VolumeSlot(2), VolumeMeters::default())], ..commit() };
+        let bytes = with_mac(counted.encode());
+        assert_eq!(Commit::decode(&bytes), Ok((counted, bytes.len() - MAC_BYTES)));
+        for len in (0..bytes.len()).filter(|len| *len != of_before.len() + MAC_BYTES) {
+            assert!(Commit::decode(&bytes[..len]).is_err(), "cut to {len}");
+        }
     }
 }

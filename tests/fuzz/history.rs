@@ -5,6 +5,7 @@ use cdp_protocol::codec::{Draft, FrameListHasher, Sealer, open_content};
 use cdp_protocol::frame::{self, Encoding, FIXED_BYTES, Header, Kind};
 use cdp_protocol::limits::CONTENT_BYTES_MAX;
 use cdp_protocol::packer::{Packer, Packing};
+use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::record::{Begin, Commit, MAC_BYTES, Meters, PartChain, PartEnd, Predecessor, Synced, Volume};
 use cdp_protocol::seal::{DataKey, Section, TAG_BYTES};
 use cdp_protocol::units::{
@@ -194,6 +195,10 @@ fn commit() -> Commit {
         cut_time: Timestamp(-5),
         meters: Meters { cut_rounds: 2, dirty_blocks: 3, ..Meters::default() },
         label: Some("before-upgrade".into()),
+        volumes: vec![(
+            VolumeSlot(1),
+            VolumeMeters { written_bytes: Some(9), dirty_blocks: 3, ..VolumeMeters::default() },
+        )],
     }
 }
 

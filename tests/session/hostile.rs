@@ -200,6 +200,7 @@ fn frames(group: GroupId, generation: Generation) -> Vec<Vec<u8>> {
         cut_time: Timestamp(1),
         meters: Meters::default(),
         label: None,
+        volumes: vec![],
     };
     frames.push(sealer.record(Kind::Commit, Sequence(2), commit.encode()));
     frames

@@ -62,6 +62,7 @@ fn outgoing(epoch: u64, generation: Generation, random: &SimRandom) -> Outgoing 
         first_epoch: Epoch(epoch),
         after_rollback_to: None,
         label: None,
+        volumes: vec![],
     });
     let bytes = frames.iter().map(|bytes| bytes.len() as u64).sum();
     Outgoing { epoch: Epoch(epoch), attempt, frames, list: list.list(), bytes, end, sealer: Arc::new(sealer) }

@@ -11,6 +11,8 @@ pub mod files;
 pub mod fuse_file;
 pub mod image;
 pub mod loop_device;
+pub mod metrics;
+pub mod mortal_disk;
 pub mod power_disk;
 pub mod process;
 pub mod site;

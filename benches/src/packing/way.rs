@@ -177,6 +177,7 @@ fn around_a_point() -> u64 {
         cut_time: Timestamp(1),
         meters: Meters::default(),
         label: None,
+        volumes: vec![],
     };
     let commit = sealer().record(frame::Kind::Commit, Sequence(2), commit.encode());
     (begin.len() + commit.len()) as u64

@@ -225,6 +225,7 @@ impl Source {
             cut_time: Timestamp(self.clock.wall_ms()),
             meters: Meters { frame_bytes: frames.iter().map(|frame| frame.len() as u64).sum(), ..Meters::default() },
             label: None,
+            volumes: vec![],
         };
         frames.push(sealer.record(Kind::Commit, Sequence(FRAMES + 1), commit.encode()));
         let hash = frame::hash(frames.last().expect("the commit"));

@@ -209,6 +209,7 @@ impl History {
             cut_time: Timestamp(received.0 - 200),
             meters: Meters { frame_bytes, ..Meters::default() },
             label: None,
+            volumes: vec![],
         };
         let hash = attempt.end(Kind::Commit, commit.encode());
         self.append(&attempt)?;

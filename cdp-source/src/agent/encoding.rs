@@ -4,7 +4,7 @@
 //! three captures at a time: being read, waiting, being encoded.
 
 use crate::capture::Capture;
-use crate::encoder::{BlockDigests, EncodedAttempt, Encoder};
+use crate::encoder::{BlockDigests, EncodedAttempt, Encoder, FrameMeters};
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::record::Begin;
 use cdp_protocol::session::source::{End, Outgoing};
@@ -18,6 +18,16 @@ pub(crate) struct Job {
     pub(crate) capture: Capture,
     pub(crate) sealer: Arc<Sealer>,
     pub(crate) end: End,
+}
+
+/// An attempt that is ready to leave.
+pub struct Encoded {
+    /// The attempt.
+    pub outgoing: Outgoing,
+    /// The digests of its blocks with content.
+    pub digests: Vec<BlockDigests>,
+    /// What each volume's frames came to.
+    pub frames: Vec<FrameMeters>,
 }
 
 /// The thread. It ends when it is dropped, after what it is at.
@@ -38,12 +48,11 @@ impl Encoding {
         encoder: Arc<Encoder>,
         slots: Vec<VolumeSlot>,
         begin: Begin,
-        done: impl Fn(Outgoing, Vec<BlockDigests>) + Send + 'static,
+        done: impl Fn(Encoded) + Send + 'static,
     ) -> Self {
         if encoder.is_inline() {
             return Self(Way::Inline(Box::new(move |job| {
-                let (outgoing, digests) = encode(job, &encoder, &slots, &begin);
-                done(outgoing, digests);
+                done(encode(job, &encoder, &slots, &begin));
             })));
         }
         let (jobs, queue) = sync_channel(1);
@@ -79,26 +88,19 @@ impl Drop for Encoding {
     }
 }
 
-fn serve(
-    queue: &Receiver<Job>,
-    encoder: &Encoder,
-    slots: &[VolumeSlot],
-    begin: &Begin,
-    done: impl Fn(Outgoing, Vec<BlockDigests>),
-) {
+fn serve(queue: &Receiver<Job>, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin, done: impl Fn(Encoded)) {
     for job in queue {
-        let (outgoing, digests) = encode(job, encoder, slots, begin);
-        done(outgoing, digests);
+        done(encode(job, encoder, slots, begin));
     }
 }
 
-fn encode(job: Job, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin) -> (Outgoing, Vec<BlockDigests>) {
+fn encode(job: Job, encoder: &Encoder, slots: &[VolumeSlot], begin: &Begin) -> Encoded {
     let Job { capture, sealer, mut end } = job;
     let made = encoder.encode(&capture, slots, begin, Arc::clone(&sealer));
     drop(capture);
-    let EncodedAttempt { epoch, attempt, frames, list, meters, bytes, digests } = made;
+    let EncodedAttempt { epoch, attempt, frames, list, meters, bytes, digests, volumes } = made;
     if let End::Commit(draft) = &mut end {
         draft.meters = meters;
     }
-    (Outgoing { epoch, attempt, frames, list, bytes, end, sealer }, digests)
+    Encoded { outgoing: Outgoing { epoch, attempt, frames, list, bytes, end, sealer }, digests, frames: volumes }
 }

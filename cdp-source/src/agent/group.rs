@@ -6,19 +6,20 @@
 //! * nothing is written for an epoch but the tracker's own pinned memory, so that an idle volume stays idle.
 //!
 //! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
-//! what it finds out besides, `answers`
+//! what it finds out besides, `metering` what it counts, `answers`
 //! what it does when it is told something, `hooking` what is done around a point that is asked for, `volumes` how it gets over devices that fail, `standing` what others see.
 
 mod answers;
 mod auditing;
 mod capturing;
 mod hooking;
+mod metering;
 mod standing;
 #[cfg(feature = "sim")]
 pub mod steps;
 mod volumes;
 
-use super::encoding::Encoding;
+use super::encoding::{Encoded, Encoding};
 use super::ledger::Ledger;
 use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus, HooksStatus};
 use crate::audit::Audit;
@@ -26,12 +27,13 @@ use crate::config::HooksConfig;
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
 use crate::digests::Digests;
-use crate::encoder::{BlockDigests, Encoder};
+use crate::encoder::Encoder;
 use crate::exclusion::Exclusion;
 use crate::freeze::Freezer;
 use crate::hooks::HookEvent;
 use crate::reader::BlockReader;
 use crate::tracker::Tracker;
+use capturing::Cuts;
 use cdp_protocol::record::Begin;
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::memo::Memo;
@@ -40,6 +42,7 @@ use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Head, Timestamp, Volum
 use cdp_seams::clock::Clock;
 use cdp_seams::random::Random;
 use hooking::Hooked;
+use metering::Metering;
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -91,8 +94,8 @@ pub trait Link: Send {
 pub enum Input {
     /// The line or the target says something.
     Link(SourceEvent),
-    /// An attempt is encoded; the digests of its blocks.
-    Encoded(Outgoing, Vec<BlockDigests>),
+    /// An attempt is encoded.
+    Encoded(Encoded),
     /// A point is wanted now.
     Point(PointRequest),
     /// The hooks around a point have got further.
@@ -302,16 +305,9 @@ struct Group {
     unchanged_bytes: u64,
     audit: Audit,
     audit_counts: AuditStatus,
+    metering: Metering,
     opened_at: Option<Duration>,
     last_cut: Option<CutStatus>,
-}
-
-/// Cuts since the agent's start. One that is too large is none: parts come first.
-#[derive(Clone, Copy, Default)]
-struct Cuts {
-    tried: u64,
-    validated: u64,
-    unchanged: u64,
 }
 
 /// Where the group stands with the target.
@@ -342,9 +338,9 @@ impl Group {
         let link = connect(memo.clone());
         let inputs = sender.clone();
         let encoding =
-            Encoding::start(Arc::clone(&setup.encoder), slots, setup.begin.clone(), move |outgoing, digests| {
+            Encoding::start(Arc::clone(&setup.encoder), slots.clone(), setup.begin.clone(), move |encoded| {
                 // Without a group there is nobody to send it for.
-                let _ = sender.send(Input::Encoded(outgoing, digests));
+                let _ = sender.send(Input::Encoded(encoded));
             });
         let mut group = Self {
             hooked: None,
@@ -383,6 +379,7 @@ impl Group {
             unchanged_bytes: 0,
             audit: Audit::default(),
             audit_counts: AuditStatus::default(),
+            metering: Metering::new(slots),
             opened_at: None,
             last_cut: None,
             setup,
@@ -471,7 +468,9 @@ impl Group {
     fn take(&mut self, input: Input) {
         match input {
             Input::Link(event) => self.event(event),
-            Input::Encoded(outgoing, digests) => {
+            Input::Encoded(mut encoded) => {
+                self.metering.encoded(&mut encoded);
+                let Encoded { outgoing, digests, .. } = encoded;
                 self.setup.digests.encoded(outgoing.attempt, digests);
                 self.ledger.encoded(outgoing.attempt, outgoing.bytes);
                 self.link.submit(outgoing);

@@ -89,10 +89,10 @@ impl Ledger {
         self.carry_more(&unreadable);
     }
 
-    /// Whether all of these could not be read the last time either.
+    /// Whether all of these blocks of a volume could not be read the last time either.
     #[must_use]
-    pub fn are_known_unreadable(&self, blocks: &[RoaringBitmap]) -> bool {
-        blocks.iter().zip(&self.unreadable).all(|(blocks, known)| blocks.is_subset(known))
+    pub fn are_known_unreadable(&self, volume: usize, blocks: &RoaringBitmap) -> bool {
+        blocks.is_subset(&self.unreadable[volume])
     }
 
     /// Everything has to be captured again; nothing captured so far counts.
@@ -296,7 +296,8 @@ mod tests {
         ledger.capture(captured(1, 1, false, RoaringBitmap::from_iter([1, 9])), &blocks(&[9]));
         ledger.acked(Epoch(1));
         assert_eq!(ledger.unacked(), blocks(&[9]));
-        assert!(ledger.are_known_unreadable(&blocks(&[9])) && !ledger.are_known_unreadable(&blocks(&[1])));
+        let is_known = |block: u32| ledger.are_known_unreadable(0, &RoaringBitmap::from_iter([block]));
+        assert!(is_known(9) && !is_known(1));
         ledger.carry_unreadable();
         assert_eq!(ledger.carry, blocks(&[9]));
         ledger.capture(captured(2, 2, false, RoaringBitmap::from_iter([9])), &none);

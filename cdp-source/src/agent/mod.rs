@@ -26,6 +26,7 @@ use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
 use cdp_protocol::message::Instance;
+use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::record::{Begin, Volume};
 use cdp_protocol::session::source::GroupFacts;
 use cdp_protocol::units::BLOCK_BYTES;
@@ -188,6 +189,7 @@ fn start_group(
                 slot: volume.slot,
                 device: volume.device.clone(),
                 size_bytes: wire.size_bytes,
+                meters: VolumeMeters::default(),
             })
             .collect(),
         ..GroupStatus::default()

@@ -2,6 +2,7 @@
 
 use crate::hooks::HookRun;
 use crate::tracker::{TrackerReport, TrustReport};
+use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::units::{Epoch, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -184,6 +185,9 @@ pub struct VolumeStatus {
     pub device: PathBuf,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// What became of it since the agent's start.
+    #[serde(default)]
+    pub meters: VolumeMeters,
 }
 
 /// A cut.

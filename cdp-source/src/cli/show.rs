@@ -11,6 +11,7 @@ use crate::tracker::TrustReport;
 use anyhow::{Result, bail};
 use cdp_protocol::label::check_label;
 use cdp_protocol::message::PointSummary;
+use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::units::Class;
 use serde_json::{Value, json};
 use std::io::{self, Write};
@@ -127,8 +128,23 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
     for volume in &group.volumes {
         let (name, device) = (&volume.name, volume.device.display());
         lines.push(format!("  volume {name}: {device}, {} bytes, tracker {}", volume.size_bytes, group.tracker.kind));
+        lines.extend(meters_line(&volume.meters));
     }
     lines
+}
+
+/// What became of a volume since the agent's start, once anything did.
+fn meters_line(meters: &VolumeMeters) -> Option<String> {
+    let share = |part: u64, all: u64| part.saturating_mul(100).checked_div(all).unwrap_or_default();
+    let VolumeMeters { dirty_blocks, unchanged_blocks, content_blocks, hole_blocks, frame_bytes, .. } = *meters;
+    let written = meters.written_bytes.map_or_else(String::new, |bytes| format!("{bytes} bytes written to its disk, "));
+    (dirty_blocks > 0).then(|| {
+        format!(
+            "    {written}{dirty_blocks} blocks dirtied ({} % of them again), {unchanged_blocks} unchanged after all, {hole_blocks} holes, {content_blocks} sent ({} % did not pack), {frame_bytes} bytes of frames",
+            share(meters.rewritten_blocks, dirty_blocks),
+            share(meters.incompressible_blocks, content_blocks),
+        )
+    })
 }
 
 /// What is left out, or is not and why.

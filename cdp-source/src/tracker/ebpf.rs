@@ -12,7 +12,7 @@ use super::bitmap::{drain, filter_has, forget, peek, which_have};
 use super::device::{Device, read_text};
 use super::doubt::{Doubt, Outcome};
 use super::identity::{Identity, VolumeIdentity};
-use super::instance::{Instance, MEMO_BYTES_MAX};
+use super::instance::{Instance, MEMO_BYTES_MAX, disks_of};
 use super::pins;
 use super::programs::Programs;
 use super::suspects::Suspects;
@@ -21,7 +21,7 @@ use super::trust::{Before, Trust, TrustReport, Verdict};
 use super::watch::Watch;
 use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
-use cdp_protocol::units::{Block, GroupId, VolumeSlot};
+use cdp_protocol::units::{Block, GroupId, Sectors, VolumeSlot};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::storage::{Storage, replace};
 use roaring::RoaringBitmap;
@@ -440,6 +440,13 @@ impl Tracker for EbpfTracker {
         }
         self.instance.set_memo(memo);
         Ok(())
+    }
+
+    fn written_bytes(&self) -> Vec<Option<u64>> {
+        let disks = disks_of(&self.devices);
+        let index = |device: &Device| disks.iter().position(|disk| *disk == device.disk);
+        let bytes = |index| Sectors(self.instance.tally(index).issued).to_bytes();
+        self.devices.iter().map(|device| index(device).map(bytes)).collect()
     }
 
     fn report(&self) -> TrackerReport {

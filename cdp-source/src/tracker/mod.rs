@@ -97,6 +97,12 @@ pub trait Tracker: Send {
     /// Where it cannot be written.
     fn set_memo(&mut self, memo: &[u8]) -> Result<(), TrackerError>;
 
+    /// Bytes that were issued to each volume's disk to be written, discarded or zeroed, since the tracking began: all of the disk's,
+    /// whichever of its volumes they went to. `None` where the tracker does not count.
+    fn written_bytes(&self) -> Vec<Option<u64>> {
+        vec![None; self.volumes().len()]
+    }
+
     /// Name and counters, for `status` and metrics.
     fn report(&self) -> TrackerReport;
 }

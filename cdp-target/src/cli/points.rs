@@ -5,6 +5,7 @@ use super::failure::Failure;
 use super::output::{Table, bytes, duration_ms, json};
 use super::{context, print};
 use crate::catalog::Catalog;
+use crate::journal::PointVolume;
 use crate::points::{Instant, PointInfo, parse_instant};
 use cdp_protocol::units::{Class, Epoch, Timestamp};
 use serde::Serialize;
@@ -47,6 +48,8 @@ struct Line<'a> {
     verified: Option<Instant>,
     cut_ms: f64,
     cut_rounds: u32,
+    /// What became of each volume since the point before.
+    volumes: &'a [PointVolume],
     first_epoch: Epoch,
     cut_time: Instant,
     received: Instant,
@@ -105,6 +108,7 @@ fn line(point: &PointInfo, gap_ms: Option<i64>) -> Line<'_> {
         verified: point.verified.map(Instant),
         cut_ms: point.cut_us as f64 / 1000.0,
         cut_rounds: point.cut_rounds,
+        volumes: &point.volumes,
         first_epoch: point.first_epoch,
         cut_time: Instant(point.cut_time),
         received: Instant(point.received),
@@ -177,6 +181,7 @@ mod tests {
             bytes: 4096,
             cut_us: 1500,
             cut_rounds: 1,
+            volumes: vec![],
             verified: None,
             damaged: None,
             warning: None,
@@ -198,7 +203,9 @@ mod tests {
     fn the_document_has_the_names_scripts_rely_on() {
         let points = points(&[0]);
         let value = serde_json::to_value(line(&points[0], None)).expect("json");
-        for name in ["epoch", "time", "class", "label", "pinned", "bytes", "verified", "cut_ms", "cut_rounds"] {
+        for name in
+            ["epoch", "time", "class", "label", "pinned", "bytes", "verified", "cut_ms", "cut_rounds", "volumes"]
+        {
             assert!(value.get(name).is_some(), "{name}");
         }
         assert_eq!(value["time"], "1970-01-01T00:00:00.000Z");

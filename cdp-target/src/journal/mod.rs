@@ -49,7 +49,7 @@ pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
 pub(crate) use sealed::is_no_file;
 pub use unreadable::Unreadable;
-pub use view::{GroupView, Point};
+pub use view::{GroupView, Point, PointVolume};
 pub(crate) use writer::synced_frame;
 pub use writer::{GroupJournal, short_claim};
 

@@ -16,8 +16,9 @@ use crate::checkpoint::index::ImageIndex;
 use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
 use crate::scrub::ScrubRecord;
-use cdp_protocol::record::{Meters, Volume};
-use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp};
+use cdp_protocol::record::volume_meters::VolumeMeters;
+use cdp_protocol::record::{Commit, Meters, Volume};
+use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -75,6 +76,8 @@ pub struct Point {
     pub bytes: u64,
     /// What the cut and the epoch amounted to.
     pub meters: Meters,
+    /// What became of each volume since the point before; empty where its source did not count.
+    pub volumes: Vec<PointVolume>,
     /// The source's incarnation.
     pub generation: Generation,
     /// The lowest epoch number merged into it.
@@ -83,6 +86,28 @@ pub struct Point {
     pub after_rollback_to: Option<Epoch>,
     /// What is damaged that it needs.
     pub damaged: Option<String>,
+}
+
+/// What became of a volume since the point before.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PointVolume {
+    /// Its name; its slot where the point has no volume of that slot.
+    pub name: String,
+    /// By its source's count.
+    #[serde(flatten)]
+    pub meters: VolumeMeters,
+}
+
+impl PointVolume {
+    /// The volumes of a commit, by the names that they have in its attempt.
+    pub(crate) fn of(commit: &Commit, volumes: &[Volume]) -> Vec<Self> {
+        let name = |slot: VolumeSlot| volumes.iter().find(|volume| volume.slot == slot);
+        let named = |(slot, meters): &(VolumeSlot, VolumeMeters)| Self {
+            name: name(*slot).map_or_else(|| slot.to_string(), |volume| volume.name.clone()),
+            meters: *meters,
+        };
+        commit.volumes.iter().map(named).collect()
+    }
 }
 
 /// Points whose reading needs what a damage took.
@@ -528,6 +553,7 @@ impl GroupView {
             pinned,
             bytes: meters.frame_bytes + u64::from(commit.frame_len) + self.part_bytes(commit),
             meters,
+            volumes: record.map(|record| PointVolume::of(record, &commit.volumes)).unwrap_or_default(),
             generation: commit.generation,
             first_epoch: record.map_or(epoch, |record| record.first_epoch),
             after_rollback_to: record.and_then(|record| record.after_rollback_to),

@@ -13,7 +13,7 @@ use super::segment::{self, Footer, Header, Place};
 use super::view::{Caches, GroupView, Lease};
 use super::{GroupIdentity, JournalError, JournalLimits};
 use cdp_protocol::frame::{self, Encoding, Frame, Kind};
-use cdp_protocol::record::Synced;
+use cdp_protocol::record::{Synced, Volume};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
@@ -353,6 +353,12 @@ impl GroupJournal {
         if self.poisoned.is_none() {
             self.publish();
         }
+    }
+
+    /// The group's volumes, as the newest attempt told them.
+    #[must_use]
+    pub fn volumes(&self) -> &[Volume] {
+        &self.place.volumes
     }
 
     fn mark(&mut self, epoch: Epoch, set: impl FnOnce(&mut Mark)) -> Result<(), JournalError> {

@@ -188,6 +188,7 @@ fn end(frames: &mut Vec<Vec<u8>>, sealer: &Sealer, epoch: u8, predecessor: Optio
         cut_time: Timestamp(START_MS + i64::from(epoch) * 60_000),
         meters: Meters { cut_rounds: 2, cut_us: 1500, ..Meters::default() },
         label: None,
+        volumes: vec![],
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
 }

@@ -244,6 +244,7 @@ impl Source {
                     ..Meters::default()
                 },
                 label: None,
+                volumes: vec![],
             };
             sealer.record(Kind::Commit, sequence, commit.encode())
         };

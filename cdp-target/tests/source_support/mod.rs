@@ -223,6 +223,7 @@ impl Group {
                 cut_time: self.cut_time,
                 meters: Meters { frame_bytes: frames.concat().len() as u64, ..Meters::default() },
                 label: None,
+                volumes: vec![],
             };
             (Kind::Commit, commit.encode())
         };

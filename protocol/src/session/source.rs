@@ -17,6 +17,7 @@ use crate::codec::Sealer;
 use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
 use crate::message::{GroupOpened, Instance, OpenGroup, RefusalReason, TargetMessage, Verdict};
+use crate::record::volume_meters::VolumeMeters;
 use crate::record::{Commit, FrameList, Meters, PartChain, PartEnd, Predecessor, Volume};
 use crate::units::{
     AttemptId, Block, Class, Epoch, Extent, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot,
@@ -79,6 +80,8 @@ pub struct CommitDraft {
     pub after_rollback_to: Option<Epoch>,
     /// A name for the point.
     pub label: Option<String>,
+    /// What became of each volume, by rising slot.
+    pub volumes: Vec<(VolumeSlot, VolumeMeters)>,
 }
 
 /// What the owner of the group has to know.
@@ -532,6 +535,7 @@ impl CommitDraft {
             cut_time: self.cut_time,
             meters: self.meters,
             label: self.label.clone(),
+            volumes: self.volumes.clone(),
         }
     }
 }

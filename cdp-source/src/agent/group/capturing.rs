@@ -3,7 +3,7 @@
 //! Invariant: whatever is captured is in the ledger before it is encoded, and stays in `unacked` until it is acked.
 
 use super::hooking::Taken;
-use super::{Cuts, FREEZE_AFTER, Group, Open, PART_BLOCKS, UNCHANGED_EVERY};
+use super::{FREEZE_AFTER, Group, Open, PART_BLOCKS, UNCHANGED_EVERY};
 use crate::agent::encoding::Job;
 use crate::agent::ledger::{Captured, to_bytes};
 use crate::agent::status::CutStatus;
@@ -19,6 +19,14 @@ use cdp_protocol::units::{AttemptId, Class, Epoch, Timestamp};
 use cdp_seams::random;
 use roaring::RoaringBitmap;
 use std::sync::Arc;
+
+/// Cuts since the agent's start. One that is too large is none: parts come first.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Cuts {
+    pub(super) tried: u64,
+    pub(super) validated: u64,
+    pub(super) unchanged: u64,
+}
 
 impl Group {
     /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
@@ -39,8 +47,9 @@ impl Group {
         let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
         let (tracker, reader) = (&*devices.tracker, &mut *devices.reader);
         let mut capture = cut::read_part(tracker, reader, &mut self.ledger.carry, PART_BLOCKS, skipping)?;
-        if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) {
-            self.fail("every block read came back with an error".into());
+        if let Some(volume) = self.dead_volume(&capture) {
+            self.carry_again(&capture);
+            self.fail_reading(volume);
             return Ok(());
         }
         self.take_out_unchanged(&mut capture);
@@ -65,31 +74,27 @@ impl Group {
         let cut = cut?;
         self.cuts.count(&cut);
         self.note_rescan();
-        let is_validated = match &cut {
-            Cut::Captured(capture) => {
-                let touched: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
-                self.audited(&touched);
-                true
-            }
-            Cut::Unchanged { .. } => {
-                self.audited(&vec![RoaringBitmap::new(); self.setup.facts.volumes.len()]);
-                true
-            }
+        let touched = match &cut {
+            Cut::Captured(capture) => Some(capture.volumes.iter().map(|volume| volume.blocks().clone()).collect()),
+            Cut::Unchanged { .. } => Some(vec![RoaringBitmap::new(); self.setup.facts.volumes.len()]),
             // What its flips gave, if there were any, is not all known here.
-            Cut::TooLarge | Cut::NotValidated => {
-                self.audit.forget();
-                false
-            }
+            Cut::TooLarge | Cut::NotValidated => None,
         };
+        let is_validated = touched.is_some();
+        if let Some(touched) = touched {
+            self.audited(&touched);
+            self.metering.found(touched);
+        } else {
+            self.audit.forget();
+        }
+        self.count_written();
         match cut {
-            Cut::Captured(capture)
-                if is_all_unreadable(&capture) && !self.ledger.are_known_unreadable(&capture.unreadable()) =>
-            {
-                let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
-                self.ledger.carry_more(&blocks);
-                self.fail("every changed block came back with an error".into());
-            }
             Cut::Captured(mut capture) => {
+                if let Some(volume) = self.dead_volume(&capture) {
+                    self.carry_again(&capture);
+                    self.fail_reading(volume);
+                    return Ok(());
+                }
                 self.take_out_unchanged(&mut capture);
                 if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture, class) }
             }
@@ -104,6 +109,12 @@ impl Group {
             self.audit();
         }
         Ok(())
+    }
+
+    /// A capture that becomes nothing is to be made again.
+    fn carry_again(&mut self, capture: &Capture) {
+        let blocks: Vec<_> = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+        self.ledger.carry_more(&blocks);
     }
 
     /// Freezes the file systems for this cut, where so many before it did not validate. Where it does not help, as many
@@ -149,6 +160,7 @@ impl Group {
     /// What was marked and holds what the target has of it, after all, is not sent.
     fn take_out_unchanged(&mut self, capture: &mut Capture) {
         let unchanged = self.setup.digests.take_out_unchanged(capture);
+        self.metering.captured(&unchanged, capture);
         let blocks: u64 = unchanged.iter().map(RoaringBitmap::len).sum();
         if blocks > 0 {
             self.ledger.unchanged(&unchanged);
@@ -166,6 +178,13 @@ impl Group {
             self.rescan = trust.rescanned;
         }
         self.rescans = trust.rescans;
+    }
+
+    /// Asks the tracker what was written.
+    fn count_written(&mut self) {
+        if let Some(devices) = &self.devices {
+            self.metering.written(devices.tracker.written_bytes());
+        }
     }
 
     /// Blocks that the tracker gave again since this was asked last, in no trust.
@@ -199,6 +218,7 @@ impl Group {
             first_epoch: open.next_epoch,
             after_rollback_to: open.after_rollback_to.filter(|_| first),
             label: label.clone(),
+            volumes: self.metering.take(),
         };
         let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false, class, warning };
         self.captured_epoch = Some(open.next_epoch);
@@ -275,9 +295,4 @@ impl Cuts {
         self.validated += validated;
         self.unchanged += unchanged;
     }
-}
-
-fn is_all_unreadable(capture: &Capture) -> bool {
-    let meters = &capture.meters;
-    meters.dirty_blocks > 0 && meters.unreadable_blocks == meters.dirty_blocks
 }

@@ -27,6 +27,9 @@ impl Group {
         status.unchanged_bytes = self.unchanged_bytes;
         let oldest_proof = self.setup.digests.oldest_proof(&self.ledger.skipped);
         status.audit = AuditStatus { oldest_proof, ..self.audit_counts };
+        for (volume, meters) in status.volumes.iter_mut().zip(self.metering.since_start()) {
+            volume.meters = *meters;
+        }
         status.rescan_percent = self.rescan_percent();
         status.estimate_s = self.estimate_s();
         status.last_cut = self.last_cut;

@@ -1,6 +1,12 @@
 //! The group's volumes: taken up, given up when they fail, and opened again.
+//!
+//! One that fails stops the points of all: a point without it would not be of one instant. What is written to the others is marked
+//! meanwhile, by programs that run without the agent.
 
 use super::{Devices, Group, REOPEN_EVERY};
+use crate::capture::{BlockCounts, Capture, CapturedVolume};
+use crate::reader::{self, BlockReader, ReadRequest};
+use cdp_protocol::units::{Block, Extent, blocks_in};
 
 impl Group {
     /// Goes on with volumes that were opened: what is not acked of old is to be captured.
@@ -21,9 +27,31 @@ impl Group {
                 self.rescan = Some(reason);
             }
         }
+        self.metering.begin(devices.tracker.written_bytes());
         self.devices = Some(devices);
         self.primed = false;
         self.trouble = None;
+    }
+
+    /// A volume of which this capture holds nothing but blocks that could not be read, more than were known, and of which nothing else
+    /// can be read either: it is not some bad blocks, it is the volume.
+    pub(super) fn dead_volume(&mut self, capture: &Capture) -> Option<usize> {
+        let (ledger, unreadable) = (&self.ledger, capture.unreadable());
+        let is_suspect = |(volume, counts): &(usize, BlockCounts)| {
+            let BlockCounts { content, holes, unreadable: count } = *counts;
+            count > 0 && content + holes == 0 && !ledger.are_known_unreadable(*volume, &unreadable[*volume])
+        };
+        let suspects = capture.volumes.iter().map(CapturedVolume::counts).enumerate().filter(is_suspect);
+        let suspects: Vec<usize> = suspects.map(|(volume, _)| volume).collect();
+        let reader = &mut *self.devices.as_mut()?.reader;
+        let volumes = &self.setup.facts.volumes;
+        suspects.into_iter().find(|volume| !can_read(reader, *volume, blocks_in(volumes[*volume].size_bytes)))
+    }
+
+    /// Nothing of a volume can be read.
+    pub(super) fn fail_reading(&mut self, volume: usize) {
+        let name = &self.setup.facts.volumes[volume].name;
+        self.fail(format!("volume {name}: every block read came back with an error"));
     }
 
     /// The volumes cannot be captured: no points until they can be opened again.
@@ -53,4 +81,15 @@ impl Group {
             Err(reason) => self.fail(reason),
         }
     }
+}
+
+/// Whether anything of a volume of `blocks` blocks can be read: its first block, its last, or one between.
+fn can_read(reader: &mut dyn BlockReader, volume: usize, blocks: u64) -> bool {
+    let last = blocks.saturating_sub(1);
+    let request = |block: u64| ReadRequest { volume, extent: Extent { start: Block(block as u32), count: 1 } };
+    let mut is_read = false;
+    let read = reader::read_blocks(reader, &[0, last / 2, last].map(request), &mut |_, _, result| {
+        is_read |= result.is_ok();
+    });
+    read.is_ok() && is_read
 }
