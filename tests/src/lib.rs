@@ -14,6 +14,7 @@ pub mod loop_device;
 pub mod postgres;
 pub mod power_disk;
 pub mod process;
+pub mod relay;
 pub mod site;
 pub mod slow_disk;
 pub mod sqlite;
