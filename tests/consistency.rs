@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use cdp_tests::fuse_file::{Answer, Backing, Change, FuseFile};
 use cdp_tests::image::check_ext4;
 use cdp_tests::loop_device::{LoopDevice, Mount};
-use cdp_tests::process::{Daemon, run, tool, wait_for};
+use cdp_tests::postgres::{self, Postgres};
+use cdp_tests::process::{Daemon, as_user, run, tool, wait_for};
 use cdp_tests::site::{PATIENCE, Site};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -284,16 +285,6 @@ fn at_the_deadline_it_is_thawed_whatever_the_agent_does() -> Result<()> {
     frost.end()
 }
 
-/// A command that is there, or a reason why not.
-fn has(test: &str, command: &str) -> bool {
-    if Path::new(command).exists() {
-        return true;
-    }
-    assert!(std::env::var_os("CDP_ALL_MUST_RUN").is_none(), "{test} cannot run: no {command}");
-    eprintln!("skipped: {test}: no {command}");
-    false
-}
-
 fn hook(name: &str) -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests lie in the workspace");
     root.join("packaging/hooks").join(name).display().to_string()
@@ -313,11 +304,10 @@ struct Hosted {
     mount: Mount,
     _device: LoopDevice,
     folder: tempfile::TempDir,
-    user: &'static str,
 }
 
 impl Hosted {
-    fn new(user: &'static str) -> Result<Self> {
+    fn new(user: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let device = LoopDevice::new(&folder.path().join("disk.img"), 384 * MIB)?;
@@ -325,72 +315,12 @@ impl Hosted {
         let mount = Mount::new(device.node(), &folder.path().join("live"), "rw")?;
         let site = Site::new(folder.path())?;
         site.source(&["protect", &format!("data={}", device.node().display())])?;
-        let hosted = Self { site, mount, _device: device, folder, user };
-        hosted.give(&hosted.path("live"))?;
-        Ok(hosted)
+        tool("chown", &[user, mount.folder().to_str().context("a path of text")?])?;
+        Ok(Self { site, mount, _device: device, folder })
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
-    }
-
-    fn give(&self, folder: &Path) -> Result<()> {
-        tool("chown", &[self.user, folder.to_str().context("a path of text")?]).map(drop)
-    }
-
-    /// A program as the user that databases run as.
-    fn command(&self, program: &Path, arguments: &[&str]) -> Command {
-        let mut command = Command::new("setpriv");
-        let (user, group) = (format!("--reuid={}", self.user), format!("--regid={}", self.user));
-        command.current_dir("/").args([&user, &group, "--init-groups", "--"]).arg(program).args(arguments);
-        command
-    }
-}
-
-fn postgresql() -> Option<PathBuf> {
-    let versions = fs::read_dir("/usr/lib/postgresql").ok()?.flatten();
-    versions.map(|version| version.path().join("bin")).filter(|bin| bin.join("postgres").exists()).max()
-}
-
-struct Postgres<'a> {
-    hosted: &'a Hosted,
-    bin: PathBuf,
-    run: String,
-    server: Option<Daemon>,
-}
-
-impl<'a> Postgres<'a> {
-    fn start(hosted: &'a Hosted, bin: &Path, data: &Path, run: &str) -> Result<Self> {
-        let sockets = hosted.path(run);
-        fs::create_dir_all(&sockets)?;
-        hosted.give(&sockets)?;
-        let run = sockets.display().to_string();
-        let data = data.display().to_string();
-        let settings = format!("unix_socket_directories={run}");
-        let mut command =
-            hosted.command(&bin.join("postgres"), &["-D", &data, "-c", &settings, "-c", "listen_addresses="]);
-        let mut postgres =
-            Self { hosted, bin: bin.to_owned(), run, server: Some(Daemon::start(command.env("LC_ALL", "C"))?) };
-        let server = postgres.server.as_mut().expect("started");
-        server.wait_for_line("ready to accept connections", PATIENCE)?;
-        Ok(postgres)
-    }
-
-    fn sql(&self, text: &str) -> Result<String> {
-        let arguments = ["-X", "-q", "-A", "-t", "-h", &self.run, "-d", "postgres", "-c", text];
-        run(&mut self.hosted.command(&self.bin.join("psql"), &arguments)).map(|answer| answer.trim().to_owned())
-    }
-
-    fn pgbench(&self, arguments: &[&str]) -> Command {
-        self.hosted.command(&self.bin.join("pgbench"), &[&["-h", &self.run], arguments, &["postgres"]].concat())
-    }
-
-    fn log(&self) -> String {
-        self.server.as_ref().map(Daemon::log).unwrap_or_default()
-    }
-
-    fn stop(mut self) -> Result<()> {
-        self.server.take().context("it runs")?.stop()
     }
 }
 
@@ -402,27 +332,20 @@ fn a_point_with_the_postgresql_hook_recovers() -> Result<()> {
     if !cdp_tests::privileged(TEST) {
         return Ok(());
     }
-    let Some(bin) = postgresql() else {
-        has(TEST, "/usr/lib/postgresql");
-        return Ok(());
-    };
-    let mut hosted = Hosted::new("postgres")?;
+    let Some(programs) = postgres::programs(TEST) else { return Ok(()) };
+    let mut hosted = Hosted::new(postgres::USER)?;
     let data = hosted.mount.folder().join("data");
-    let text = data.display().to_string();
-    run(&mut hosted.command(&bin.join("initdb"), &["--no-instructions", "-A", "trust", "-D", &text]))?;
-    fs::write(
-        data.join("postgresql.auto.conf"),
-        "shared_buffers = '16MB'\nmax_wal_size = '64MB'\nmin_wal_size = '32MB'\nlog_checkpoints = on\n",
-    )?;
+    let settings = "shared_buffers = '16MB'\nmax_wal_size = '64MB'\nmin_wal_size = '32MB'\nlog_checkpoints = on\n";
+    Postgres::init(&programs, &data, settings)?;
     let sockets = hosted.path("run").display().to_string();
     hosted.site.set_group_option(&format!("hooks.pre_cut = ['{}', '--host={sockets}']", hook("postgresql")))?;
     hosted.site.set_group_option("hooks.deadline_ms = 60000")?;
     hosted.site.start_source()?;
     hosted.site.wait_for_points(1, PATIENCE)?;
-    let postgres = Postgres::start(&hosted, &bin, &data, "run")?;
-    run(&mut postgres.pgbench(&["-i", "-q", "-s", "2"]))?;
+    let postgres = Postgres::start(&programs, &data, &hosted.path("run"))?;
+    postgres.tool("pgbench", &["-i", "-q", "-s", "2"])?;
     postgres.sql("create table marks(number integer primary key)")?;
-    let mut load = Daemon::start(&mut postgres.pgbench(&["-c", "2", "-T", "300"]))?;
+    let mut load = Daemon::start(&mut postgres.command("pgbench", &["-c", "2", "-T", "300"]))?;
     let mut points = Vec::new();
     for number in 1..=3 {
         postgres.sql(&format!("insert into marks values({number})"))?;
@@ -442,7 +365,7 @@ fn a_point_with_the_postgresql_hook_recovers() -> Result<()> {
         let image = hosted.path("point.img");
         hosted.site.export("data", epoch, &image)?;
         check_ext4(&image, hosted.folder.path(), |root| {
-            let restored = Postgres::start(&hosted, &bin, &root.join("data"), "run-restored")?;
+            let restored = Postgres::start(&programs, &root.join("data"), &hosted.path("run-restored"))?;
             ensure!(restored.log().contains("automatic recovery in progress"), "{}", restored.log());
             let marks = restored.sql("select count(*) from marks")?;
             ensure!(marks == number.to_string(), "{marks} marks at the point behind the mark {number}");
@@ -463,7 +386,7 @@ fn a_point_with_the_postgresql_hook_recovers() -> Result<()> {
 #[test]
 fn a_point_with_the_mariadb_hook_has_whole_tables() -> Result<()> {
     const TEST: &str = "a_point_with_the_mariadb_hook_has_whole_tables";
-    if !cdp_tests::privileged(TEST) || !has(TEST, "/usr/sbin/mariadbd") {
+    if !cdp_tests::privileged(TEST) || !cdp_tests::has(TEST, "/usr/sbin/mariadbd") {
         return Ok(());
     }
     let mut hosted = Hosted::new("mysql")?;
@@ -478,7 +401,7 @@ fn a_point_with_the_mariadb_hook_has_whole_tables() -> Result<()> {
         "--innodb-buffer-pool-size=16M",
         "--innodb-log-file-size=8M",
     ];
-    let mut server = Daemon::start(&mut hosted.command(Path::new("/usr/sbin/mariadbd"), &options))?;
+    let mut server = Daemon::start(&mut as_user("mysql", Path::new("/usr/sbin/mariadbd"), &options))?;
     server.wait_for_line("ready for connections", PATIENCE)?;
     let client = [format!("--socket={socket}"), "--batch".to_owned(), "--skip-column-names".to_owned()];
     let sql = |text: &str| run(Command::new("mariadb").arg("--no-defaults").args(&client).args(["-e", text]));

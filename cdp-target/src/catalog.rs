@@ -9,7 +9,7 @@ use crate::enroll::Office;
 use crate::journal::change::Change;
 use crate::journal::lease::{self, Lease};
 use crate::journal::{GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Overview, Point, short_claim};
-use crate::points::{PointInfo, point_time};
+use crate::points::{PointInfo, PointTimes, point_time, time_doubt};
 use crate::restore::image::one_line;
 use crate::restore::keyring::Keyring;
 use crate::store::{GroupPlace, Store, StoreError};
@@ -304,7 +304,8 @@ fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
     let recaptured = (recaptured > 0)
         .then(|| format!("{recaptured} blocks captured again: writes to them may have been missed before"));
     let damaged = point.damaged.as_ref().map(|what| format!("damaged: {what}"));
-    let warnings: Vec<String> = [damaged, unreadable, recaptured, rollback].into_iter().flatten().collect();
+    let doubt = time_doubt(PointTimes { cut: point.cut_time, received: point.received }, time);
+    let warnings: Vec<String> = [damaged, unreadable, recaptured, rollback, doubt].into_iter().flatten().collect();
     PointInfo {
         epoch: point.epoch,
         first_epoch: point.first_epoch,

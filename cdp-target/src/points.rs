@@ -41,7 +41,7 @@ pub struct PointInfo {
     pub verified: Option<Timestamp>,
     /// What is damaged that it needs.
     pub damaged: Option<String>,
-    /// What a reader has to know about it: damage, unreadable blocks, a rollback.
+    /// What a reader has to know about it: damage, unreadable blocks, a rollback, a doubtful time.
     pub warning: Option<String>,
 }
 
@@ -59,6 +59,17 @@ pub struct PointTimes {
 pub fn point_time(times: PointTimes, before: Option<Timestamp>) -> Timestamp {
     let clamped = times.cut.min(times.received);
     before.map_or(clamped, |before| clamped.max(before))
+}
+
+/// Clocks further apart than this, in milliseconds, are worth telling.
+pub const CLOCKS_APART_MS: u64 = 5 * 60 * 1000;
+
+/// What is doubtful about a point's time, where it is far from what the source's clock said: that clock was set back, or one of the
+/// two is wrong.
+#[must_use]
+pub fn time_doubt(times: PointTimes, time: Timestamp) -> Option<String> {
+    (times.cut.0.abs_diff(time.0) > CLOCKS_APART_MS)
+        .then(|| format!("its time is doubtful: the source's clock said {}", Instant(times.cut)))
 }
 
 /// How a person names a point.
@@ -347,6 +358,24 @@ mod tests {
         assert_eq!(point_time(times(30, 20), None), Timestamp(20), "a source ahead of us");
         assert_eq!(point_time(times(5, 40), Some(Timestamp(10))), Timestamp(10), "a source that went back");
         assert_eq!(point_time(times(30, 20), Some(Timestamp(25))), Timestamp(25), "our own clock went back");
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_makes_times_doubtful_and_keeps_them_in_order() {
+        const SECOND: i64 = 1000;
+        const DAY: i64 = 24 * 3600 * SECOND;
+        // A point a second; the source's clock is set back by a day after the third, and right again after the sixth.
+        let clock = |at: i64| if (4..=6).contains(&at) { at * SECOND - DAY } else { at * SECOND };
+        let mut before = None;
+        for at in 1..=9 {
+            let times = PointTimes { cut: Timestamp(clock(at)), received: Timestamp(at * SECOND + 10) };
+            let time = point_time(times, before);
+            assert!(before.is_none_or(|before| before <= time), "point {at} stays behind the one before it");
+            let doubt = time_doubt(times, time);
+            assert_eq!(doubt.is_some(), (4..=6).contains(&at), "point {at}: {doubt:?}");
+            assert!(doubt.is_none_or(|text| text.contains("1969-12-31T00:00:0")), "it says what the clock said");
+            before = Some(time);
+        }
     }
 
     #[test]

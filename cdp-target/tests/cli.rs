@@ -94,6 +94,22 @@ fn an_office_is_enrolled_once_and_its_bundle_never_overwritten() {
 }
 
 #[test]
+fn points_of_a_source_whose_clock_went_back_a_day_stay_in_order_and_their_times_are_doubtful() {
+    const DAY_MS: i64 = 24 * 3600 * 1000;
+    let store = Store::new();
+    store.fill_with_a_clock_set_back(DAY_MS);
+    let document = store.json(&["points", "paris/main", "--json"]);
+    let points = document["points"].as_array().expect("a list");
+    let texts = |key: &str| -> Vec<&str> { points.iter().map(|point| point[key].as_str().unwrap_or("none")).collect() };
+    let (times, cut_times) = (texts("time"), texts("cut_time"));
+    assert!(times.is_sorted() && !cut_times.is_sorted(), "{times:?}, {cut_times:?}");
+    let doubt = |cut_time: &&str| format!("its time is doubtful: the source's clock said {cut_time}");
+    let doubts: Vec<String> = cut_times[2..].iter().map(doubt).collect();
+    assert_eq!(texts("warning"), ["none", "none", &doubts[0], &doubts[1]]);
+    assert!(store.done(&["points", "paris/main"]).contains("its time is doubtful"));
+}
+
+#[test]
 fn points_are_listed_named_and_exported() {
     let store = Store::new();
     let images = store.fill();

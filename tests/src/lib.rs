@@ -13,8 +13,10 @@ pub mod image;
 pub mod loop_device;
 pub mod metrics;
 pub mod mortal_disk;
+pub mod postgres;
 pub mod power_disk;
 pub mod process;
+pub mod relay;
 pub mod site;
 pub mod slow_disk;
 pub mod sqlite;
@@ -35,4 +37,15 @@ pub fn privileged(test: &str) -> bool {
     assert!(std::env::var_os("CDP_ALL_MUST_RUN").is_none(), "{test} cannot run: {lacking}");
     eprintln!("skipped: {test}: {lacking} (`./scripts/test` as root runs it)");
     false
+}
+
+/// Whether a program is installed; says on stderr that a test is skipped where it is not.
+#[must_use]
+pub fn has(test: &str, program: &str) -> bool {
+    let there = std::path::Path::new(program).exists();
+    assert!(there || std::env::var_os("CDP_ALL_MUST_RUN").is_none(), "{test} cannot run: no {program}");
+    if !there {
+        eprintln!("skipped: {test}: no {program} (`./scripts/test` installs it)");
+    }
+    there
 }

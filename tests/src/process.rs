@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,6 +29,15 @@ pub fn run(command: &mut Command) -> Result<String> {
 /// Runs a program of Debian's by name and arguments.
 pub fn tool(name: &str, arguments: &[&str]) -> Result<String> {
     run(Command::new(name).args(arguments))
+}
+
+/// A program as another user, in the root folder.
+#[must_use]
+pub fn as_user(user: &str, program: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new("setpriv");
+    let (user, group) = (format!("--reuid={user}"), format!("--regid={user}"));
+    command.current_dir("/").args([&user, &group, "--init-groups", "--"]).arg(program).args(arguments);
+    command
 }
 
 /// Calls `ready` until it gives something, or fails after `deadline`.

@@ -1,6 +1,7 @@
 //! A target and an office, run as a user runs them: by their commands.
 
 use crate::process::{Daemon, program, run, wait_for};
+use crate::relay::Relay;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::net::UdpSocket;
@@ -46,6 +47,21 @@ impl Site {
 
     /// The same with the store in a folder of its own.
     pub fn new_with_store(folder: &Path, store: &Path) -> Result<Self> {
+        let (site, bundle) = Self::enrolled(folder, store)?;
+        site.source(&["join", &bundle])?;
+        Ok(site)
+    }
+
+    /// The same, and with a line between the two that can be made thin, and that counts.
+    pub fn new_behind_a_line(folder: &Path, store: &Path) -> Result<(Self, Relay)> {
+        let (site, bundle) = Self::enrolled(folder, store)?;
+        let relay = Relay::new(&site.address)?;
+        site.source(&["join", &bundle, "--target", relay.address()])?;
+        Ok((site, relay))
+    }
+
+    /// A target that runs and knows an office, and the bundle by which that joins.
+    fn enrolled(folder: &Path, store: &Path) -> Result<(Self, String)> {
         let port = UdpSocket::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut site = Self {
             data: store.to_owned(),
@@ -59,8 +75,7 @@ impl Site {
         let bundle_text = bundle.to_str().context("a path of text")?;
         site.target(&["enroll", "office", "--output", bundle_text])?;
         site.start_target()?;
-        site.source(&["join", bundle_text])?;
-        Ok(site)
+        Ok((site, bundle_text.to_owned()))
     }
 
     /// Runs a command of `cdp-target`.

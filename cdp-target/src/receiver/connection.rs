@@ -22,6 +22,7 @@ use tracing::warn;
 
 use super::group::{Command, Outbox, Session};
 use super::{FRAME_CHARGE_MIN, GroupHandle, Receiver};
+use crate::points::CLOCKS_APART_MS;
 
 /// From the connection to its hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,9 +34,6 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
 const OUTBOX_MESSAGES: usize = 1024;
 /// Streams of frames at once: one a group, and old ones that have not ended yet.
 const STREAMS_MAX: usize = 2 * GROUPS_MAX;
-
-/// Clocks further apart than this are worth a warning.
-const CLOCKS_APART_MS: u64 = 5 * 60 * 1000;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]

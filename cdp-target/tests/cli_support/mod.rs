@@ -126,11 +126,28 @@ impl Store {
                 frames.push(sealer.content(VolumeSlot(0), sequence, vec![extent(start, 30)], content));
             }
             let predecessor = journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt });
-            end(&mut frames, &sealer, epoch, predecessor);
+            end(&mut frames, &sealer, epoch, predecessor, cut_time(epoch));
             take(&mut journal, &frames, epoch);
             images.push(image.clone());
         }
         images
+    }
+
+    /// The same with four points of nothing but holes; the source's clock is set back by so much after the second.
+    pub(crate) fn fill_with_a_clock_set_back(&self, back_ms: i64) {
+        let mut journal = self.journal(JournalLimits::default());
+        for epoch in 1..=4_u8 {
+            let sealer = Sealer::new(GROUP, Epoch(epoch.into()), Generation(1), AttemptId([epoch; 16]), &KEY);
+            let all = vec![Extent::new(Block(0), BLOCKS).expect("an extent")];
+            let mut frames = vec![
+                sealer.begin(&Begin { key: KeyId([1; 8]), volumes: vec![volume()] }),
+                sealer.bare(Encoding::Hole, VolumeSlot(0), Sequence(1), all),
+            ];
+            let predecessor = journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt });
+            let back_ms = if epoch > 2 { back_ms } else { 0 };
+            end(&mut frames, &sealer, epoch, predecessor, Timestamp(cut_time(epoch).0 - back_ms));
+            take(&mut journal, &frames, epoch);
+        }
     }
 
     pub(crate) fn fill_within(&self, limits: JournalLimits) -> Vec<Vec<u8>> {
@@ -168,12 +185,17 @@ pub(crate) fn epoch_frames_like(key: &DataKey, epoch: u8, like: u8, predecessor:
     let extents = vec![extent(u32::from(like) * 10, 20), extent(BLOCKS - 1, 1)];
     let content = vec![like; 21 * BLOCK_BYTES];
     frames.push(sealer.content(VolumeSlot(0), Sequence(frames.len() as u64), extents, &content));
-    end(&mut frames, &sealer, epoch, predecessor);
+    end(&mut frames, &sealer, epoch, predecessor, cut_time(epoch));
     frames
 }
 
+/// Points are a minute apart.
+const fn cut_time(epoch: u8) -> Timestamp {
+    Timestamp(START_MS + epoch as i64 * 60_000)
+}
+
 /// Adds the commit.
-fn end(frames: &mut Vec<Vec<u8>>, sealer: &Sealer, epoch: u8, predecessor: Option<Predecessor>) {
+fn end(frames: &mut Vec<Vec<u8>>, sealer: &Sealer, epoch: u8, predecessor: Option<Predecessor>, cut_time: Timestamp) {
     let mut list = FrameListHasher::default();
     for bytes in frames.iter() {
         list.push(&frame::hash(bytes));
@@ -185,7 +207,7 @@ fn end(frames: &mut Vec<Vec<u8>>, sealer: &Sealer, epoch: u8, predecessor: Optio
         first_epoch: Epoch(epoch.into()),
         after_rollback_to: None,
         class: Class::Crash,
-        cut_time: Timestamp(START_MS + i64::from(epoch) * 60_000),
+        cut_time,
         meters: Meters { cut_rounds: 2, cut_us: 1500, ..Meters::default() },
         label: None,
         volumes: vec![],
@@ -206,7 +228,7 @@ pub(crate) fn append(journal: &mut GroupJournal, key: &DataKey, epoch: u8) {
 fn take(journal: &mut GroupJournal, frames: &[Vec<u8>], epoch: u8) {
     for bytes in frames {
         let frame = frame::decode(&GROUP, bytes).expect("a frame we made");
-        let received = Timestamp(START_MS + i64::from(epoch) * 60_000 + 200);
+        let received = Timestamp(cut_time(epoch).0 + 200);
         let step = journal.append(&frame, received).expect("it follows");
         assert!(matches!(step, Step::Taken | Step::Committed(..)));
     }
