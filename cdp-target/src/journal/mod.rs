@@ -15,6 +15,7 @@
 pub(crate) mod bytes;
 pub mod change;
 pub mod changes;
+mod digests;
 pub mod file;
 mod images;
 pub mod index;
