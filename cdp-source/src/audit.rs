@@ -4,6 +4,8 @@
 //! if it cannot have changed around its read: nothing was in flight at the flip before it, and no flip after it has a mark of it.
 //! Owns what is to be read next and at what pace. Reads nothing itself, and does not say what becomes of what it finds.
 
+pub mod line;
+
 use crate::digests::Digests;
 use crate::reader::{self, READ_BLOCKS_MAX, ReadRequest};
 use cdp_protocol::seal::Digest;

@@ -12,6 +12,7 @@
 
 mod slots;
 mod state;
+mod told;
 mod volume;
 
 use crate::audit::Found;
@@ -32,6 +33,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+pub use told::Told;
 use volume::VolumeDigests;
 
 /// Digests in memory at which they are written at once: about 4 MiB of them.
@@ -166,7 +168,7 @@ impl Digests {
             let place = (&*self.storage, self.folder.as_path(), volume.slot, volume.blocks);
             if let Some(kept) = at.map(|at| kept.swap_remove(at)) {
                 volume.file = Some(SlotFile::open(place, &state.era).map_err(failed)?);
-                (volume.unsure, volume.proved) = (kept.unsure, kept.proved);
+                (volume.unsure, volume.proved, volume.proved_there) = (kept.unsure, kept.proved, kept.proved_there);
             } else {
                 // One that came to the group since.
                 volume.know_nothing();
@@ -478,7 +480,8 @@ impl Digests {
                 unsure |= volume.young.keys().copied().collect::<RoaringBitmap>();
                 unsure |= &volume.young_holes;
             }
-            state::Kept { slot: volume.slot, blocks: volume.blocks, unsure, proved: volume.proved.clone() }
+            let (proved, proved_there) = (volume.proved.clone(), volume.proved_there.clone());
+            state::Kept { slot: volume.slot, blocks: volume.blocks, unsure, proved, proved_there }
         };
         State { group: self.group, era, base: self.base, volumes: self.volumes.iter().map(kept).collect() }
     }

@@ -25,6 +25,12 @@ pub const UNCHANGED_BYTES_TOTAL: &str = "cdp_source_unchanged_bytes_total";
 pub const PROVED_BLOCKS_TOTAL: &str = "cdp_source_proved_blocks_total";
 /// Blocks that nobody was known to have written to and that held something else: above zero, writes were missed.
 pub const DIFFERING_BLOCKS_TOTAL: &str = "cdp_source_differing_blocks_total";
+/// Blocks of which the target has told, by their digests, that it holds what it was sent, since the agent's start.
+pub const TARGET_PROVED_BLOCKS_TOTAL: &str = "cdp_source_target_proved_blocks_total";
+/// Blocks of which it holds something else: above zero, its store is to be looked at.
+pub const TARGET_DIFFERING_BLOCKS_TOTAL: &str = "cdp_source_target_differing_blocks_total";
+/// Bytes of digests that the target has told for it.
+pub const TARGET_AUDIT_BYTES_TOTAL: &str = "cdp_source_target_audit_bytes_total";
 /// Duration of the last cut.
 pub const CUT_SECONDS: &str = "cdp_source_cut_seconds";
 /// Rounds of the last cut.
@@ -113,6 +119,9 @@ pub fn record(status: &GroupStatus) {
     count(UNCHANGED_BYTES_TOTAL, status.unchanged_bytes);
     count(PROVED_BLOCKS_TOTAL, status.audit.proved_blocks);
     count(DIFFERING_BLOCKS_TOTAL, status.audit.differing_blocks);
+    count(TARGET_PROVED_BLOCKS_TOTAL, status.audit.target_proved_blocks);
+    count(TARGET_DIFFERING_BLOCKS_TOTAL, status.audit.target_differing_blocks);
+    count(TARGET_AUDIT_BYTES_TOTAL, status.audit.target_bytes);
     count(CUTS_TRIED_TOTAL, status.cuts_tried);
     count(CUTS_VALIDATED_TOTAL, status.cuts_validated);
     count(CUTS_UNCHANGED_TOTAL, status.cuts_unchanged);

@@ -310,7 +310,8 @@ impl Shared {
             | TargetMessage::Busy { group, .. }
             | TargetMessage::SendAgain { group, .. }
             | TargetMessage::Changes { group, .. }
-            | TargetMessage::ChangesUnknown { group, .. } => group,
+            | TargetMessage::ChangesUnknown { group, .. }
+            | TargetMessage::Digests { group, .. } => group,
         };
         if matches!(message, TargetMessage::Acked { .. } | TargetMessage::PartAcked { .. }) {
             self.acked.store(true, Ordering::Relaxed);

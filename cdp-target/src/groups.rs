@@ -12,13 +12,14 @@ use crate::metrics;
 use crate::receiver::{Changed, GroupStore, GroupWriter, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
+use cdp_protocol::holding::Holding;
 use cdp_protocol::join::{KNOWN_GROUPS_MAX, KnownGroup};
 use cdp_protocol::limits::{MESSAGE_EXTENTS_MAX, OFFICE_GROUPS_MAX};
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
-use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Head, OfficeId, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Head, OfficeId, Timestamp, VolumeSlot};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -278,6 +279,10 @@ impl GroupWriter for JournalWriter {
             })
         });
         Ok(Some(messages.collect()))
+    }
+
+    fn holdings(&self, head: Head, slot: VolumeSlot, blocks: Extent) -> Result<Option<Vec<Holding>>, StoreError> {
+        self.journal.view().holdings(head, slot, blocks).map_err(failed)
     }
 
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {

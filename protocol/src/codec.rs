@@ -293,12 +293,22 @@ fn unpack_zstd(packed: &[u8], content_len: usize) -> Result<Vec<u8>, ContentErro
 /// # Errors
 /// Where there are none, the seal does not hold, or they are not one a block.
 pub fn open_digests(frame: &Frame<'_>, key: &AttemptKey) -> Result<Vec<Digest>, ContentError> {
-    let header = &frame.header;
+    let section = &frame.payload[(frame.header.payload_len - frame.header.digests_len) as usize..];
+    open_digest_section(&frame.header, frame.associated_data(), section, key)
+}
+
+/// The same, where header and digests are all there is of the frame.
+pub(crate) fn open_digest_section(
+    header: &Header,
+    associated_data: &[u8],
+    section: &[u8],
+    key: &AttemptKey,
+) -> Result<Vec<Digest>, ContentError> {
     if header.kind != Kind::Extents || !header.encoding.has_content() {
         return Err(ContentError::Kind(header.kind));
     }
-    let mut sealed = frame.payload[(header.payload_len - header.digests_len) as usize..].to_vec();
-    let plain = key.open(header.sequence, Section::Digests, frame.associated_data(), &mut sealed)?;
+    let mut sealed = section.to_vec();
+    let plain = key.open(header.sequence, Section::Digests, associated_data, &mut sealed)?;
     let (digests, rest) = plain.as_chunks::<DIGEST_BYTES>();
     let is_one_a_block = rest.is_empty() && digests.len() as u64 == header.blocks();
     if is_one_a_block { Ok(digests.to_vec()) } else { Err(ContentError::Compression) }

@@ -3,7 +3,7 @@
 //! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
 //! * `units`, `limits`, `label`: newtypes, bounds, and what may name a point.
 //! * `frame`, `record`, `codec`, `packer`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
-//! * `message`: the control messages; `bundle`, `join`: how an office comes to its certificate.
+//! * `message`: the control messages; `holding`: what a target says it holds; `bundle`, `join`: how an office comes to its certificate.
 //! * `session`: who may say what when, and what is sent again after a broken line.
 
 pub mod bundle;
@@ -11,6 +11,7 @@ pub mod codec;
 pub mod escrow;
 pub mod frame;
 pub mod hex;
+pub mod holding;
 pub mod join;
 pub mod label;
 pub mod limits;

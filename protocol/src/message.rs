@@ -4,6 +4,7 @@
 //! on disk depends on this encoding. There is no verb that deletes, rewrites or shortens anything.
 
 use crate::escrow::Envelope;
+use crate::holding::Holding;
 use crate::limits::MESSAGE_BYTES_MAX;
 use crate::record::{PartChain, Volume};
 use crate::units::{AttemptId, Block, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
@@ -57,6 +58,19 @@ pub enum SourceMessage {
         group: GroupId,
         /// The point.
         since: Head,
+    },
+    /// Asks what the target holds of some blocks at its newest point: the audit over the line.
+    ListDigests {
+        /// The group.
+        group: GroupId,
+        /// The point that has to be the newest.
+        head: Head,
+        /// The volume.
+        volume: VolumeSlot,
+        /// The first block.
+        start: Block,
+        /// How many, at most `holding::QUESTION_BLOCKS_MAX`.
+        count: u32,
     },
 }
 
@@ -194,6 +208,20 @@ pub enum TargetMessage {
         group: GroupId,
         /// The point.
         since: Head,
+    },
+    /// What is held of some blocks at a point.
+    Digests {
+        /// The group.
+        group: GroupId,
+        /// The point, the newest when this was said.
+        head: Head,
+        /// The volume.
+        volume: VolumeSlot,
+        /// The first block.
+        start: Block,
+        /// From there on, without gaps; they need not go as far as was asked. None where it cannot be told now: another point is the
+        /// newest, or nothing can be read.
+        holdings: Vec<Holding>,
     },
 }
 
@@ -344,6 +372,7 @@ fn config() -> impl bincode::config::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::holding::{ANSWER_BYTES_MAX, Held};
     use crate::limits::MESSAGE_EXTENTS_MAX;
 
     #[test]
@@ -386,6 +415,27 @@ mod tests {
             assert_eq!(bytes[..44], [&[variant, 0, 0, 0][..], &named].concat());
             assert_eq!(decode::<TargetMessage>(&bytes).expect("a message"), message);
         }
+    }
+
+    #[test]
+    fn digests_are_asked_for_and_told_in_these_bytes() {
+        let (group, head) = (GroupId([0xab; 16]), Head { epoch: Epoch(5), hash: crate::units::FrameHash([0xcd; 32]) });
+        let ask = SourceMessage::ListDigests { group, head, volume: VolumeSlot(3), start: Block(7), count: 2 };
+        let named = [&[32, 0, 0, 0, 0, 0, 0, 0][..], &b"ab".repeat(16)].concat();
+        let bytes = encode(&ask);
+        assert_eq!(bytes[..44], [&[6, 0, 0, 0][..], &named].concat());
+        assert_eq!(bytes[bytes.len() - 10..], [3, 0, 7, 0, 0, 0, 2, 0, 0, 0]);
+        assert_eq!(decode::<SourceMessage>(&bytes).expect("a message"), ask);
+        let frame = || Held::Frame { header: vec![1; 332], digests: vec![2; 528] };
+        let count = ANSWER_BYTES_MAX / frame().bytes() + 1;
+        let holdings = vec![Holding { count: 1, held: frame() }; count];
+        let full = TargetMessage::Digests { group, head, volume: VolumeSlot(3), start: Block(7), holdings };
+        let bytes = encode(&full);
+        assert_eq!(bytes[..44], [&[12, 0, 0, 0][..], &named].concat());
+        assert_eq!(decode::<TargetMessage>(&bytes).expect("a message"), full);
+        let told = [Held::Nothing, Held::Hole, Held::Unreadable, Held::Damaged]
+            .map(|held| encode(&Holding { count: 9, held }));
+        assert_eq!(told, [0, 1, 2, 3].map(|held| vec![9, 0, 0, 0, held, 0, 0, 0]));
     }
 
     #[test]

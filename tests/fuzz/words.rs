@@ -3,6 +3,7 @@
 use crate::{Check, Format};
 use cdp_protocol::bundle::{Bundle, StoreId, Token};
 use cdp_protocol::escrow::Envelope;
+use cdp_protocol::holding::{Held, Holding};
 use cdp_protocol::join::{JoinAnswer, JoinRefusal, JoinRequest, KnownGroup};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{
@@ -70,6 +71,13 @@ impl Format for SourceWords {
             SourceMessage::ListPoints { request: 1, group: GROUP, after: Some(Epoch(3)) },
             SourceMessage::Ping,
             SourceMessage::ListChanges { group: GROUP, since: head(7) },
+            SourceMessage::ListDigests {
+                group: GROUP,
+                head: head(7),
+                volume: VolumeSlot(3),
+                start: Block(9),
+                count: 512,
+            },
         ]
         .map(|message| message::encode(&message))
         .to_vec()
@@ -138,6 +146,16 @@ impl Format for TargetWords {
                 more: true,
             },
             TargetMessage::ChangesUnknown { group: GROUP, since: head(9) },
+            TargetMessage::Digests {
+                group: GROUP,
+                head: head(9),
+                volume: VolumeSlot(3),
+                start: Block(7),
+                holdings: vec![
+                    Holding { count: 2, held: Held::Hole },
+                    Holding { count: 1, held: Held::Frame { header: vec![1; 90], digests: vec![2; 32] } },
+                ],
+            },
         ]
         .map(|message| message::encode(&message))
         .to_vec()

@@ -133,7 +133,8 @@ fn capture(handle: &GroupHandle, random: &SimRandom, mut memo: Memo) -> (Vec<Hea
             | SourceEvent::Busy { .. }
             | SourceEvent::SendAgain { .. }
             | SourceEvent::Changes { .. }
-            | SourceEvent::ChangesUnknown(_) => {}
+            | SourceEvent::ChangesUnknown(_)
+            | SourceEvent::Digests { .. } => {}
             SourceEvent::Refused(reason) => panic!("refused: {reason:?}"),
         }
     }

@@ -280,6 +280,10 @@ impl Target {
                 let session = connection.held.unwrap_or(0);
                 process.steps.changes(session, since);
             }
+            Ok(TargetAction::ListDigests { head, volume, blocks, .. }) => {
+                let session = connection.held.unwrap_or(0);
+                process.steps.digests(session, head, volume, blocks);
+            }
             // What comes twice may be one too many; its connection ends.
             Err(_) => {
                 self.close(wire);

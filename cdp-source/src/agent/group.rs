@@ -23,6 +23,7 @@ use super::encoding::{Encoded, Encoding};
 use super::ledger::Ledger;
 use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus, HooksStatus};
 use crate::audit::Audit;
+use crate::audit::line::LineAudit;
 use crate::config::HooksConfig;
 use crate::control::{PointReply, Reply};
 use crate::cut::CutLimits;
@@ -38,7 +39,7 @@ use cdp_protocol::record::Begin;
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{GroupFacts, Outgoing, SourceEvent};
-use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Head, Timestamp, VolumeSlot, blocks_in};
+use cdp_protocol::units::{BLOCK_BYTES, Epoch, Extent, Generation, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::clock::Clock;
 use cdp_seams::random::Random;
 use hooking::Hooked;
@@ -86,6 +87,12 @@ pub trait Link: Send {
     fn unchanged(&self, epoch: Epoch, as_of: Timestamp);
     /// Asks which blocks the target was sent after a point.
     fn list_changes(&self, since: Head);
+    /// Asks what the target holds of some blocks at its newest point, if that is this one.
+    fn list_digests(&self, _head: Head, _volume: VolumeSlot, _blocks: Extent) {}
+    /// What the line carries, in bytes a second, once that is known.
+    fn bytes_per_s(&self) -> Option<f64> {
+        None
+    }
     /// Whether there is a line now.
     fn is_connected(&self) -> bool;
 }
@@ -304,6 +311,7 @@ struct Group {
     /// Bytes of blocks that were marked and not sent, since the target had them.
     unchanged_bytes: u64,
     audit: Audit,
+    line_audit: Option<LineAudit>,
     audit_counts: AuditStatus,
     metering: Metering,
     opened_at: Option<Duration>,
@@ -378,6 +386,7 @@ impl Group {
             acked_bytes: 0,
             unchanged_bytes: 0,
             audit: Audit::default(),
+            line_audit: None,
             audit_counts: AuditStatus::default(),
             metering: Metering::new(slots),
             opened_at: None,
@@ -462,6 +471,7 @@ impl Group {
             self.ask_at = now + ASK_EVERY;
             self.link.list_changes(since);
         }
+        self.audit_over_line(now);
         self.setup.digests.write_if_due(now);
     }
 

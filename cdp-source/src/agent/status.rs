@@ -172,6 +172,34 @@ pub struct AuditStatus {
     pub differing_blocks: u64,
     /// Since when every region of 64 MiB has been gone through; `None` while one never was.
     pub oldest_proof: Option<Timestamp>,
+    /// Blocks of which the target has told, by their digests, that it holds what it was sent.
+    #[serde(default)]
+    pub target_proved_blocks: u64,
+    /// Blocks of which it holds something else. They are sent again.
+    #[serde(default)]
+    pub target_differing_blocks: u64,
+    /// Where the last of them were.
+    #[serde(default)]
+    pub target_difference: Option<TargetDifference>,
+    /// Bytes of digests that it has told.
+    #[serde(default)]
+    pub target_bytes: u64,
+    /// Since when every region was gone through at the target; `None` while one never was.
+    #[serde(default)]
+    pub oldest_target_proof: Option<Timestamp>,
+}
+
+/// Blocks of which the target was found to hold something else than it was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetDifference {
+    /// When.
+    pub time: Timestamp,
+    /// The volume.
+    pub slot: VolumeSlot,
+    /// The first of the blocks.
+    pub first_block: u32,
+    /// How many they are.
+    pub blocks: u64,
 }
 
 /// A volume of a group.

@@ -6,7 +6,7 @@ use crate::sender::{self, Connector, GroupHandle, LinkSnapshot, Sender};
 use anyhow::Result;
 use cdp_protocol::message::PointSummary;
 use cdp_protocol::session::source::{GroupFacts, Outgoing};
-use cdp_protocol::units::{Epoch, GroupId, Head, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, GroupId, Head, Timestamp, VolumeSlot};
 use cdp_seams::clock::SystemClock;
 use cdp_seams::line::{BoxFuture, Line};
 use cdp_seams::random::SystemRandom;
@@ -112,6 +112,14 @@ impl Link for GroupHandle {
 
     fn list_changes(&self, since: Head) {
         Self::list_changes(self, since);
+    }
+
+    fn list_digests(&self, head: Head, volume: VolumeSlot, blocks: Extent) {
+        Self::list_digests(self, head, volume, blocks);
+    }
+
+    fn bytes_per_s(&self) -> Option<f64> {
+        self.link.bytes_per_s()
     }
 
     fn is_connected(&self) -> bool {

@@ -2,7 +2,9 @@
 
 use super::failure::UserError;
 use super::{PointArgs, PointsArgs};
-use crate::agent::status::{AgentStatus, AuditStatus, ExcludeKind, ExcludeStatus, GroupStatus, HooksStatus, rfc3339};
+use crate::agent::status::{
+    AgentStatus, AuditStatus, ExcludeKind, ExcludeStatus, GroupStatus, HooksStatus, TargetDifference, rfc3339,
+};
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
 use crate::hooks::HookRun;
@@ -122,6 +124,7 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
     }
     lines.extend(trust_line(&group.tracker.trust));
     lines.extend(audit_line(&group.audit));
+    lines.extend(target_audit_line(&group.audit));
     lines.extend(group.hooks.iter().flat_map(hook_lines));
     lines.extend(freeze_line(group));
     lines.extend(group.excludes.iter().map(exclude_line));
@@ -166,7 +169,7 @@ fn exclude_line(exclude: &ExcludeStatus) -> String {
 
 /// What the audit has found, once it has looked at anything.
 fn audit_line(audit: &AuditStatus) -> Option<String> {
-    let AuditStatus { proved_blocks, learnt_blocks, differing_blocks, oldest_proof } = *audit;
+    let AuditStatus { proved_blocks, learnt_blocks, differing_blocks, oldest_proof, .. } = *audit;
     let differing = match differing_blocks {
         0 => String::new(),
         blocks => format!("; {blocks} held something else, and were sent again: writes were missed"),
@@ -174,6 +177,21 @@ fn audit_line(audit: &AuditStatus) -> Option<String> {
     let since = oldest_proof.map_or_else(String::new, |time| format!("; every region since {}", rfc3339(time)));
     (proved_blocks + learnt_blocks + differing_blocks > 0)
         .then(|| format!("  audit: {proved_blocks} blocks proved, {learnt_blocks} learnt{differing}{since}"))
+}
+
+/// What the target was found to hold, once it was asked.
+fn target_audit_line(audit: &AuditStatus) -> Option<String> {
+    let AuditStatus { target_proved_blocks: proved, target_differing_blocks: differing, .. } = *audit;
+    let difference = audit.target_difference.map_or_else(String::new, |difference| {
+        let TargetDifference { time, slot, first_block, blocks } = difference;
+        format!(
+            "; {differing} are something else than was sent, and were sent again: the last {blocks} at {}, from block {first_block} of slot {slot} on",
+            rfc3339(time)
+        )
+    });
+    let since =
+        audit.oldest_target_proof.map_or_else(String::new, |time| format!("; every region since {}", rfc3339(time)));
+    (proved + differing > 0).then(|| format!("  audit of the target: {proved} blocks proved{difference}{since}"))
 }
 
 /// How each hook went when it ran last, if it has.
@@ -222,7 +240,12 @@ fn with_times(mut value: Value) -> Value {
     for group in value["groups"].as_array_mut().into_iter().flatten() {
         replace(&mut group["acked_time"]);
         replace(&mut group["unchanged_as_of"]);
-        replace(&mut group["audit"]["oldest_proof"]);
+        for proof in ["oldest_proof", "oldest_target_proof"] {
+            replace(&mut group["audit"][proof]);
+        }
+        if let Some(time) = group["audit"]["target_difference"].get_mut("time") {
+            replace(time);
+        }
         if let Some(cut) = group["last_cut"].as_object_mut()
             && let Some(time) = cut.get_mut("time")
         {

@@ -10,7 +10,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 const MAGIC: [u8; 4] = *b"CDPS";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Without proofs over the line.
+const VERSION_LOCAL_PROOFS: u8 = 1;
 /// More than the bitmaps of 64 volumes of 1 TiB take in which every other block is unsure.
 const STATE_BYTES_MAX: u64 = 2 << 30;
 const CRC_BYTES: usize = 4;
@@ -35,6 +37,8 @@ pub(super) struct Kept {
     pub(super) unsure: RoaringBitmap,
     /// When each region of 64 MiB was proved; zero where it never was.
     pub(super) proved: Vec<Timestamp>,
+    /// The same, over the line.
+    pub(super) proved_there: Vec<Timestamp>,
 }
 
 impl State {
@@ -61,12 +65,12 @@ impl State {
         let base = self.base.unwrap_or(Head { epoch: Epoch(0), hash: FrameHash([0; 32]) });
         out.extend_from_slice(&base.epoch.0.to_le_bytes());
         out.extend_from_slice(&base.hash.0);
-        for Kept { slot, blocks, unsure, proved } in &self.volumes {
+        for Kept { slot, blocks, unsure, proved, proved_there } in &self.volumes {
             out.extend_from_slice(&slot.0.to_le_bytes());
             out.extend_from_slice(&blocks.to_le_bytes());
             out.extend_from_slice(&(unsure.serialized_size() as u64).to_le_bytes());
             unsure.serialize_into(&mut out).expect("memory takes what is written to it");
-            for time in proved {
+            for time in proved.iter().chain(proved_there) {
                 out.extend_from_slice(&time.0.to_le_bytes());
             }
         }
@@ -81,7 +85,7 @@ impl State {
         }
         let mut input = summed;
         let [magic @ .., version, has_base] = take::<6>(&mut input)?;
-        if magic != MAGIC || version != VERSION || has_base > 1 {
+        if magic != MAGIC || ![VERSION, VERSION_LOCAL_PROOFS].contains(&version) || has_base > 1 {
             return None;
         }
         let volumes = u16::from_le_bytes(take(&mut input)?);
@@ -99,10 +103,12 @@ impl State {
                 return None;
             }
             let regions = usize::try_from(blocks.div_ceil(REGION_BLOCKS.into())).ok()?;
-            let (times, rest) = input.split_at_checked(regions.checked_mul(8)?)?;
-            input = rest;
-            let proved = times.as_chunks::<8>().0.iter().map(|time| Timestamp(i64::from_le_bytes(*time))).collect();
-            state.volumes.push(Kept { slot, blocks, unsure, proved });
+            let proved = take_times(&mut input, regions)?;
+            let proved_there = match version {
+                VERSION_LOCAL_PROOFS => vec![Timestamp(0); regions],
+                _ => take_times(&mut input, regions)?,
+            };
+            state.volumes.push(Kept { slot, blocks, unsure, proved, proved_there });
         }
         input.is_empty().then_some(state)
     }
@@ -112,6 +118,12 @@ fn take<const N: usize>(input: &mut &[u8]) -> Option<[u8; N]> {
     let (bytes, rest) = input.split_first_chunk::<N>()?;
     *input = rest;
     Some(*bytes)
+}
+
+fn take_times(input: &mut &[u8], count: usize) -> Option<Vec<Timestamp>> {
+    let (times, rest) = input.split_at_checked(count.checked_mul(8)?)?;
+    *input = rest;
+    Some(times.as_chunks::<8>().0.iter().map(|time| Timestamp(i64::from_le_bytes(*time))).collect())
 }
 
 fn path(folder: &Path) -> PathBuf {

@@ -127,6 +127,25 @@ impl Bench {
         self.opened(false);
     }
 
+    /// What the target tells of its newest point is never called wrong, and what it was not sent is never proved.
+    fn check_told(&mut self) {
+        let told = |byte: Option<&u8>| match byte {
+            None | Some(9) => Told::Nothing,
+            Some(0) => Told::Held(Found::Hole),
+            Some(byte) => Told::Held(Found::Content(key().digest(&content(*byte)))),
+        };
+        let (all, newest) = (Extent { start: Block(0), count: BLOCKS }, head(self.epoch));
+        let truth: Vec<Told> = (0..BLOCKS).map(|block| told(self.image.get(&block))).collect();
+        let answers = self.digests.compare_told(0, all, &truth, newest, Timestamp(7));
+        assert!(!answers.contains(&Answer::Differs), "a false alarm: {answers:?}");
+        let lies = vec![told(Some(&77)); BLOCKS as usize];
+        let answers_to_lies = self.digests.compare_told(0, all, &lies, newest, Timestamp(7));
+        assert!(!answers_to_lies.contains(&Answer::Same));
+        let proved = |answer: &Answer| *answer == Answer::Same;
+        let differs = |answer: &Answer| *answer == Answer::Differs;
+        assert!(answers.iter().map(proved).eq(answers_to_lies.iter().map(differs)), "what can be proved can be denied");
+    }
+
     /// The agent starts anew; after a power cut with what was synced.
     fn restart(&mut self, is_power_cut: bool) {
         if is_power_cut {
@@ -219,6 +238,7 @@ proptest! {
                     bench.restart(true);
                 }
             }
+            bench.check_told();
         }
     }
 }
@@ -433,7 +453,35 @@ fn digests_that_were_lost_are_learnt_from_the_volume_and_what_differs_is_told() 
     bench.digests.write();
     let mut again = open(&bench.disk, GROUP, BLOCKS);
     assert_eq!(again.oldest_proof(&none), Some(Timestamp(77)), "the dates of proofs are kept");
+    assert_eq!(again.oldest_proof_there(), None, "nobody has asked the target");
     assert_eq!(again.oldest_proof(&[RoaringBitmap::from([BLOCKS - 1])]), None, "a region whose end is skipped");
     again.opened(Some(head(1)), false);
     assert_eq!(again.next_unknown(0, 0), Some(2), "and so is what was learnt");
+}
+
+#[test]
+fn proofs_over_the_line_have_dates_of_their_own_and_a_state_without_them_is_read() {
+    let mut bench = Bench::new();
+    bench.capture(&all(1));
+    bench.ack(true);
+    let last = Extent { start: Block(BLOCKS - 1), count: 1 };
+    let told = [Told::Held(Found::Content(key().digest(&content(1))))];
+    assert_eq!(bench.digests.stalest_there(), (0, 0));
+    assert_eq!(bench.digests.compare_told(0, last, &told, head(2), Timestamp(8)), [Answer::NotNow], "another point");
+    assert_eq!(bench.digests.compare_told(0, last, &[Told::Damaged], head(1), Timestamp(8)), [Answer::NotNow]);
+    assert_eq!(bench.digests.oldest_proof_there(), None);
+    assert_eq!(bench.digests.compare_told(0, last, &told, head(1), Timestamp(8)), [Answer::Same]);
+    bench.digests.write();
+    let again = open(&bench.disk, GROUP, BLOCKS);
+    assert_eq!((again.oldest_proof_there(), again.oldest_proof(&[RoaringBitmap::new()])), (Some(Timestamp(8)), None));
+
+    // Version 1 ended each volume with the local dates.
+    let path = Path::new("/digests/state");
+    let mut state = cdp_seams::storage::read_all(&bench.disk, path, 1 << 20).expect("read");
+    state.truncate(state.len() - 4 - 8);
+    state[4] = 1;
+    state.extend_from_slice(&crc32fast::hash(&state).to_le_bytes());
+    cdp_seams::storage::replace(&bench.disk, path, &state).expect("replaced");
+    let of_before = open(&bench.disk, GROUP, BLOCKS);
+    assert_eq!((of_before.base, of_before.oldest_proof_there()), (Some(head(1)), None), "what it has is believed");
 }

@@ -25,6 +25,8 @@ pub(super) struct VolumeDigests {
     pub(super) in_parts: RoaringBitmap,
     /// When each region was found to be what the target holds; zero where it never was.
     pub(super) proved: Vec<Timestamp>,
+    /// When the target was found to hold what it was sent of each region; zero where it never was.
+    pub(super) proved_there: Vec<Timestamp>,
 }
 
 /// Blocks of a region: 64 MiB.
@@ -32,6 +34,7 @@ pub(super) const REGION_BLOCKS: u32 = 1 << 14;
 
 impl VolumeDigests {
     pub(super) fn new(slot: VolumeSlot, blocks: u64) -> Self {
+        let never = vec![Timestamp(0); blocks.div_ceil(REGION_BLOCKS.into()) as usize];
         Self {
             slot,
             blocks,
@@ -40,7 +43,8 @@ impl VolumeDigests {
             young_holes: RoaringBitmap::new(),
             unsure: RoaringBitmap::new(),
             in_parts: RoaringBitmap::new(),
-            proved: vec![Timestamp(0); blocks.div_ceil(REGION_BLOCKS.into()) as usize],
+            proved: never.clone(),
+            proved_there: never,
         }
     }
 
@@ -108,12 +112,12 @@ impl VolumeDigests {
 
     /// Notes when a region was gone through to its last block, and tells whether it was.
     pub(super) fn prove(&mut self, block: Block, answer: Answer, now: Timestamp) -> bool {
-        let is_last = u64::from(block.0) + 1 == self.blocks || (block.0 + 1).is_multiple_of(REGION_BLOCKS);
-        let is_proof = is_last && answer == Answer::Same;
-        if is_proof {
-            self.proved[(block.0 / REGION_BLOCKS) as usize] = now;
-        }
-        is_proof
+        prove(&mut self.proved, self.blocks, block, answer, now)
+    }
+
+    /// The same, of what the target says that it holds.
+    pub(super) fn prove_there(&mut self, block: Block, answer: Answer, now: Timestamp) -> bool {
+        prove(&mut self.proved_there, self.blocks, block, answer, now)
     }
 
     /// When each region was proved, but for those whose last block is one of `skipped`.
@@ -155,4 +159,13 @@ impl VolumeDigests {
         self.unsure -= std::mem::take(&mut self.young_holes);
         Ok(())
     }
+}
+
+fn prove(proved: &mut [Timestamp], blocks: u64, block: Block, answer: Answer, now: Timestamp) -> bool {
+    let is_last = u64::from(block.0) + 1 == blocks || (block.0 + 1).is_multiple_of(REGION_BLOCKS);
+    let is_proof = is_last && answer == Answer::Same;
+    if is_proof {
+        proved[(block.0 / REGION_BLOCKS) as usize] = now;
+    }
+    is_proof
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage};
 use cdp_protocol::session::source::{Next, Outgoing, SourceEvent, SourceSession};
-use cdp_protocol::units::{Epoch, GroupId, Head, Timestamp};
+use cdp_protocol::units::{Epoch, Extent, GroupId, Head, Timestamp, VolumeSlot};
 use cdp_seams::line::{BoxFuture, FrameStream};
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
@@ -62,6 +62,7 @@ enum Word {
     Proceed(Head),
     Unchanged(Epoch, Timestamp),
     ListChanges(Head),
+    ListDigests(Head, VolumeSlot, Extent),
 }
 
 impl GroupHandle {
@@ -96,6 +97,11 @@ impl GroupHandle {
     /// know asks again.
     pub fn list_changes(&self, since: Head) {
         let _ = self.words.try_send(Word::ListChanges(since));
+    }
+
+    /// Asks what the target holds of some blocks at its newest point, if that is this one. Forgotten like the question before.
+    pub fn list_digests(&self, head: Head, volume: VolumeSlot, blocks: Extent) {
+        let _ = self.words.try_send(Word::ListDigests(head, volume, blocks));
     }
 
     /// Says that nothing was written since a point. Forgotten where it cannot be said now: the next one says more.
@@ -215,6 +221,7 @@ impl GroupTask {
             Action::Said(Some(Word::Proceed(head))) => self.session.proceed(head),
             Action::Said(Some(Word::Unchanged(epoch, as_of))) => self.unchanged(epoch, as_of),
             Action::Said(Some(Word::ListChanges(since))) => self.list_changes(since),
+            Action::Said(Some(Word::ListDigests(head, volume, blocks))) => self.list_digests(head, volume, blocks),
             Action::Message(number, message) => self.message(number, &message),
             Action::Line(up) => {
                 self.session.line_down();
@@ -300,6 +307,13 @@ impl GroupTask {
     fn list_changes(&self, since: Head) {
         if let Some(up) = self.up.as_ref().filter(|_| !self.superseded) {
             let _ = up.control.try_send(SourceMessage::ListChanges { group: self.session.group(), since });
+        }
+    }
+
+    fn list_digests(&self, head: Head, volume: VolumeSlot, blocks: Extent) {
+        if let Some(up) = self.up.as_ref().filter(|_| !self.superseded) {
+            let (group, start, count) = (self.session.group(), blocks.start, blocks.count);
+            let _ = up.control.try_send(SourceMessage::ListDigests { group, head, volume, start, count });
         }
     }
 

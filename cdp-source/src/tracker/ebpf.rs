@@ -4,9 +4,7 @@
 //! carried over (`takeover` says which), then the state folder names the new one, then the old one is removed; killed at
 //! any step, the successor finds a named instance that has seen every write. Invariants: a block leaves the kernel's
 //! record only for `unacked`; no path starts an empty record and goes on. One instance holds all volumes of the group in
-//! maps sized for them. Does not read volumes.
-//!
-//! What the counts say of a flip (`trust`) decides whether it is good for a cut (`doubt`).
+//! maps sized for them. Does not read volumes. What the counts say of a flip (`trust`) decides whether it is good for a cut (`doubt`).
 
 use super::bitmap::{drain, filter_has, forget, peek, which_have};
 use super::device::{Device, read_text};
@@ -444,9 +442,9 @@ impl Tracker for EbpfTracker {
 
     fn written_bytes(&self) -> Vec<Option<u64>> {
         let disks = disks_of(&self.devices);
-        let index = |device: &Device| disks.iter().position(|disk| *disk == device.disk);
         let bytes = |index| Sectors(self.instance.tally(index).issued).to_bytes();
-        self.devices.iter().map(|device| index(device).map(bytes)).collect()
+        let of = |device: &Device| disks.iter().position(|disk| *disk == device.disk).map(bytes);
+        self.devices.iter().map(of).collect()
     }
 
     fn report(&self) -> TrackerReport {

@@ -16,6 +16,7 @@ pub(crate) mod bytes;
 mod caches;
 pub mod change;
 pub mod changes;
+mod digests;
 pub mod file;
 mod images;
 pub mod index;

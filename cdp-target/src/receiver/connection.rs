@@ -224,6 +224,10 @@ impl Connection {
                 let session = self.held(group).map_or(0, |held| held.session);
                 (group, Command::Changes { session, since })
             }
+            TargetAction::ListDigests { group, head, volume, blocks } => {
+                let session = self.held(group).map_or(0, |held| held.session);
+                (group, Command::Digests { session, head, volume, blocks })
+            }
         };
         if let Some(held) = self.held(group)
             && held.handle.commands.send(command).await.is_err()

@@ -48,6 +48,8 @@ pub(super) enum Command {
     Points { request: u64, after: Option<Epoch>, outbox: Outbox },
     /// Which blocks were sent after a point.
     Changes { session: u64, since: Head },
+    /// What is held of some blocks at a point.
+    Digests { session: u64, head: Head, volume: VolumeSlot, blocks: Extent },
     /// Blocks that are damaged here: whoever has the group open is asked for them.
     SendAgain { volume: VolumeSlot, extents: Vec<Extent> },
     /// The session's line is gone.
@@ -186,7 +188,10 @@ impl GroupThread {
             }
             Command::Points { request, after, outbox } => self.points(request, after, &outbox),
             Command::Changes { session, since } if self.holds(session) => self.changes(since),
-            Command::Changes { .. } => {}
+            Command::Digests { session, head, volume, blocks } if self.holds(session) => {
+                self.digests(head, volume, blocks);
+            }
+            Command::Changes { .. } | Command::Digests { .. } => {}
             Command::SendAgain { volume, extents } => {
                 if let Some(session) = &self.session {
                     let extents = extents.iter().map(|extent| (extent.start, extent.count)).collect();
@@ -518,6 +523,18 @@ impl GroupThread {
             let (page, more) = (page as u32, page < last);
             session.outbox.send(TargetMessage::Changes { group, since, volume, extents, page, more });
         }
+    }
+
+    /// Tells the session what is held of some blocks, if the point is the newest.
+    fn digests(&self, head: Head, volume: VolumeSlot, blocks: Extent) {
+        let (Some(writer), Some(session)) = (&self.writer, &self.session) else { return };
+        let group = self.group;
+        let holdings = writer.holdings(head, volume, blocks).unwrap_or_else(|error| {
+            warn!(office = self.office, %group, error = text(&error), "what is held of some blocks cannot be told");
+            None
+        });
+        let (start, holdings) = (blocks.start, holdings.unwrap_or_default());
+        session.outbox.send(TargetMessage::Digests { group, head, volume, start, holdings });
     }
 
     fn ensure(&mut self, request: Option<&OpenGroup>) -> Result<(), StoreError> {

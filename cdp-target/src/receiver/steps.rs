@@ -76,6 +76,11 @@ impl GroupSteps {
         self.0.apply(Command::Changes { session, since });
     }
 
+    /// A session asks what is held of some blocks at a point.
+    pub fn digests(&mut self, session: u64, head: Head, volume: VolumeSlot, blocks: Extent) {
+        self.0.apply(Command::Digests { session, head, volume, blocks });
+    }
+
     /// The session's line is gone.
     pub fn closed(&mut self, session: u64) {
         self.0.apply(Command::Closed { session });

@@ -6,11 +6,12 @@
 use crate::journal::change::Change;
 use crate::journal::file::FileId;
 use crate::journal::{Damage, Fork};
+use cdp_protocol::holding::Holding;
 use cdp_protocol::message::{OpenGroup, PointSummary};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
-use cdp_protocol::units::{Block, Epoch, Generation, GroupId, Head, Timestamp, VolumeSlot};
+use cdp_protocol::units::{Block, Epoch, Extent, Generation, GroupId, Head, Timestamp, VolumeSlot};
 
 /// Blocks of a volume: first block and number of blocks.
 pub type Changed = (VolumeSlot, Vec<(Block, u32)>);
@@ -100,6 +101,14 @@ pub trait GroupWriter: Send {
     /// # Errors
     /// Where the history cannot be read.
     fn changes_since(&self, since: Head) -> Result<Option<Vec<Changed>>, StoreError>;
+
+    /// What is held of some blocks at a point, from the first on; `None` where that is not the newest one.
+    ///
+    /// # Errors
+    /// Where the history cannot be read.
+    fn holdings(&self, _head: Head, _slot: VolumeSlot, _blocks: Extent) -> Result<Option<Vec<Holding>>, StoreError> {
+        Ok(None)
+    }
 
     /// Names a point, or takes its name away.
     ///

@@ -276,13 +276,30 @@ pub(crate) fn read_frame(
     entry: &Entry,
     run: &Run,
 ) -> Result<Opened, LoadError> {
-    read_journal(view, keys, file, entry, run).or_else(|error| match error {
-        LoadError::Damaged(what) => read_repair(view, keys, file, entry, run).ok_or(LoadError::Damaged(what)),
+    with_frame(view, file, entry, run, |frame| open(keys, frame))
+}
+
+/// Reads the frame that holds an extent, whole, for `take`; where it is damaged, or `take` finds that it is, what stands for it.
+pub(crate) fn with_frame<T>(
+    view: &GroupView,
+    file: FileId,
+    entry: &Entry,
+    run: &Run,
+    take: impl Fn(Frame<'_>) -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
+    read_journal(view, file, entry, run, &take).or_else(|error| match error {
+        LoadError::Damaged(what) => read_repair(view, file, entry, run, &take).ok_or(LoadError::Damaged(what)),
         error @ LoadError::Journal(_) => Err(error),
     })
 }
 
-fn read_journal(view: &GroupView, keys: &Keyring, file: FileId, entry: &Entry, run: &Run) -> Result<Opened, LoadError> {
+fn read_journal<T>(
+    view: &GroupView,
+    file: FileId,
+    entry: &Entry,
+    run: &Run,
+    take: impl Fn(Frame<'_>) -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
     let file = view.file(file).map_err(LoadError::Journal)?;
     let mut bytes = vec![0; (entry.frame_len as usize).min(frame::FRAME_BYTES_MAX)];
     let read = file.read_at(&mut bytes, entry.frame_offset);
@@ -297,16 +314,22 @@ fn read_journal(view: &GroupView, keys: &Keyring, file: FileId, entry: &Entry, r
     if !fits {
         return Err(LoadError::Damaged("another frame than the index says".to_owned()));
     }
-    open(keys, frame)
+    take(frame)
 }
 
 /// Only of content: nothing else has a repair. One that does not have all of the blocks asked for is found out by `Opened::blocks`.
-fn read_repair(view: &GroupView, keys: &Keyring, file: FileId, entry: &Entry, run: &Run) -> Option<Opened> {
+fn read_repair<T>(
+    view: &GroupView,
+    file: FileId,
+    entry: &Entry,
+    run: &Run,
+    take: impl Fn(Frame<'_>) -> Result<T, LoadError>,
+) -> Option<T> {
     let FileId::Segment { number, .. } = file else { return None };
     let repair = view.repair(number, entry.frame_offset, run)?;
     let frame = repair.frame();
     let fits = entry.kind == EntryKind::Content && frame.header.volume == entry.slot;
-    if fits { open(keys, frame).ok() } else { None }
+    if fits { take(frame).ok() } else { None }
 }
 
 fn open(keys: &Keyring, frame: Frame<'_>) -> Result<Opened, LoadError> {

@@ -16,6 +16,7 @@ use super::{PARTS_SENT_MAX, SENT_MAX};
 use crate::codec::Sealer;
 use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
+use crate::holding::Holding;
 use crate::message::{GroupOpened, Instance, OpenGroup, RefusalReason, TargetMessage, Verdict};
 use crate::record::volume_meters::VolumeMeters;
 use crate::record::{Commit, FrameList, Meters, PartChain, PartEnd, Predecessor, Volume};
@@ -145,6 +146,17 @@ pub enum SourceEvent {
     },
     /// What was sent after that point cannot be told.
     ChangesUnknown(Head),
+    /// What the target holds of some blocks, from `start` on; none of them need be of the volume.
+    Digests {
+        /// The point at which it does.
+        head: Head,
+        /// The volume.
+        volume: VolumeSlot,
+        /// The first block.
+        start: Block,
+        /// Without gaps.
+        holdings: Vec<Holding>,
+    },
     /// Nothing that was submitted will be acked: cut it again. `Opened` with the new generation follows at once; nothing
     /// is to be submitted between the two.
     Voided,
@@ -382,6 +394,10 @@ impl SourceSession {
                 events.push(SourceEvent::Changes { since, volume, extents, page: *page, more: *more });
             }
             TargetMessage::ChangesUnknown { since, .. } => events.push(SourceEvent::ChangesUnknown(*since)),
+            TargetMessage::Digests { head, volume, start, holdings, .. } => {
+                let (head, volume, start, holdings) = (*head, *volume, *start, holdings.clone());
+                events.push(SourceEvent::Digests { head, volume, start, holdings });
+            }
             TargetMessage::Welcome { .. }
             | TargetMessage::Refused { .. }
             | TargetMessage::Points { .. }

@@ -9,12 +9,13 @@ use std::collections::BTreeSet;
 
 use super::lineage::{Line, Lineage, Place};
 use super::{ACKED_MAX, PARTS_SENT_MAX, SENT_MAX};
+use crate::holding::QUESTION_BLOCKS_MAX;
 use crate::limits::{VOLUMES_MAX, is_name};
 use crate::message::{
     self, MessageError, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict,
 };
 use crate::record::PartChain;
-use crate::units::{Epoch, Generation, GroupId, Head, Timestamp, VOLUME_BYTES_MAX};
+use crate::units::{Epoch, Extent, Generation, GroupId, Head, Timestamp, VOLUME_BYTES_MAX, VolumeSlot};
 
 /// Groups a connection may open.
 pub const GROUPS_MAX: usize = 64;
@@ -54,6 +55,17 @@ pub enum TargetAction {
         group: GroupId,
         /// The point.
         since: Head,
+    },
+    /// Answer with what is held of some blocks, if the point is the newest.
+    ListDigests {
+        /// The group.
+        group: GroupId,
+        /// The point.
+        head: Head,
+        /// The volume.
+        volume: VolumeSlot,
+        /// The blocks.
+        blocks: Extent,
     },
 }
 
@@ -134,6 +146,12 @@ impl TargetSession {
             SourceMessage::ListChanges { group, since } => {
                 self.opened(group)?;
                 Ok(TargetAction::ListChanges { group, since })
+            }
+            SourceMessage::ListDigests { group, head, volume, start, count } => {
+                self.opened(group)?;
+                let blocks = Extent::new(start, count).filter(|blocks| blocks.count <= QUESTION_BLOCKS_MAX);
+                let blocks = blocks.ok_or(TargetRefusal::Field("blocks whose digests are asked for"))?;
+                Ok(TargetAction::ListDigests { group, head, volume, blocks })
             }
         }
     }

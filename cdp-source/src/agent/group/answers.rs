@@ -59,6 +59,7 @@ impl Group {
                 let head = self.memo.head();
                 self.setup.digests.changed(since, volume, &extents, page, !more, head);
             }
+            SourceEvent::Digests { head, volume, start, holdings } => self.told(head, volume, start, &holdings),
             SourceEvent::ChangesUnknown(since) => self.setup.digests.changed_unknown(since, self.memo.head()),
             SourceEvent::Voided => {
                 tracing::info!(group = self.setup.facts.name, "what was under way is void and captured again");

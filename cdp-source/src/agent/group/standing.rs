@@ -26,7 +26,8 @@ impl Group {
         status.acked_bytes = self.acked_bytes;
         status.unchanged_bytes = self.unchanged_bytes;
         let oldest_proof = self.setup.digests.oldest_proof(&self.ledger.skipped);
-        status.audit = AuditStatus { oldest_proof, ..self.audit_counts };
+        let oldest_target_proof = self.setup.digests.oldest_proof_there();
+        status.audit = AuditStatus { oldest_proof, oldest_target_proof, ..self.audit_counts };
         for (volume, meters) in status.volumes.iter_mut().zip(self.metering.since_start()) {
             volume.meters = *meters;
         }

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test writes a real image file")]
 
 mod hooks;
+mod line_audit;
 
 use super::{Devices, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
 use crate::agent::status::{GroupPhase, GroupStatus};
@@ -23,10 +24,11 @@ use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{GroupFacts, Next, Outgoing, SourceEvent, SourceSession};
-use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
 use cdp_seams::clock::SystemClock;
 use cdp_seams::random::SystemRandom;
 use cdp_seams::storage::SystemStorage;
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
@@ -73,6 +75,8 @@ struct Target {
     is_deaf: bool,
     /// What a source that comes is told.
     verdict: Option<Verdict>,
+    /// Blocks that it tells something else of than they were sent as, until they are sent again.
+    stale: BTreeMap<u32, Vec<u8>>,
 }
 
 #[derive(Clone, Default)]
@@ -166,6 +170,7 @@ impl Target {
                     apply(&mut self.image, frame);
                     self.brought.extend(blocks_of(frame));
                 }
+                self.stale.retain(|block, _| !self.brought.contains(block));
                 self.points.push((head, *commit, self.image.clone()));
                 self.hear(&TargetMessage::Acked { group: GROUP, head });
             }
@@ -220,6 +225,14 @@ impl Link for Shared {
         self.change(|target| target.hear(&TargetMessage::ChangesUnknown { group: GROUP, since }));
     }
 
+    fn list_digests(&self, head: Head, volume: VolumeSlot, blocks: Extent) {
+        self.change(|target| target.tell_digests(head, volume, blocks));
+    }
+
+    fn bytes_per_s(&self) -> Option<f64> {
+        Some(1e9)
+    }
+
     fn is_connected(&self) -> bool {
         true
     }
@@ -230,6 +243,7 @@ struct Bench {
     folder: tempfile::TempDir,
     target: Shared,
     hooks: Option<HooksConfig>,
+    audit_interval: Duration,
 }
 
 struct Running {
@@ -241,7 +255,7 @@ struct Running {
 impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let bench = Self { folder, target: Shared::default(), hooks: None };
+        let bench = Self { folder, target: Shared::default(), hooks: None, audit_interval: Duration::from_secs(60) };
         let mut file = std::fs::File::create(bench.image_path()).expect("made");
         let noise: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 512 * 31 + at) as u8 | 1).collect();
         file.write_all(&noise).expect("written");
@@ -293,7 +307,7 @@ impl Bench {
             begin: begin.clone(),
             data_key: DataKey::new(KEY),
             interval: Duration::from_millis(20),
-            audit_interval: Duration::from_secs(60),
+            audit_interval: self.audit_interval,
             limits: CutLimits { bound: Duration::from_secs(2), blocks_max: 512 },
             hooks: self.hooks.clone(),
             freezer: None,
