@@ -26,7 +26,8 @@ impl Group {
         status.acked_bytes = self.acked_bytes;
         status.unchanged_bytes = self.unchanged_bytes;
         let oldest_proof = self.setup.digests.oldest_proof(&self.ledger.skipped);
-        status.audit = AuditStatus { oldest_proof, ..self.audit_counts };
+        let hurried_bytes = to_bytes(self.audit.hurried_blocks());
+        status.audit = AuditStatus { hurried_bytes, oldest_proof, ..self.audit_counts };
         status.rescan_percent = self.rescan_percent();
         status.estimate_s = self.estimate_s();
         status.last_cut = self.last_cut;

@@ -1,6 +1,7 @@
 //! The group's volumes: taken up, given up when they fail, and opened again.
 
 use super::{Devices, Group, REOPEN_EVERY};
+use cdp_protocol::units::blocks_in;
 
 impl Group {
     /// Goes on with volumes that were opened: what is not acked of old is to be captured.
@@ -8,6 +9,7 @@ impl Group {
         let recovered = devices.tracker.take_recovered();
         self.ledger.carry_more(&recovered);
         let report = devices.tracker.report();
+        self.hurry_unproved();
         let group = &self.setup.facts.name;
         if let Some(reason) = report.first_copy {
             tracing::info!(group, reason, "first copy");
@@ -21,9 +23,22 @@ impl Group {
                 self.rescan = Some(reason);
             }
         }
+        if let Some(record) = report.taken_up {
+            tracing::info!(group, record, "the tracking goes on from the record of a clean stop");
+        }
         self.devices = Some(devices);
         self.primed = false;
         self.trouble = None;
+    }
+
+    /// What was taken up from a saved change record, now or before this agent, is to be gone through by the audit soon.
+    fn hurry_unproved(&mut self) {
+        let Some(proofs) = &self.setup.proofs else { return };
+        for (index, volume) in self.setup.facts.volumes.iter().enumerate() {
+            if proofs.is_demanded(volume.slot) {
+                self.audit.hurry(index, blocks_in(volume.size_bytes));
+            }
+        }
     }
 
     /// The volumes cannot be captured: no points until they can be opened again.
