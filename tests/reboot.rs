@@ -20,6 +20,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 4096;
 const DISK_BYTES: u64 = 256 * MIB;
+/// Where it is not measured what a reboot costs.
+const SMALL_BYTES: u64 = 32 * MIB;
 
 /// One test at a time: an agent in a mount namespace of its own holds what another test has mounted.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -36,11 +38,11 @@ struct Machine {
 
 impl Machine {
     /// `number` of the loop device: one a test.
-    fn new(number: u32) -> Result<Self> {
+    fn new(number: u32, size_bytes: u64) -> Result<Self> {
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("disk.img");
-        std::fs::File::create_new(&file)?.set_len(DISK_BYTES)?;
+        std::fs::File::create_new(&file)?.set_len(size_bytes)?;
         let device = LoopDevice::attach_numbered(&file, 2000 + number)?;
         let site = Site::new(folder.path())?;
         Ok(Self { site, device, folder, boots: 0, _alone: alone })
@@ -136,7 +138,7 @@ fn found_in(record: &[u8]) -> Result<Found> {
 fn unsampled(record: &[u8]) -> Result<u64> {
     let found = found_in(record)?;
     let is_sampled = |block: &u64| found.samples.iter().any(|(sampled, _)| u64::from(sampled.0) == *block);
-    (1000..DISK_BYTES / BLOCK).find(|block| !is_sampled(block)).context("one of so many")
+    (1000..SMALL_BYTES / BLOCK).find(|block| !is_sampled(block)).context("one of so many")
 }
 
 #[test]
@@ -144,7 +146,7 @@ fn after_a_clean_reboot_only_samples_are_read_and_only_what_was_dirty_is_sent() 
     if !cdp_tests::privileged("after_a_clean_reboot_only_samples_are_read_and_only_what_was_dirty_is_sent") {
         return Ok(());
     }
-    let mut machine = Machine::new(0)?;
+    let mut machine = Machine::new(0, DISK_BYTES)?;
     let node = machine.device.node().to_owned();
     tool("mkfs.ext4", &["-q", "-F", &node.display().to_string()])?;
     let mount = Mount::new(&node, &machine.folder.path().join("live"), "rw")?;
@@ -188,7 +190,7 @@ fn whatever_may_have_changed_is_compared_in_whole() -> Result<()> {
     if !cdp_tests::privileged("whatever_may_have_changed_is_compared_in_whole") {
         return Ok(());
     }
-    let mut machine = Machine::new(1)?;
+    let mut machine = Machine::new(1, SMALL_BYTES)?;
     let (node, file) = (machine.device.node().to_owned(), machine.file());
     let live = machine.folder.path().join("live");
     tool("mkfs.ext4", &["-q", "-F", &node.display().to_string()])?;
@@ -231,7 +233,7 @@ fn a_record_that_is_damaged_or_not_the_last_one_is_not_believed() -> Result<()> 
     if !cdp_tests::privileged("a_record_that_is_damaged_or_not_the_last_one_is_not_believed") {
         return Ok(());
     }
-    let mut machine = Machine::new(2)?;
+    let mut machine = Machine::new(2, SMALL_BYTES)?;
     let node = machine.device.node().to_owned();
     write(&node, 0, 1 << 20, 1)?;
     machine.protect(&node, &[])?;
@@ -279,7 +281,7 @@ fn what_the_cheap_check_misses_the_audit_finds() -> Result<()> {
     if !cdp_tests::privileged("what_the_cheap_check_misses_the_audit_finds") {
         return Ok(());
     }
-    let mut machine = Machine::new(3)?;
+    let mut machine = Machine::new(3, SMALL_BYTES)?;
     let node = machine.device.node().to_owned();
     write(&node, 0, 8 << 20, 1)?;
     machine.protect(&node, &["interval_ms = 50", "audit_interval_s = 20"])?;
@@ -305,8 +307,8 @@ fn a_partition_is_taken_up_beside_one_that_is_written_to() -> Result<()> {
     if !cdp_tests::privileged("a_partition_is_taken_up_beside_one_that_is_written_to") {
         return Ok(());
     }
-    let mut machine = Machine::new(4)?;
-    let (first, second) = ((63, 64 * MIB / 512), (64 * MIB / 512 + 63, 128 * MIB / 512));
+    let mut machine = Machine::new(4, SMALL_BYTES)?;
+    let (first, second) = ((63, 12 * MIB / 512), (12 * MIB / 512 + 63, 16 * MIB / 512));
     let make = |machine: &Machine| {
         machine.device.add_partition(1, first.0, first.1)?;
         machine.device.add_partition(2, second.0, second.1)
