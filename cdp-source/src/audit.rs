@@ -2,7 +2,10 @@
 //!
 //! It is the proof that no write was missed, and how digests that were lost come back without a byte on the line. A block counts only
 //! if it cannot have changed around its read: nothing was in flight at the flip before it, and no flip after it has a mark of it.
-//! Owns what is to be read next and at what pace. Reads nothing itself, and does not say what becomes of what it finds.
+//! Owns what is to be read next and at what pace; `hurried` are the volumes that cannot wait for their turn. Reads nothing itself, and does not say what becomes
+//! of what it finds.
+
+mod hurried;
 
 pub mod line;
 
@@ -10,6 +13,7 @@ use crate::digests::Digests;
 use crate::reader::{self, READ_BLOCKS_MAX, ReadRequest};
 use cdp_protocol::seal::Digest;
 use cdp_protocol::units::Block;
+use hurried::Hurried;
 use roaring::RoaringBitmap;
 use std::time::Duration;
 
@@ -55,6 +59,7 @@ pub struct Audit {
     /// Blocks that the round may read.
     allowed: f64,
     allowed_at: Option<Duration>,
+    hurried: Hurried,
 }
 
 impl Audit {
@@ -84,9 +89,11 @@ impl Audit {
         if self.allowed >= blocks_min.min(all) as f64 {
             let count = self.allowed as u64;
             self.allowed -= count as f64;
-            let round = take(&mut self.next, &sizes, count, |_, from| Some(from));
-            blocks.iter_mut().zip(round).for_each(|(blocks, round)| *blocks |= round);
+            let turn = take(&mut self.next, &sizes, count, |_, from| Some(from));
+            blocks.iter_mut().zip(turn).for_each(|(blocks, turn)| *blocks |= turn);
         }
+        let hurried = self.hurried.next(since, round, busy);
+        blocks.iter_mut().zip(hurried).for_each(|(blocks, hurried)| *blocks |= hurried);
         let volumes = blocks.into_iter().zip(busy).enumerate();
         let requests = volumes.flat_map(|(volume, (blocks, busy))| {
             let extents = reader::runs(&(blocks - busy), READ_BLOCKS_MAX);
@@ -100,8 +107,30 @@ impl Audit {
         self.looks.push(look);
     }
 
-    /// A flip: gives what was read before it and was not touched since.
+    /// Every block of the volume is to be gone through within a day.
+    pub fn hurry(&mut self, volume: usize, blocks: u64) {
+        self.hurried.add(volume, blocks);
+    }
+
+    /// Blocks of volumes that are to be gone through within a day and were not yet.
+    #[must_use]
+    pub fn hurried_blocks(&self) -> u64 {
+        self.hurried.left()
+    }
+
+    /// A block was held against its digest, or cannot be read.
+    pub fn done(&mut self, volume: usize, block: Block) {
+        self.hurried.done(volume, block.0);
+    }
+
+    /// The volumes that were to be gone through within a day, and have been since this was asked last.
+    pub fn take_finished(&mut self) -> Vec<usize> {
+        self.hurried.take_finished()
+    }
+
+    /// A flip: gives what was read before it and was not touched since. What was touched is captured.
     pub fn flipped(&mut self, touched: &[RoaringBitmap]) -> Vec<Look> {
+        self.hurried.captured(touched);
         let looks = std::mem::take(&mut self.looks).into_iter();
         looks.filter(|look| !touched[look.volume].contains(look.block.0)).collect()
     }

@@ -5,7 +5,7 @@
 //! identity/                 certificate and key of the office (`join`)
 //! groups/NAME/group.toml    group id, key's name, escrow envelope, next slot, sizes of the volumes
 //! groups/NAME/data.key      the data key, mode 0600
-//! groups/NAME/tracking/     what the group's tracker keeps
+//! groups/NAME/tracking/     what the group's tracker keeps, and what a stop leaves for the next boot (`saved`)
 //! groups/NAME/digests/      what the target holds of each block (`digests`)
 //! lock, changes.lock        one agent at a time; one change of the configuration at a time
 //! run.sock                  the agent's control socket
@@ -316,7 +316,13 @@ impl StateFolder {
     /// The memo of a group that is kept beside the tracker's.
     #[must_use]
     pub fn kept_memo(&self, name: &str) -> MemoFile {
-        MemoFile { storage: Arc::clone(&self.storage), path: self.tracking(name).join("memo") }
+        MemoFile { storage: Arc::clone(&self.storage), path: self.kept_memo_path(name) }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn kept_memo_path(&self, name: &str) -> PathBuf {
+        self.tracking(name).join("memo")
     }
 
     /// Makes a folder in here.

@@ -24,6 +24,7 @@ use std::thread::JoinHandle;
 use cdp_protocol::units::{Extent, GroupId, VolumeSlot};
 use cdp_seams::clock::Clock;
 use cdp_seams::line::Line;
+use cdp_seams::pulse;
 use tokio::sync::{Semaphore, mpsc};
 
 use group::{Command, GroupThread};
@@ -137,7 +138,10 @@ impl Receiver {
         let live = Arc::new(Mutex::new(LiveGroup::default()));
         let state = GroupThread::new(office, group, self.store.clone(), self.clock.clone(), live.clone());
         let name = format!("group-{}", &group.to_string()[..8]);
-        let spawned = std::thread::Builder::new().name(name).spawn(move || state.run(queue));
+        let spawned = std::thread::Builder::new().name(name.clone()).spawn(move || {
+            let _entered = pulse::enter(&name);
+            state.run(queue);
+        });
         let thread = spawned.expect("the machine has threads for as many groups as it serves");
         Group { handle: GroupHandle { commands, room: Arc::new(Semaphore::new(RECEIVE_BYTES_MAX)) }, live, thread }
     }

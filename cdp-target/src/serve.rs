@@ -29,7 +29,7 @@ use cdp_protocol::units::{Epoch, GroupId, OfficeId, Timestamp};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::line::{BoxFuture, Line};
 use cdp_seams::random::SystemRandom;
-use sd_notify::NotifyState;
+use cdp_seams::service::{self, Watchdog};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -45,6 +45,8 @@ const SOFTWARE: &str = concat!("cdp-target ", env!("CARGO_PKG_VERSION"));
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a clean end may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often the watchdog is looked after.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How often the gauges are set.
 const METRICS_INTERVAL: Duration = Duration::from_secs(15);
 
@@ -137,14 +139,15 @@ impl Server {
         let end_maintenance = Arc::clone(&desk).start_maintenance();
         let end_healer = Arc::clone(&desk).start_healer();
         eprintln!("listening on {address}");
-        tell_systemd(&[NotifyState::Ready]);
+        tell_systemd(service::READY);
         tokio::select! {
             ended = &mut running => tracing::error!(?ended, "the listener ended"),
             () = control.serve(Arc::clone(&desk) as Arc<dyn Handler>) => {}
             () = Desk::keep_metrics(Arc::clone(&desk)), if metrics_listen.is_some() => {}
+            () = keep_watchdog(Arc::clone(&desk.clock)) => {}
             name = signals.next() => tracing::info!(signal = name, "ending"),
         }
-        tell_systemd(&[NotifyState::Stopping]);
+        tell_systemd(service::STOPPING);
         drop((control, end_scrub, end_maintenance, end_healer));
         desk.end(running).await;
         Ok(())
@@ -169,8 +172,29 @@ impl Signals {
     }
 }
 
-fn tell_systemd(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
+/// Tells the service manager's watchdog that the threads go on, for ever.
+async fn keep_watchdog(clock: Arc<dyn Clock>) {
+    let Some(mut watchdog) = Watchdog::of_environment() else { return std::future::pending().await };
+    let mut ticks = tokio::time::interval(WATCH_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut said = None;
+    loop {
+        ticks.tick().await;
+        let stuck = watchdog.look(clock.monotonic()).unwrap_or_else(|error| {
+            tracing::debug!(%error, "the watchdog was not told");
+            None
+        });
+        if stuck != said {
+            if let Some(thread) = &stuck {
+                tracing::error!(thread, "a thread does not go on: the watchdog is not told until it does");
+            }
+            said = stuck;
+        }
+    }
+}
+
+fn tell_systemd(state: &str) {
+    if let Err(error) = service::tell(state) {
         tracing::debug!(%error, "systemd was not told");
     }
 }

@@ -87,6 +87,7 @@ targets! {
     bundle: words::BundleText,
     memo: words::MemoFormat,
     group_state: words::GroupStateText,
+    saved_record: words::SavedRecord,
 }
 
 /// Time for random inputs, a target.

@@ -16,7 +16,9 @@ use cdp_protocol::units::{
     VolumeSlot,
 };
 use cdp_seams::storage::{Storage, replace, sim::SimStorage};
+use cdp_source::saved::{Found, Saved, SavedVolume};
 use cdp_source::state::{GroupState, StateFolder};
+use roaring::RoaringBitmap;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::Path;
@@ -316,4 +318,68 @@ impl Format for GroupStateText {
     fn memory_max(len: usize) -> usize {
         (256 << 10) + 256 * len
     }
+}
+
+/// What a source leaves behind for its next boot.
+pub(crate) struct SavedRecord;
+
+const SAVED: &[u8] = include_bytes!("../testdata/saved/1/record");
+
+impl SavedRecord {
+    fn specimen() -> Saved {
+        let mut dirty: RoaringBitmap = (0..70_000).chain([200_000, 262_144]).collect();
+        dirty.optimize();
+        let found = Found {
+            size_bytes: (1 << 30) + 512,
+            nature: "from sector 63, serial S-1, partition 8f2c".into(),
+            dirty,
+            samples: (0..20).map(|number| (Block(number * 13_000), [number as u8; 16])).collect(),
+        };
+        Saved {
+            group: GROUP,
+            tracker: "0123456789abcdef".repeat(2),
+            boot: "6f3c2a52-7f0c-4a8e-9d55-0d9a3f1c2b7e".into(),
+            saved_at: Timestamp(1_764_000_000_000),
+            memo: Memo { generation: Some(Generation(3)), acked: vec![head(8)], ..Memo::default() }.encode(),
+            volumes: vec![
+                SavedVolume {
+                    slot: VolumeSlot(0),
+                    found: Err("it is mounted, or in use as part of something else".into()),
+                },
+                SavedVolume { slot: VolumeSlot(3), found: Ok(found) },
+            ],
+        }
+    }
+}
+
+impl Format for SavedRecord {
+    const CHECK: Check = Check::Hash;
+    /// The offsets in a bitmap are not read.
+    const ONE_FORM: bool = false;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let nothing = Saved { volumes: Vec::new(), memo: Vec::new(), ..Self::specimen() };
+        vec![Self::specimen().encode(), nothing.encode()]
+    }
+
+    fn mend(bytes: &mut [u8]) {
+        let Some(hash_at) = bytes.len().checked_sub(32) else { return };
+        let hash = blake3::hash(&bytes[..hash_at]);
+        bytes[hash_at..].copy_from_slice(hash.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        Some(Saved::decode(bytes)?.encode())
+    }
+
+    /// A run of a bitmap takes some bytes, and 8 KiB once it is read: no more in all than a bit for each block of the volume.
+    fn memory_max(len: usize) -> usize {
+        (256 << 10) + 1024 * len
+    }
+}
+
+#[test]
+fn a_saved_record_of_version_1_reads_as_it_did() {
+    assert_eq!(Saved::decode(SAVED), Some(SavedRecord::specimen()));
+    assert_eq!(SavedRecord::specimen().encode(), SAVED);
 }

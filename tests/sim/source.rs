@@ -186,6 +186,9 @@ impl Source {
                 Box::new(SimLink(link))
             }),
             kept_memo: Box::new(MemoFile::new(Arc::new(self.disk.clone()), Path::new(STATE).join("memo"))),
+            saver: None,
+            proofs: None,
+            opened: None,
             encoder: encoder(),
             digests,
             clock: Arc::clone(&self.world.clock) as Arc<dyn Clock>,

@@ -9,6 +9,8 @@ use std::time::Duration;
 pub struct LoopDevice {
     node: PathBuf,
     file: PathBuf,
+    /// It was made for the test, and goes with it.
+    is_numbered: bool,
 }
 
 impl LoopDevice {
@@ -27,7 +29,7 @@ impl LoopDevice {
     pub fn attach_with(file: &Path, option: &str) -> Result<Self> {
         let file_text = file.to_str().context("a path of text")?;
         let node = tool("losetup", &["--find", "--show", "--direct-io=on", option, file_text])?;
-        Ok(Self { node: PathBuf::from(node.trim()), file: file.to_owned() })
+        Ok(Self { node: PathBuf::from(node.trim()), file: file.to_owned(), is_numbered: false })
     }
 
     /// The device node.
@@ -58,6 +60,32 @@ impl LoopDevice {
         let node = PathBuf::from(format!("{}p{number}", self.node.display()));
         wait_for("the partition's node", Duration::from_secs(10), || Ok(node.exists().then_some(())))?;
         Ok(node)
+    }
+
+    /// Attaches an existing file to device `number`, which nobody finds free: it can be made anew (`start_anew`).
+    pub fn attach_numbered(file: &Path, number: u32) -> Result<Self> {
+        let node = PathBuf::from(format!("/dev/loop{number}"));
+        let mut device = Self { node, file: file.to_owned(), is_numbered: true };
+        // What a test that was killed has left.
+        let _ = loop_control(REMOVE, number);
+        loop_control(ADD, number)?;
+        device.reattach(file)?;
+        Ok(device)
+    }
+
+    /// Removes the device and makes it anew over the same file, as a boot does: it has another sequence number, and its counts begin at zero.
+    pub fn start_anew(&mut self) -> Result<()> {
+        let number = self.number()?;
+        self.detach()?;
+        wait_for("the device to be removed", Duration::from_secs(10), || Ok(loop_control(REMOVE, number).ok()))?;
+        loop_control(ADD, number)?;
+        let file = self.file.clone();
+        self.reattach(&file)
+    }
+
+    fn number(&self) -> Result<u32> {
+        let name = self.node.file_name().unwrap_or_default().to_string_lossy();
+        Ok(name.trim_start_matches("loop").parse()?)
     }
 
     /// Takes the file away, and waits until it is gone: nobody may hold the device open.
@@ -103,8 +131,23 @@ impl Drop for LoopDevice {
             return;
         }
         let _ = tool("partx", &["--delete", &self.node.display().to_string()]);
-        let _ = tool("losetup", &["--detach", &self.node.display().to_string()]);
+        if self.is_numbered {
+            // Others are left to whoever finds them free.
+            let removed = self.detach().and_then(|()| self.number()).and_then(|number| loop_control(REMOVE, number));
+            drop(removed);
+        } else {
+            let _ = tool("losetup", &["--detach", &self.node.display().to_string()]);
+        }
     }
+}
+
+/// Calls of `/dev/loop-control` (linux/loop.h).
+const ADD: u32 = 0x4c80;
+const REMOVE: u32 = 0x4c81;
+
+fn loop_control(call: u32, number: u32) -> Result<()> {
+    let script = format!("open(F, '+<', '/dev/loop-control') && defined ioctl(F, {call}, {number}) or die $!");
+    tool("perl", &["-e", &script]).map(drop)
 }
 
 /// A mounted file system.

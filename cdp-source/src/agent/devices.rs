@@ -4,17 +4,17 @@
 //! it, `scan` otherwise. A volume of another size than it was protected with is refused: which of the two is wanted is
 //! for a person to say.
 
-use super::group::{Devices, Opener};
+use super::group::{Devices, FIRST_TRIES, Opener};
 use crate::config::{GroupConfig, TrackerChoice, VolumeConfig};
 use crate::doctor;
 use crate::excludes::{ExcludeSet, Excludes, Window};
 use crate::probe::{self, Probe};
 use crate::reader::{self, BlockReader, ReadTarget};
 use crate::state::{GroupState, StateFolder};
-use crate::tracker::Tracker;
 use crate::tracker::device::Device;
 use crate::tracker::ebpf::{EbpfOptions, EbpfTracker};
 use crate::tracker::scan::ScanTracker;
+use crate::tracker::{LeftBehind, Tracker};
 use anyhow::{Context, Result, bail};
 use cdp_protocol::units::VolumeSlot;
 use cdp_seams::clock::Clock;
@@ -22,7 +22,8 @@ use cdp_seams::random::SystemRandom;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What opens a group's volumes, as often as it has to. `own`: files of ours that are left out.
+/// What opens a group's volumes, as often as it has to. `own`: files of ours that are left out. `left`: what the last stop left behind; of use
+/// to the first tracking alone, and only while the group starts: what is done to the volumes later is not seen in it.
 pub(super) fn opener(
     state: StateFolder,
     group: String,
@@ -30,9 +31,14 @@ pub(super) fn opener(
     config: GroupConfig,
     own: Vec<PathBuf>,
     clock: Arc<dyn Clock>,
+    left: Arc<dyn LeftBehind>,
 ) -> Opener {
+    let mut left = Some(left);
     Box::new(move || {
-        let (devices, windows) = open(&state, &group, &facts, &config.volumes).map_err(|error| format!("{error:#}"))?;
+        left = left.take().filter(|_| clock.monotonic() < FIRST_TRIES);
+        let opened = open(&state, &group, &facts, &config.volumes, left.clone());
+        let (devices, windows) = opened.map_err(|error| format!("{error:#}"))?;
+        left = None;
         let set = ExcludeSet {
             group: group.clone(),
             volumes: windows,
@@ -55,6 +61,7 @@ fn open(
     group: &str,
     facts: &GroupState,
     volumes: &[VolumeConfig],
+    left: Option<Arc<dyn LeftBehind>>,
 ) -> Result<(Opened, Vec<Option<Window>>)> {
     let probes = volumes.iter().map(|volume| look(state, facts, volume)).collect::<Result<Vec<_>>>()?;
     let folder = state.tracking(group);
@@ -69,7 +76,8 @@ fn open(
             scan(state, &folder, &paths, &probes)
         }
         None => {
-            let options = EbpfOptions::new(facts.group, paths, folder, Arc::clone(state.storage()));
+            let mut options = EbpfOptions::new(facts.group, paths, folder, Arc::clone(state.storage()));
+            options.left_behind = left;
             let tracker = EbpfTracker::open(&options)?;
             let targets: Vec<ReadTarget> = tracker.devices().iter().map(Device::read_target).collect();
             let windows = tracker.devices().iter().map(Window::of).map(Some).collect();

@@ -6,22 +6,27 @@
 //! * nothing is written for an epoch but the tracker's own pinned memory, so that an idle volume stays idle.
 //!
 //! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
-//! what it finds out besides, `metering` what it counts, `answers`
-//! what it does when it is told something, `hooking` what is done around a point that is asked for, `volumes` how it gets over devices that fail, `standing` what others see.
+//! what it finds out besides, `metering` what it counts, `answers` what it does when it is told something, `hooking` what is done around a
+//! point that is asked for, `opening` how it begins, `volumes` how it gets over devices that fail, `leaving` what it leaves behind, `standing`
+//! what others see.
 
 mod answers;
 mod auditing;
 mod capturing;
 mod hooking;
+mod leaving;
 mod metering;
+mod opening;
 mod standing;
 #[cfg(feature = "sim")]
 pub mod steps;
 mod volumes;
 
+pub use opening::FIRST_TRIES;
+
 use super::encoding::{Encoded, Encoding};
 use super::ledger::Ledger;
-use super::status::{AuditStatus, CutStatus, GroupPhase, GroupStatus, HooksStatus};
+use super::status::{AuditStatus, CutStatus, GroupStatus, HooksStatus};
 use crate::audit::Audit;
 use crate::audit::line::LineAudit;
 use crate::config::HooksConfig;
@@ -33,6 +38,8 @@ use crate::exclusion::Exclusion;
 use crate::freeze::Freezer;
 use crate::hooks::HookEvent;
 use crate::reader::BlockReader;
+use crate::saved::proofs::Proofs;
+use crate::saved::saving::Saver;
 use crate::tracker::Tracker;
 use capturing::Cuts;
 use cdp_protocol::record::Begin;
@@ -41,9 +48,11 @@ use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{GroupFacts, Outgoing, SourceEvent};
 use cdp_protocol::units::{BLOCK_BYTES, Epoch, Extent, Generation, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::clock::Clock;
+use cdp_seams::pulse;
 use cdp_seams::random::Random;
 use hooking::Hooked;
 use metering::Metering;
+use opening::first_open;
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -108,7 +117,16 @@ pub enum Input {
     /// The hooks around a point have got further.
     Hook(HookEvent),
     /// The end. The tracking goes on in the kernel.
-    Stop,
+    Stop(Ending),
+}
+
+/// What comes after a group's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It is started again at once.
+    Reload,
+    /// The agent ends, and with it perhaps the boot.
+    Agent,
 }
 
 /// A point that is wanted now.
@@ -173,6 +191,12 @@ pub struct GroupSetup {
     pub connect: Connect,
     /// Its memo, kept beside the tracker's.
     pub kept_memo: Box<dyn KeptMemo>,
+    /// Saves what is dirty when the agent ends, for another boot.
+    pub saver: Option<Saver>,
+    /// Which volumes are to be gone through soon.
+    pub proofs: Option<Proofs>,
+    /// Told when the volumes were opened for the first time.
+    pub opened: Option<oneshot::Sender<()>>,
     /// Encodes.
     pub encoder: Arc<Encoder>,
     /// What the target holds.
@@ -187,75 +211,31 @@ pub struct GroupSetup {
 
 /// Runs a group until `Input::Stop`, or until nobody can say so any more. `sender` is the other end of `inputs`.
 pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input>) {
+    let _entered = pulse::enter(&format!("group {}", setup.facts.name));
     let Some((devices, memo, is_kept)) = first_open(&mut setup, inputs) else { return };
+    // Where nobody waits for it, it does not matter.
+    let _ = setup.opened.take().map(|opened| opened.send(()));
     let mut group = Group::new(setup, devices, memo, sender);
     group.memo_is_kept = is_kept;
-    loop {
+    let ending = loop {
+        pulse::beat();
         match inputs.recv_timeout(group.wait()) {
-            Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+            Ok(Input::Stop(ending)) => break ending,
+            Err(RecvTimeoutError::Disconnected) => break Ending::Reload,
             Ok(input) => group.take(input),
             Err(RecvTimeoutError::Timeout) => {}
         }
         loop {
             match inputs.try_recv() {
-                Ok(Input::Stop) => return group.finish(),
+                Ok(Input::Stop(ending)) => return group.finish(ending),
                 Ok(input) => group.take(input),
                 Err(_) => break,
             }
         }
         group.act();
         group.publish();
-    }
-    group.finish();
-}
-
-/// Opens the volumes, now and then again until it works: without them nothing is known about the group's history. Also
-/// tells whether the memo is the one kept beside the tracker's.
-fn first_open(setup: &mut GroupSetup, inputs: &Receiver<Input>) -> Option<(Devices, Memo, bool)> {
-    let mut said = None;
-    loop {
-        match open_once(setup) {
-            Ok(opened) => return Some(opened),
-            Err(reason) => {
-                if said.as_ref() != Some(&reason) {
-                    tracing::error!(
-                        group = setup.facts.name,
-                        reason,
-                        "no recovery points: the volumes cannot be opened"
-                    );
-                }
-                let mut status = lock(&setup.status);
-                (status.state, status.reason) = (GroupPhase::Stalled, Some(reason.clone()));
-                said = Some(reason);
-            }
-        }
-        let deadline = setup.clock.monotonic() + REOPEN_EVERY;
-        loop {
-            let left = deadline.saturating_sub(setup.clock.monotonic());
-            match inputs.recv_timeout(left) {
-                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return None,
-                Ok(Input::Point(request)) => refuse(request, said.as_deref().unwrap_or_default()),
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => break,
-            }
-        }
-    }
-}
-
-/// Opens the volumes and finds what is remembered of the group.
-fn open_once(setup: &mut GroupSetup) -> Result<(Devices, Memo, bool), String> {
-    let devices = (setup.opener)()?;
-    let memo = devices.tracker.memo().map_err(|error| format!("{:#}", anyhow::Error::new(error)))?;
-    // A tracking that starts over has everything dirty, so an older memo is as good as none, and says more.
-    let is_kept = memo.is_empty();
-    if is_kept {
-        return Ok((devices, setup.kept_memo.load()?, true));
-    }
-    let memo = Memo::decode(&memo).unwrap_or_else(|error| {
-        tracing::error!(group = setup.facts.name, %error, "the memo is lost: everything is compared");
-        Memo::default()
-    });
-    Ok((devices, memo, false))
+    };
+    group.finish(ending);
 }
 
 /// The thread's state.
@@ -498,14 +478,17 @@ impl Group {
                 }
             },
             Input::Hook(event) => self.hook(event),
-            Input::Stop => {}
+            Input::Stop(_) => {}
         }
     }
 
-    fn finish(mut self) {
+    fn finish(mut self, ending: Ending) {
         self.retain();
         self.setup.digests.write();
         self.setup.kept_memo.keep(&self.memo);
+        if ending == Ending::Agent {
+            self.leave();
+        }
         self.refuse_awaited("the agent is stopping");
         self.refuse_wanted("the agent is stopping");
     }

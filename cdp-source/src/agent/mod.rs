@@ -22,6 +22,9 @@ use crate::encoder::Encoder;
 use crate::freeze::Freezer;
 use crate::metrics;
 use crate::packing::Chooser;
+use crate::saved::proofs::Proofs;
+use crate::saved::saving::Saver;
+use crate::saved::taking::TakeUp;
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
@@ -32,7 +35,8 @@ use cdp_protocol::session::source::GroupFacts;
 use cdp_protocol::units::BLOCK_BYTES;
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{self, SystemRandom};
-use group::{GroupSetup, Input};
+use cdp_seams::service::{self, Watchdog};
+use group::{Ending, FIRST_TRIES, GroupSetup, Input};
 use requests::Shared;
 use status::{GroupStatus, VolumeStatus};
 use std::path::{Path, PathBuf};
@@ -41,7 +45,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use uplink::Uplink;
 
 /// How often metrics are brought up to date.
@@ -53,6 +57,8 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 struct RunningGroup {
     inputs: Sender<Input>,
     thread: JoinHandle<()>,
+    /// Told when its volumes were opened for the first time.
+    opened: Option<oneshot::Receiver<()>>,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -74,9 +80,11 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
     let recorder = tokio::spawn(record_metrics(Arc::clone(&shared)));
     let instance = instance();
     let mut groups = start(&state, &identity, &instance, config, &shared).await?;
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    // What waits for this unit may mount the volumes.
+    wait_for_volumes(&mut groups.1).await;
+    tell_manager(service::READY);
     tracing::info!(groups = groups.1.len(), "running");
+    let (clock, mut watch) = (SystemClock::new(), GroupsWatch(Watchdog::of_environment(), None));
     let ended = loop {
         tokio::select! {
             _ = terminate.recv() => break Ok(()),
@@ -87,13 +95,14 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
                     Err(error) => _ = done.send(Err(format!("{error:#}"))),
                     Ok(config) => {
                         shared.clear();
-                        stop(groups).await;
+                        stop(groups, Ending::Reload).await;
                         groups = start(&state, &identity, &instance, config, &shared).await?;
                         _ = done.send(Ok(()));
                     }
                 }
             }
             () = tokio::time::sleep(WATCH_EVERY) => {
+                watch.look(clock.monotonic());
                 if groups.1.iter().any(|group| group.thread.is_finished()) {
                     break Err(anyhow::anyhow!("a group's thread has died"));
                 }
@@ -101,14 +110,55 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
         }
     };
     tracing::info!("stopping; tracking goes on");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tell_manager(service::STOPPING);
     server.abort();
     recorder.abort();
     shared.clear();
-    stop(groups).await;
+    stop(groups, Ending::Agent).await;
     // The socket is of no use to anybody any more; a crash leaves it, and the next agent takes its place.
     let _ = state.storage().remove(&state.socket());
     ended
+}
+
+/// Waits until every group has opened its volumes, so that it has seen them before anybody mounts them; not for long where one cannot.
+async fn wait_for_volumes(groups: &mut [RunningGroup]) {
+    let opened = groups.iter_mut().filter_map(|group| group.opened.take());
+    let all = async {
+        for opened in opened {
+            // A group that ended has said why.
+            let _ = opened.await;
+        }
+    };
+    if tokio::time::timeout(FIRST_TRIES, all).await.is_err() {
+        tracing::warn!(
+            "volumes could not be opened yet: those that are written to before they are will be compared in whole"
+        );
+    }
+}
+
+fn tell_manager(state: &str) {
+    if let Err(error) = service::tell(state) {
+        tracing::debug!(%error, "the service manager was not told");
+    }
+}
+
+/// The service manager's watchdog, and which thread did not go on when that was said last.
+struct GroupsWatch(Option<Watchdog>, Option<String>);
+
+impl GroupsWatch {
+    fn look(&mut self, now: Duration) {
+        let Some(watchdog) = &mut self.0 else { return };
+        match watchdog.look(now) {
+            Ok(stuck) if stuck != self.1 => {
+                if let Some(thread) = &stuck {
+                    tracing::error!(thread, "a thread does not go on: the watchdog is not told until it does");
+                }
+                self.1 = stuck;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the watchdog was not told"),
+        }
+    }
 }
 
 async fn load(state: &StateFolder) -> Result<Config> {
@@ -202,6 +252,11 @@ fn start_group(
     let digests = Digests::open(storage, &folder, facts.group, data_key.digest_key(), &volumes, &SystemRandom);
     let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), instance, envelope, volumes };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let (storage, folder) = (Arc::clone(state.storage()), state.tracking(name));
+    // Before anything is opened: whatever comes of it, the record is gone.
+    let left = TakeUp::new(Arc::clone(&storage), &folder, &state.kept_memo_path(name), data_key.digest_key());
+    let saver = Saver::new(Arc::clone(&storage), &folder, Arc::clone(&clock), Arc::new(SystemRandom));
+    let (opened, has_opened) = oneshot::channel();
     let setup = GroupSetup {
         connect: uplink.connect(group_facts.clone(), inputs.clone()),
         facts: group_facts,
@@ -221,7 +276,10 @@ fn start_group(
             deadline: Duration::from_millis(config.freeze_deadline_ms),
         }),
         kept_memo: Box::new(state.kept_memo(name)),
-        opener: devices::opener(state.clone(), name.to_owned(), facts, config, own, Arc::clone(&clock)),
+        saver: Some(saver),
+        proofs: Some(Proofs::new(storage, &folder)),
+        opened: Some(opened),
+        opener: devices::opener(state.clone(), name.to_owned(), facts, config, own, Arc::clone(&clock), Arc::new(left)),
         encoder,
         clock,
         random: Arc::new(SystemRandom),
@@ -232,7 +290,7 @@ fn start_group(
         .name(format!("group-{name}"))
         .spawn(move || group::run(setup, &receiver, sender))
         .context("start a group's thread")?;
-    Ok(RunningGroup { inputs, thread })
+    Ok(RunningGroup { inputs, thread, opened: Some(has_opened) })
 }
 
 /// This process, as the target tells it from a copy of its machine and from the agent after it.
@@ -266,10 +324,10 @@ pub(crate) fn forget_tracking(state: &StateFolder, name: &str) {
 }
 
 /// Ends the groups, then the line.
-async fn stop((uplink, groups): (Uplink, Vec<RunningGroup>)) {
+async fn stop((uplink, groups): (Uplink, Vec<RunningGroup>), ending: Ending) {
     for group in &groups {
         // A thread that has died needs no telling.
-        let _ = group.inputs.send(Input::Stop);
+        let _ = group.inputs.send(Input::Stop(ending));
     }
     let joined = tokio::task::spawn_blocking(move || {
         for group in groups {

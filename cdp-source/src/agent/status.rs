@@ -170,6 +170,9 @@ pub struct AuditStatus {
     pub learnt_blocks: u64,
     /// Blocks that held something else: writes were missed. They are sent again.
     pub differing_blocks: u64,
+    /// Bytes of volumes that were taken up from a saved change record, and are to be gone through within a day: what is left of them.
+    #[serde(default)]
+    pub hurried_bytes: u64,
     /// Since when every region of 64 MiB has been gone through; `None` while one never was.
     pub oldest_proof: Option<Timestamp>,
     /// Blocks of which the target has told, by their digests, that it holds what it was sent.
@@ -241,6 +244,9 @@ pub struct TrackerStatus {
     /// Which volumes joined, and are captured for the first time.
     #[serde(default)]
     pub first_copy: Option<String>,
+    /// Which volumes go on from the saved change record of a clean stop in another boot, and of when it is.
+    #[serde(default)]
+    pub taken_up: Option<String>,
     /// Writes issued.
     pub issued: u64,
     /// Writes completed.
@@ -258,6 +264,7 @@ impl From<TrackerReport> for TrackerStatus {
             kind: report.kind.to_owned(),
             started_over: report.started_over,
             first_copy: report.first_copy,
+            taken_up: report.taken_up,
             issued: report.issued,
             completed: report.completed,
             misses: report.misses,

@@ -122,6 +122,7 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
             group.failed_cuts
         ));
     }
+    lines.extend(group.tracker.taken_up.as_ref().map(|record| format!("  tracking goes on from {record}")));
     lines.extend(trust_line(&group.tracker.trust));
     lines.extend(audit_line(&group.audit));
     lines.extend(target_audit_line(&group.audit));
@@ -169,14 +170,18 @@ fn exclude_line(exclude: &ExcludeStatus) -> String {
 
 /// What the audit has found, once it has looked at anything.
 fn audit_line(audit: &AuditStatus) -> Option<String> {
-    let AuditStatus { proved_blocks, learnt_blocks, differing_blocks, oldest_proof, .. } = *audit;
+    let AuditStatus { proved_blocks, learnt_blocks, differing_blocks, hurried_bytes, oldest_proof, .. } = *audit;
     let differing = match differing_blocks {
         0 => String::new(),
         blocks => format!("; {blocks} held something else, and were sent again: writes were missed"),
     };
     let since = oldest_proof.map_or_else(String::new, |time| format!("; every region since {}", rfc3339(time)));
-    (proved_blocks + learnt_blocks + differing_blocks > 0)
-        .then(|| format!("  audit: {proved_blocks} blocks proved, {learnt_blocks} learnt{differing}{since}"))
+    let hurried = match hurried_bytes {
+        0 => String::new(),
+        bytes => format!("; {bytes} bytes to go through within a day of the restart"),
+    };
+    (proved_blocks + learnt_blocks + differing_blocks + hurried_bytes > 0)
+        .then(|| format!("  audit: {proved_blocks} blocks proved, {learnt_blocks} learnt{differing}{hurried}{since}"))
 }
 
 /// What the target was found to hold, once it was asked.

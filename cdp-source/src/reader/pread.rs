@@ -7,6 +7,7 @@ use super::aligned::AlignedBuffer;
 use super::target::{Caching, OpenError, Progress, ReadTarget, Span, TargetFile, Window};
 use super::{BlockReader, READ_BLOCKS_MAX, ReadDone, ReadRequest};
 use cdp_protocol::units::BLOCK_BYTES;
+use cdp_seams::pulse;
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -67,6 +68,7 @@ impl BlockReader for PreadReader {
         for (index, request) in requests.iter().enumerate() {
             let volume = &mut self.volumes[request.volume];
             let result = volume.window.span(request.extent).and_then(|span| volume.fill(span, &mut self.buffer));
+            pulse::beat();
             done(index, result.map(|whole| &self.buffer[..whole]));
         }
         Ok(())

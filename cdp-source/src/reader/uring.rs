@@ -10,6 +10,7 @@ use super::aligned::AlignedBuffer;
 use super::target::{Caching, OpenError, Progress, ReadTarget, Span, TargetFile};
 use super::{BlockReader, READ_BLOCKS_MAX, ReadDone, ReadRequest};
 use cdp_protocol::units::BLOCK_BYTES;
+use cdp_seams::pulse;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 use std::io;
@@ -124,6 +125,7 @@ impl UringReader {
         result: i32,
         done: &mut ReadDone<'_>,
     ) -> io::Result<bool> {
+        pulse::beat();
         let step = match u32::try_from(result) {
             Ok(got) => self.volumes[operation.volume].window.progress(operation.span, operation.done, got as usize),
             Err(_) if is_passing(Some(-result)) && operation.retries < RETRIES_MAX => {

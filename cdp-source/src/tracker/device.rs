@@ -36,7 +36,7 @@ impl DeviceNumber {
         self.major << 20 | self.minor
     }
 
-    pub(super) fn sysfs(self) -> PathBuf {
+    pub(crate) fn sysfs(self) -> PathBuf {
         PathBuf::from(format!("/sys/dev/block/{self}"))
     }
 }
@@ -189,6 +189,17 @@ pub fn place_of(number: DeviceNumber) -> io::Result<(DeviceNumber, Sectors, Sect
     Ok((disk, Sectors(read_number(&folder.join("start"))?), length))
 }
 
+/// The partitions of a whole disk that the kernel knows.
+///
+/// # Errors
+/// Where sysfs does not tell.
+pub(crate) fn partitions_of(disk: DeviceNumber) -> io::Result<Vec<DeviceNumber>> {
+    let entries = SystemStorage.list(&disk.sysfs())?;
+    let folders = entries.iter().map(|entry| disk.sysfs().join(entry.file_name().unwrap_or_default()));
+    let partitions = folders.filter(|folder| rustix::fs::stat(folder.join("partition")).is_ok());
+    partitions.map(|folder| parse_device(&read_text(&folder.join("dev"))?)).collect()
+}
+
 /// Whether the block device with this number is built of others by the kernel: device-mapper, md.
 #[must_use]
 pub fn is_stacked(number: DeviceNumber) -> bool {
@@ -241,7 +252,7 @@ pub(super) fn multipath_paths(sysfs_block: &Path, disk_node: &Path) -> Vec<Strin
 }
 
 /// Text of a small file of sysfs or procfs, which may say that it is empty and is not.
-pub(super) fn read_text(path: &Path) -> io::Result<String> {
+pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     let mut buffer = vec![0; 8192];
     let read = SystemStorage.open(path)?.read_at(&mut buffer, 0)?;
     buffer.truncate(read);

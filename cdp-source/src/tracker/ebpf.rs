@@ -17,11 +17,11 @@ use super::suspects::Suspects;
 use super::takeover::{TakenOver, take_over};
 use super::trust::{Before, Trust, TrustReport, Verdict};
 use super::watch::Watch;
-use super::{TrackedVolume, Tracker, TrackerError, TrackerReport};
+use super::{Parting, TrackedVolume, Tracker, TrackerError, TrackerReport};
 use cdp_protocol::limits::VOLUMES_MAX;
-use cdp_protocol::units::{Block, GroupId, Sectors, VolumeSlot};
+use cdp_protocol::units::{Block, Sectors, VolumeSlot};
 use cdp_seams::clock::{Clock, SystemClock};
-use cdp_seams::storage::{Storage, replace};
+use cdp_seams::storage::replace;
 use roaring::RoaringBitmap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ use std::time::Duration;
 
 pub use super::instance::EventCounts;
 pub use super::options::EbpfOptions;
-pub use super::pins::{BPFFS, supported};
+pub use super::pins::{BPFFS, supported, take_down as remove};
 #[cfg(feature = "sabotage")]
 pub use super::programs::Sabotage;
 
@@ -52,6 +52,7 @@ pub struct EbpfTracker {
     recovered: Vec<RoaringBitmap>,
     started_over: Option<String>,
     first_copy: Option<String>,
+    taken_up: Option<String>,
     trust: Trust,
     suspects: Suspects,
     issue_misses_at_flip: u64,
@@ -92,7 +93,7 @@ impl EbpfTracker {
             move |source: io::Error| TrackerError::Io { step, source }
         };
         let boot = read_text(&options.boot_id_path).map_err(failed("read the boot id for the tracking"))?;
-        let TakenOver { instance, recovered, started_over, first_copy, is_quiet } =
+        let TakenOver { instance, recovered, started_over, first_copy, taken_up, is_quiet } =
             take_over(options, &folder, &devices, boot)?;
         instance.note_origins(&devices).map_err(failed("keep the kernel's counts"))?;
         let record = serde_json::to_vec_pretty(&instance.identity).expect("an identity has only plain fields");
@@ -110,6 +111,7 @@ impl EbpfTracker {
         let mut tracker = Self::assemble(instance, devices, trust, lock, clock).map_err(failed("read the counts"))?;
         tracker.started_over = started_over;
         tracker.first_copy = first_copy;
+        tracker.taken_up = taken_up;
         tracker.programs = options.programs();
         // Asked after the measure began: what comes later is seen at the first flip.
         let counts = tracker.counts_of("read the counts at the start")?;
@@ -149,6 +151,7 @@ impl EbpfTracker {
             devices,
             started_over: None,
             first_copy: None,
+            taken_up: None,
             trust,
             issue_misses_at_flip: counts.issue_misses,
             marks_lost: counts.lost,
@@ -447,12 +450,22 @@ impl Tracker for EbpfTracker {
         self.devices.iter().map(of).collect()
     }
 
+    fn parting(&self) -> Option<Parting<'_>> {
+        let dirty = |place| {
+            let marked = self.instance.dirty.iter().map(|dirty| peek(dirty, place));
+            marked.fold(self.instance.unacked.blocks(place), |dirty, marked| dirty | marked)
+        };
+        let dirty = self.instance.places.iter().map(dirty).collect();
+        Some(Parting { identity: &self.instance.identity, devices: &self.devices, dirty })
+    }
+
     fn report(&self) -> TrackerReport {
         let counts = self.instance.counts().unwrap_or_default();
         TrackerReport {
             kind: "ebpf",
             started_over: self.started_over.clone(),
             first_copy: self.first_copy.clone(),
+            taken_up: self.taken_up.clone(),
             issued: counts.issued,
             completed: counts.completed,
             misses: counts.issue_misses + counts.complete_misses + counts.lost,
@@ -468,25 +481,6 @@ impl Tracker for EbpfTracker {
                 rescanned: self.rescanned.clone(),
             },
         }
-    }
-}
-
-/// Drops everything that is pinned for `group`, and the record of it: nothing is tracked afterwards.
-///
-/// # Errors
-/// Where a process tracks the group, or something cannot be removed.
-pub fn remove(bpffs: &Path, state_folder: &Path, storage: &dyn Storage, group: GroupId) -> Result<(), TrackerError> {
-    let failed = |source| TrackerError::Io { step: format!("remove the tracking of group {group}"), source };
-    let record = state_folder.join(format!("tracker-{group}.json"));
-    let folder = pins::group_folder(bpffs, group);
-    if rustix::fs::stat(&folder).is_ok() {
-        let _lock = pins::lock(&folder)?;
-        pins::remove_all(&folder).map_err(failed)?;
-    }
-    match storage.remove(&record) {
-        Ok(()) => storage.sync_dir(state_folder).map_err(failed),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(failed(error)),
     }
 }
 

@@ -29,6 +29,8 @@ pub use kernel_counts::DiskCounts;
 pub use trust::{DiskReport, TrustReport};
 
 use cdp_protocol::units::{Block, VolumeSlot};
+use device::Device;
+use identity::Identity;
 use roaring::RoaringBitmap;
 
 /// A volume as the tracker found it.
@@ -103,8 +105,41 @@ pub trait Tracker: Send {
         vec![None; self.volumes().len()]
     }
 
+    /// What another boot needs to go on from here; `None` where none could.
+    fn parting(&self) -> Option<Parting<'_>> {
+        None
+    }
+
     /// Name and counters, for `status` and metrics.
     fn report(&self) -> TrackerReport;
+}
+
+/// What a tracking comes to when it is left.
+pub struct Parting<'a> {
+    /// Which tracking it is.
+    pub identity: &'a Identity,
+    /// Its volumes' devices, in their order.
+    pub devices: &'a [Device],
+    /// All that is marked or not acked, of each volume.
+    pub dirty: Vec<RoaringBitmap>,
+}
+
+/// What the tracking of an earlier boot left behind, for one that begins anew.
+pub trait LeftBehind: Send + Sync {
+    /// What was dirty when `before` was left, if that is all there is to each of the devices now. Asked once every write is marked; before it returns, what
+    /// follows from its answer is durable.
+    ///
+    /// # Errors
+    /// Why nothing is known of any, in a line.
+    fn left(&self, before: &Identity, devices: &[(VolumeSlot, &Device)]) -> Result<Left, String>;
+}
+
+/// The answer.
+pub struct Left {
+    /// When it was left, for people.
+    pub stopped: String,
+    /// What was dirty then, of each device; or why that is not known.
+    pub volumes: Vec<Result<RoaringBitmap, String>>,
 }
 
 /// What a tracker says of itself.
@@ -116,6 +151,8 @@ pub struct TrackerReport {
     pub started_over: Option<String>,
     /// Which volumes are dirty because they joined and were not tracked before; `None` where none did.
     pub first_copy: Option<String>,
+    /// Which volumes go on from the record of a clean stop in another boot; `None` where none do.
+    pub taken_up: Option<String>,
     /// Writes issued, as the tracker counted them.
     pub issued: u64,
     /// Writes completed, as the tracker counted them.

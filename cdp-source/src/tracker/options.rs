@@ -1,5 +1,6 @@
 //! What the eBPF tracker is told: which volumes, and where the tracking is kept.
 
+use super::LeftBehind;
 use super::pins::BPFFS;
 use super::programs::Programs;
 #[cfg(feature = "sabotage")]
@@ -23,6 +24,8 @@ pub struct EbpfOptions {
     pub storage: Arc<dyn Storage>,
     /// Where the kernel tells the boot's id.
     pub boot_id_path: PathBuf,
+    /// What a stop in another boot left behind.
+    pub left_behind: Option<Arc<dyn LeftBehind>>,
     /// What it is to do wrong, for a test that must notice.
     #[cfg(feature = "sabotage")]
     pub sabotage: Option<Sabotage>,
@@ -46,6 +49,7 @@ impl EbpfOptions {
             state_folder,
             storage,
             boot_id_path,
+            left_behind: None,
             #[cfg(feature = "sabotage")]
             sabotage: None,
         }

@@ -142,6 +142,25 @@ pub(super) fn remove_all(folder: &Path) -> io::Result<()> {
     Ok(rustix::fs::rmdir(folder)?)
 }
 
+/// Drops everything that is pinned for `group`, and the record of it: nothing is tracked afterwards.
+///
+/// # Errors
+/// Where a process tracks the group, or something cannot be removed.
+pub fn take_down(bpffs: &Path, state_folder: &Path, storage: &dyn Storage, group: GroupId) -> Result<(), TrackerError> {
+    let failed = |source| TrackerError::Io { step: format!("remove the tracking of group {group}"), source };
+    let record = state_folder.join(format!("tracker-{group}.json"));
+    let folder = group_folder(bpffs, group);
+    if rustix::fs::stat(&folder).is_ok() {
+        let _lock = lock(&folder)?;
+        remove_all(&folder).map_err(failed)?;
+    }
+    match storage.remove(&record) {
+        Ok(()) => storage.sync_dir(state_folder).map_err(failed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
 /// Returns when every program run that had begun has ended.
 pub(super) fn wait_for_runs() -> io::Result<()> {
     const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;

@@ -4,7 +4,6 @@
 //! gap is wholly dirty; a new instance is attached before the old one's marks are read, and the old one still marks then, so
 //! that no write falls in between. Does not remove the old one: it is to be named no more first (`ebpf`).
 
-use super::TrackerError;
 use super::bitmap::peek;
 use super::device::Device;
 use super::ebpf::EbpfOptions;
@@ -12,6 +11,7 @@ use super::identity::{Difference, Identity, LAYOUT, VolumeIdentity};
 use super::instance::Instance;
 use super::kernel_counts::DiskCounter;
 use super::pins;
+use super::{Left, LeftBehind, TrackerError};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{SystemRandom, array};
 use cdp_seams::storage::read_all;
@@ -35,6 +35,8 @@ pub(super) struct TakenOver {
     pub(super) started_over: Option<String>,
     /// Which volumes were not tracked before.
     pub(super) first_copy: Option<String>,
+    /// Which volumes go on from what a stop in another boot left behind.
+    pub(super) taken_up: Option<String>,
     /// Each disk had nothing in flight at some moment since the programs that mark now were attached.
     pub(super) is_quiet: bool,
 }
@@ -45,8 +47,8 @@ enum Found {
     Same(Box<Instance>),
     /// It can be trusted, but has other volumes or programs.
     Other(Box<Instance>),
-    /// It is worth nothing, for this reason.
-    Nothing(String),
+    /// It is worth nothing, for this reason; the tracking of another boot that the state folder names.
+    Nothing(String, Option<Identity>),
 }
 
 /// Goes on with what is pinned in the group's `folder`, or begins anew.
@@ -60,13 +62,17 @@ pub(super) fn take_over(
     match find(options, folder, &wanted, devices)? {
         Found::Same(instance) => {
             let instance = *instance;
-            Ok(TakenOver { instance, recovered: None, started_over: None, first_copy: None, is_quiet: false })
+            let taken_up = None;
+            Ok(TakenOver { instance, recovered: None, started_over: None, first_copy: None, taken_up, is_quiet: false })
         }
         Found::Other(old) => succeed(options, wanted, devices, &old),
-        Found::Nothing(reason) => {
+        Found::Nothing(reason, before) => {
             let instance = create(options, wanted, devices)?;
             let is_quiet = answer_for_the_past(&instance, devices).map_err(looking)?;
-            Ok(all_dirty(instance, reason, is_quiet))
+            Ok(match (before, &options.left_behind) {
+                (Some(before), Some(left)) => go_on(instance, &reason, is_quiet, devices, &before, &**left),
+                _ => all_dirty(instance, reason, is_quiet),
+            })
         }
     }
 }
@@ -86,7 +92,7 @@ fn identity(options: &EbpfOptions, devices: &[Device], boot: String) -> Identity
 
 /// The tracking the state folder names, if it can be trusted.
 fn find(options: &EbpfOptions, folder: &Path, wanted: &Identity, devices: &[Device]) -> Result<Found, TrackerError> {
-    let nothing = |reason: &str| Ok(Found::Nothing(reason.to_owned()));
+    let nothing = |reason: &str| Ok(Found::Nothing(reason.to_owned(), None));
     let record = match read_all(&*options.storage, &options.record(), RECORD_BYTES_MAX) {
         Ok(record) => record,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -100,14 +106,15 @@ fn find(options: &EbpfOptions, folder: &Path, wanted: &Identity, devices: &[Devi
         return nothing("the record of the tracking in the state folder cannot be read");
     };
     if let Some(reason) = named.unusable(&wanted.boot, wanted.group) {
-        return Ok(Found::Nothing(reason));
+        let is_of_another_boot = named.boot != wanted.boot;
+        return Ok(Found::Nothing(reason, is_of_another_boot.then_some(named)));
     }
     if !pins::is_tracker_name(&named.tracker) {
         return nothing("the record of the tracking in the state folder is damaged");
     }
     let instance = match Instance::adopt(folder.join(&named.tracker), &named) {
         Ok(instance) => Box::new(instance),
-        Err(reason) => return Ok(Found::Nothing(reason)),
+        Err(reason) => return Ok(Found::Nothing(reason, None)),
     };
     let same = named.volumes == wanted.volumes && named.program == wanted.program;
     let same = same && instance.reset_disks(devices).is_empty();
@@ -122,7 +129,41 @@ fn all_dirty(instance: Instance, reason: String, is_quiet: bool) -> TakenOver {
         instance.unacked.add(place, &blocks);
         all.push(blocks);
     }
-    TakenOver { instance, recovered: Some(all), started_over: Some(reason), first_copy: None, is_quiet }
+    TakenOver { instance, recovered: Some(all), started_over: Some(reason), first_copy: None, taken_up: None, is_quiet }
+}
+
+/// What was left in another boot is dirty, of the volumes for which that is all; every other volume is.
+fn go_on(
+    instance: Instance,
+    reason: &str,
+    is_quiet: bool,
+    devices: &[Device],
+    before: &Identity,
+    left: &dyn LeftBehind,
+) -> TakenOver {
+    let named: Vec<_> = instance.identity.volumes.iter().map(|volume| volume.slot).zip(devices).collect();
+    let Left { stopped, volumes } = match left.left(before, &named) {
+        Ok(left) => left,
+        Err(why) => return all_dirty(instance, format!("{reason}; {why}"), is_quiet),
+    };
+    let (mut dirty, mut goes_on, mut lost) = (Vec::new(), Vec::new(), Vec::new());
+    for ((found, place), (slot, _)) in volumes.into_iter().zip(&instance.places).zip(&named) {
+        let blocks = match found {
+            Ok(blocks) => {
+                goes_on.push(slot.to_string());
+                blocks
+            }
+            Err(why) => {
+                lost.push(format!("volume {slot}: {why}"));
+                place.all()
+            }
+        };
+        instance.unacked.add(place, &blocks);
+        dirty.push(blocks);
+    }
+    let started_over = (!lost.is_empty()).then(|| format!("{reason}; {}", lost.join("; ")));
+    let taken_up = (!goes_on.is_empty()).then(|| format!("the stop at {stopped}, volume {}", goes_on.join(", ")));
+    TakenOver { instance, recovered: Some(dirty), started_over, first_copy: None, taken_up, is_quiet }
 }
 
 fn create(options: &EbpfOptions, wanted: Identity, devices: &[Device]) -> Result<Instance, TrackerError> {
@@ -172,7 +213,7 @@ fn succeed(
     }
     let told = |reasons: Vec<String>| (!reasons.is_empty()).then(|| reasons.join("; "));
     let (started_over, first_copy) = (told(lost), told(joined));
-    Ok(TakenOver { instance, recovered: Some(carried), started_over, first_copy, is_quiet })
+    Ok(TakenOver { instance, recovered: Some(carried), started_over, first_copy, taken_up: None, is_quiet })
 }
 
 /// Waits a while for the writes that were on their way when the new programs were attached, which know nothing of them, and

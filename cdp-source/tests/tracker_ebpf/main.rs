@@ -2,6 +2,7 @@
 #![expect(clippy::disallowed_methods, reason = "a test works on real files and devices")]
 
 mod loop_device;
+mod reboot;
 mod refused;
 mod strange;
 mod versions;

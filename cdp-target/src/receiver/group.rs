@@ -12,6 +12,7 @@ use cdp_protocol::session::chain::Step;
 use cdp_protocol::session::target::{Claim, Judgement, Standing, judge};
 use cdp_protocol::units::{Epoch, Extent, Generation, GroupId, Head, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
+use cdp_seams::pulse;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tracing::{error, info, warn};
 
@@ -148,11 +149,13 @@ impl GroupThread {
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
             let command = if self.pending.is_empty() {
+                pulse::rest();
                 let Some(command) = commands.blocking_recv() else { break };
                 Some(command)
             } else {
                 commands.try_recv().ok()
             };
+            pulse::beat();
             match command {
                 Some(command) => {
                     let closed = matches!(command, Command::Closed { .. });

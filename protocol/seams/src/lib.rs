@@ -5,9 +5,11 @@
 
 pub mod clock;
 pub mod line;
+pub mod pulse;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod random;
+pub mod service;
 pub mod storage;
 #[cfg(feature = "quic")]
 pub mod tls;

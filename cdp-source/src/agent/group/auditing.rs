@@ -18,7 +18,11 @@ impl Group {
         let now = Timestamp(self.setup.clock.wall_ms());
         let mut differing = vec![RoaringBitmap::new(); touched.len()];
         for Look { volume, block, found } in self.audit.flipped(touched) {
-            match self.setup.digests.compare(volume, block, found, now) {
+            let answer = self.setup.digests.compare(volume, block, found, now);
+            if answer != Answer::NotNow {
+                self.audit.done(volume, block);
+            }
+            match answer {
                 Answer::Same => self.audit_counts.proved_blocks += 1,
                 Answer::Learnt => self.audit_counts.learnt_blocks += 1,
                 Answer::Differs => _ = differing[volume].insert(block.0),
@@ -27,6 +31,19 @@ impl Group {
         }
         for (volume, blocks) in differing.iter().enumerate().filter(|(_, blocks)| !blocks.is_empty()) {
             self.send_differing(volume, blocks);
+        }
+        self.note_finished();
+    }
+
+    /// Volumes that were taken up from a saved change record, and have been gone through since.
+    fn note_finished(&mut self) {
+        let (group, volumes) = (&self.setup.facts.name, &self.setup.facts.volumes);
+        for volume in self.audit.take_finished() {
+            let slot = volumes[volume].slot;
+            tracing::info!(group, %slot, "the volume was gone through since it was taken up from the last stop's record");
+            if let Some(proofs) = &self.setup.proofs {
+                proofs.give(slot);
+            }
         }
     }
 
@@ -141,7 +158,7 @@ impl Group {
         let requests = self.audit.requests(&self.setup.digests, &self.ledger.unacked(), self.setup.audit_interval, now);
         let (audit, digests) = (&mut self.audit, &self.setup.digests);
         let read = reader::read_blocks(&mut *devices.reader, &requests, &mut |volume, block, result| {
-            let Ok(bytes) = result else { return };
+            let Ok(bytes) = result else { return audit.done(volume, block) };
             let found = if codec::is_zero(bytes) { Found::Hole } else { Found::Content(digests.digest(bytes)) };
             audit.looked(Look { volume, block, found });
         });

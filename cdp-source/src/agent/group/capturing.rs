@@ -248,6 +248,8 @@ impl Group {
         }
         let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked()) else { return };
         self.put_off = None;
+        // All of it was compared, and none of it differs.
+        self.rescan = None;
         self.unchanged_as_of = Some(as_of);
         let now = self.setup.clock.monotonic();
         if self.told_unchanged.is_none_or(|told| now >= told + UNCHANGED_EVERY) {

@@ -27,7 +27,8 @@ impl Group {
         status.unchanged_bytes = self.unchanged_bytes;
         let oldest_proof = self.setup.digests.oldest_proof(&self.ledger.skipped);
         let oldest_target_proof = self.setup.digests.oldest_proof_there();
-        status.audit = AuditStatus { oldest_proof, oldest_target_proof, ..self.audit_counts };
+        let hurried_bytes = to_bytes(self.audit.hurried_blocks());
+        status.audit = AuditStatus { hurried_bytes, oldest_proof, oldest_target_proof, ..self.audit_counts };
         for (volume, meters) in status.volumes.iter_mut().zip(self.metering.since_start()) {
             volume.meters = *meters;
         }

@@ -2,7 +2,8 @@
 //!
 //! Decides nothing. Whoever steps it takes the place of `run`: says when time has passed and hands over what has happened.
 
-use super::{Group, GroupSetup, Input, open_once};
+use super::opening::open_once;
+use super::{Ending, Group, GroupSetup, Input};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ impl GroupSteps {
 
     /// A clean end.
     pub fn finish(self) {
-        self.group.finish();
+        self.group.finish(Ending::Agent);
     }
 
     fn take_encoded(&mut self) {

@@ -5,7 +5,7 @@
 mod hooks;
 mod line_audit;
 
-use super::{Devices, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
+use super::{Devices, Ending, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
 use crate::agent::status::{GroupPhase, GroupStatus};
 use crate::config::HooksConfig;
 use crate::control::{PointReply, Reply};
@@ -325,6 +325,9 @@ impl Bench {
                 Box::new(link)
             }),
             kept_memo: Box::new(NothingKept),
+            saver: None,
+            proofs: None,
+            opened: None,
             encoder: Arc::new(Encoder::new(2)),
             digests: Digests::open(
                 Arc::new(SystemStorage),
@@ -350,7 +353,7 @@ impl Bench {
 
 impl Running {
     fn stop(self) {
-        self.inputs.send(Input::Stop).expect("it runs");
+        self.inputs.send(Input::Stop(Ending::Agent)).expect("it runs");
         self.thread.join().expect("it ends well");
     }
 

@@ -14,6 +14,7 @@ impl Group {
         let recovered = devices.tracker.take_recovered();
         self.ledger.carry_more(&recovered);
         let report = devices.tracker.report();
+        self.hurry_unproved();
         let group = &self.setup.facts.name;
         if let Some(reason) = report.first_copy {
             tracing::info!(group, reason, "first copy");
@@ -28,9 +29,22 @@ impl Group {
             }
         }
         self.metering.begin(devices.tracker.written_bytes());
+        if let Some(record) = report.taken_up {
+            tracing::info!(group, record, "the tracking goes on from the record of a clean stop");
+        }
         self.devices = Some(devices);
         self.primed = false;
         self.trouble = None;
+    }
+
+    /// What was taken up from a saved change record, now or before this agent, is to be gone through by the audit soon.
+    fn hurry_unproved(&mut self) {
+        let Some(proofs) = &self.setup.proofs else { return };
+        for (index, volume) in self.setup.facts.volumes.iter().enumerate() {
+            if proofs.is_demanded(volume.slot) {
+                self.audit.hurry(index, blocks_in(volume.size_bytes));
+            }
+        }
     }
 
     /// A volume of which this capture holds nothing but blocks that could not be read, more than were known, and of which nothing else

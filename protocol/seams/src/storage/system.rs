@@ -3,6 +3,7 @@
 #![expect(clippy::disallowed_methods, reason = "this is the seam")]
 
 use super::{Storage, StorageFile};
+use crate::pulse;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
@@ -87,7 +88,9 @@ impl StorageFile for SystemFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut read = 0;
         while read < buffer.len() {
-            match self.0.read_at(&mut buffer[read..], offset + read as u64) {
+            let result = self.0.read_at(&mut buffer[read..], offset + read as u64);
+            pulse::beat();
+            match result {
                 Ok(0) => break,
                 Ok(more) => read += more,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -98,7 +101,9 @@ impl StorageFile for SystemFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        let written = self.0.write_all_at(bytes, offset);
+        pulse::beat();
+        written
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -115,7 +120,9 @@ impl StorageFile for SystemFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
+        let synced = self.0.sync_data();
+        pulse::beat();
+        synced
     }
 
     fn try_lock(&self) -> io::Result<bool> {
