@@ -24,6 +24,7 @@ pub mod reader;
 pub mod sender;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod spool;
 pub mod stack;
 pub mod state;
 pub mod tracker;

@@ -22,6 +22,7 @@ use crate::encoder::Encoder;
 use crate::freeze::Freezer;
 use crate::metrics;
 use crate::packing::Chooser;
+use crate::spool::{self, Spool, SpoolLimits};
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
@@ -139,7 +140,8 @@ async fn start(
     let mut groups = Vec::new();
     // Whichever group's volume they lie on.
     let slots = config.groups.iter().flat_map(|(name, group)| group.volumes.iter().map(move |v| (name, v.slot)));
-    let own: Vec<PathBuf> = slots.map(|(name, slot)| digests::slots_path(&state.digests(name), slot)).collect();
+    let mut own: Vec<PathBuf> = slots.map(|(name, slot)| digests::slots_path(&state.digests(name), slot)).collect();
+    own.extend(config.groups.keys().map(|name| spool::file_path(&state.spool(name))));
     for (name, group) in config.groups {
         let own = own.clone();
         let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());
@@ -200,11 +202,14 @@ fn start_group(
     let digests = Digests::open(storage, &folder, facts.group, data_key.digest_key(), &volumes, &SystemRandom);
     let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), instance, envelope, volumes };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let limits = SpoolLimits::new(config.spool_bytes_max, config.spool_points_max);
+    let spool = Spool::new(Arc::clone(state.storage()), &state.spool(name), facts.group, limits);
     let setup = GroupSetup {
         connect: uplink.connect(group_facts.clone(), inputs.clone()),
         facts: group_facts,
         begin,
         digests,
+        spool,
         data_key,
         interval: Duration::from_millis(config.interval_ms),
         audit_interval: Duration::from_secs(config.audit_interval_s),

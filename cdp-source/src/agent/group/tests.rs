@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test writes a real image file")]
 
 mod hooks;
+mod outage;
 
 use super::{Devices, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
 use crate::agent::status::{GroupPhase, GroupStatus};
@@ -13,6 +14,7 @@ use crate::digests::Digests;
 use crate::encoder::Encoder;
 use crate::exclusion::NothingExcluded;
 use crate::reader::{self, ReadTarget};
+use crate::spool::{Spool, SpoolLimits};
 use crate::tracker::scan::ScanTracker;
 use cdp_protocol::codec;
 use cdp_protocol::escrow::Envelope;
@@ -230,6 +232,7 @@ struct Bench {
     folder: tempfile::TempDir,
     target: Shared,
     hooks: Option<HooksConfig>,
+    limits: SpoolLimits,
 }
 
 struct Running {
@@ -241,7 +244,7 @@ struct Running {
 impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let bench = Self { folder, target: Shared::default(), hooks: None };
+        let bench = Self { folder, target: Shared::default(), hooks: None, limits: SpoolLimits::new(0, 1000) };
         let mut file = std::fs::File::create(bench.image_path()).expect("made");
         let noise: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 512 * 31 + at) as u8 | 1).collect();
         file.write_all(&noise).expect("written");
@@ -320,6 +323,7 @@ impl Bench {
                 &begin.volumes,
                 &SystemRandom,
             ),
+            spool: Spool::new(Arc::new(SystemStorage), &self.folder.path().join("spool"), GROUP, self.limits),
             clock: Arc::new(SystemClock::new()),
             random: Arc::new(SystemRandom),
             status: Arc::clone(&status),
