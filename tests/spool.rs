@@ -55,7 +55,7 @@ fn points_wait_on_the_volume_they_are_of_and_outlive_their_agent() -> Result<()>
         tool("sync", &[])?;
         status(&site, "a capture", |status| status["captured_epoch"].as_u64() > captured).map(drop)
     };
-    (0..14).try_for_each(write)?;
+    (0..28).try_for_each(write)?;
     let waiting = status(&site, "the spool", |status| number(&status["spool"]["spooled_bytes"]) > 4 * MIB)?;
     ensure!(number(&waiting["spool"]["waiting_points"]) > 4, "{waiting}");
     let frames = site.state.join("groups/main/spool/frames");
