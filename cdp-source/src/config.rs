@@ -25,6 +25,8 @@ const GROUP_KEYS: &[&str] = &[
     "capture_bytes_max",
     "audit_interval_s",
     "exclude",
+    "spool_bytes_max",
+    "spool_points_max",
     "freeze",
     "freeze_deadline_ms",
     "hooks",
@@ -66,6 +68,12 @@ pub struct GroupConfig {
     /// Files that are not captured where they are written: they stand as holes in the points.
     #[serde(default)]
     pub exclude: Vec<PathBuf>,
+    /// Bytes on the disk for what the line does not take; 0: none.
+    #[serde(default = "default_spool_bytes_max")]
+    pub spool_bytes_max: u64,
+    /// Points that may wait for the line; older ones are merged.
+    #[serde(default = "default_spool_points_max")]
+    pub spool_points_max: u64,
     /// Whether its file systems may be frozen for a cut.
     #[serde(default)]
     pub freeze: FreezePolicy,
@@ -194,6 +202,14 @@ const fn default_capture_bytes_max() -> u64 {
     32 * MIB
 }
 
+const fn default_spool_bytes_max() -> u64 {
+    1024 * MIB
+}
+
+const fn default_spool_points_max() -> u64 {
+    1000
+}
+
 impl GroupConfig {
     /// Milliseconds a cut may try to validate.
     #[must_use]
@@ -211,6 +227,8 @@ impl GroupConfig {
             cut_bound_ms: None,
             capture_bytes_max: default_capture_bytes_max(),
             exclude: Vec::new(),
+            spool_bytes_max: default_spool_bytes_max(),
+            spool_points_max: default_spool_points_max(),
             freeze: FreezePolicy::default(),
             freeze_deadline_ms: default_deadline_ms(),
             hooks: None,
@@ -237,6 +255,15 @@ impl GroupConfig {
                 "capture_bytes_max = {} is not within 1048576 to 4294967296",
                 self.capture_bytes_max
             ));
+        }
+        if self.spool_bytes_max != 0 && !(64 * MIB..=1024 * 1024 * MIB).contains(&self.spool_bytes_max) {
+            return refuse(format!(
+                "spool_bytes_max = {} is neither 0 nor within 67108864 to 1099511627776",
+                self.spool_bytes_max
+            ));
+        }
+        if !(16..=10_000).contains(&self.spool_points_max) {
+            return refuse(format!("spool_points_max = {} is not within 16 to 10000", self.spool_points_max));
         }
         if !(100..=60_000).contains(&self.freeze_deadline_ms) {
             return refuse(format!("freeze_deadline_ms = {} is not within 100 to 60000", self.freeze_deadline_ms));
@@ -310,7 +337,7 @@ impl Config {
     }
 
     /// Refuses files of the state folder `root` among what is to be left out: configuration, keys and certificates are part of the
-    /// points, and the digests are left out anyway.
+    /// points, and digests and spool are left out anyway.
     ///
     /// # Errors
     /// Where there is one.
@@ -320,7 +347,7 @@ impl Config {
         let Some((group, path)) = files.find(|(_, path)| path.starts_with(root)) else { return Ok(()) };
         let path = path.display();
         Err(ConfigError::Value(format!(
-            "groups.{group}: exclude: {path} lies in the state folder; its digests are left out anyway, nothing else of it ever is"
+            "groups.{group}: exclude: {path} lies in the state folder; its digests and its spool are left out anyway, nothing else of it ever is"
         )))
     }
 }
@@ -405,80 +432,4 @@ fn inline_table(what: &str) -> ConfigError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn volume(name: &str, slot: u16) -> VolumeConfig {
-        VolumeConfig {
-            name: name.into(),
-            slot: VolumeSlot(slot),
-            device: format!("/dev/{name}").into(),
-            tracker: TrackerChoice::Auto,
-        }
-    }
-
-    #[test]
-    fn volumes_come_and_go_and_comments_stay() {
-        let text = "# ours\nmetrics_listen = \"127.0.0.1:9108\" # scraped\n";
-        let text = with_volume(text, "main", &volume("data", 0)).expect("added");
-        let text = with_volume(&text, "main", &volume("log", 1)).expect("added");
-        let text = without_volume(&text, "main", "data").expect("removed");
-        assert!(text.contains("# ours") && text.contains("# scraped"), "{text}");
-        let config = Config::parse(&text).expect("valid");
-        assert_eq!(config.groups["main"].volumes, [volume("log", 1)]);
-        assert_eq!(config.groups["main"].interval_ms, 1000);
-        assert_eq!(config.groups["main"].cut_bound_ms(), 250);
-    }
-
-    #[test]
-    fn the_closest_known_key_is_named_at_every_level() {
-        for (text, closest) in [
-            ("metrics_listn = 1", "metrics_listen"),
-            ("[groups.main]\nintervall_ms = 1", "interval_ms"),
-            ("[groups.main]\nexcludes = []", "exclude"),
-            ("[[groups.main.volumes]]\ndevise = 'x'", "device"),
-            ("[groups.main]\nhooks.precut = ['/x']", "pre_cut"),
-        ] {
-            let error = Config::parse(text).expect_err("unknown key");
-            assert_eq!(error.hint(), Some(format!("did you mean `{closest}`?")), "{text}");
-        }
-    }
-
-    #[test]
-    fn values_out_of_range_and_contradictions_are_refused() {
-        let two = |a: &str, b: &str| format!("[[groups.main.volumes]]\n{a}\n[[groups.main.volumes]]\n{b}\n");
-        for (text, part) in [
-            ("packing = 'zstd-20'".to_owned(), "is none of"),
-            ("[groups.main]\ninterval_ms = 0".to_owned(), "interval_ms = 0"),
-            ("[groups.main]\ninterval_ms = -5".to_owned(), "read source.toml"),
-            ("[groups.main]\ncut_bound_ms = 0".to_owned(), "cut_bound_ms = 0"),
-            ("[groups.main]\ncapture_bytes_max = 7".to_owned(), "capture_bytes_max = 7"),
-            ("[groups.main]\nfreeze = 'always'".to_owned(), "read source.toml"),
-            ("[groups.main]\nfreeze_deadline_ms = 5".to_owned(), "freeze_deadline_ms = 5"),
-            ("[groups.main]\nhooks.pre_cut = []".to_owned(), "hooks.pre_cut is empty"),
-            ("[groups.main]\nhooks.pre_cut = '/x'".to_owned(), "read source.toml"),
-            ("[groups.main]\nhooks.pre_cut = ['sh']".to_owned(), "hooks.pre_cut does not begin with"),
-            ("[groups.main]\nhooks.post_cut = ['/x']".to_owned(), "read source.toml"),
-            ("[groups.main]\nhooks = { pre_cut = ['/x'], deadline_ms = 0 }".to_owned(), "hooks.deadline_ms = 0"),
-            ("[groups.'.x']".to_owned(), "a name is"),
-            (two("name='a'\nslot=0\ndevice='/a'", "name='a'\nslot=1\ndevice='/b'"), "two volumes are named"),
-            (two("name='a'\nslot=0\ndevice='/a'", "name='b'\nslot=0\ndevice='/b'"), "have slot 0"),
-            ("[[groups.main.volumes]]\nname='a'\nslot=0\ndevice='a'".to_owned(), "no absolute path"),
-            ("[groups.main]\nexclude = ['a']".to_owned(), "exclude: a is no absolute path"),
-            (format!("[groups.main]\nexclude = [{}]", "'/a',".repeat(65)), "exclude has 65 files"),
-            ("groups = [".to_owned(), "read source.toml"),
-        ] {
-            let error = Config::parse(&text).expect_err(&text);
-            assert!(error.to_string().contains(part), "{text}: {error}");
-        }
-    }
-
-    #[test]
-    fn files_of_the_state_folder_are_not_excluded() {
-        let config =
-            Config::parse("[groups.main]\nexclude = ['/srv/scratch', '/var/lib/cdp/identity/key.pem']").expect("valid");
-        assert!(config.refuse_excludes_in(Path::new("/srv/other")).is_ok());
-        let error = config.refuse_excludes_in(Path::new("/var/lib/cdp")).expect_err("refused").to_string();
-        assert!(error.contains("/var/lib/cdp/identity/key.pem lies in the state folder"), "{error}");
-    }
-}
+mod tests;

@@ -13,15 +13,15 @@
 mod slots;
 mod state;
 mod told;
+mod under_way;
 mod volume;
 
 use crate::audit::Found;
 use crate::capture::{BlockContent, Capture};
-use crate::encoder::BlockDigests;
 use crate::reader;
 use cdp_protocol::record::Volume;
 use cdp_protocol::seal::{Digest, DigestKey};
-use cdp_protocol::units::{AttemptId, Block, Epoch, Extent, GroupId, Head, Timestamp, VolumeSlot, blocks_in};
+use cdp_protocol::units::{AttemptId, Block, Extent, GroupId, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::random::{self, Random};
 use cdp_seams::storage::Storage;
 use roaring::RoaringBitmap;
@@ -34,6 +34,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 pub use told::Told;
+pub use under_way::Replacement;
+use under_way::UnderWay;
 use volume::VolumeDigests;
 
 /// Digests in memory at which they are written at once: about 4 MiB of them.
@@ -89,15 +91,6 @@ pub enum Answer {
     Differs,
     /// It is on its way.
     NotNow,
-}
-
-/// An attempt that was captured and is not acked, or is an acked part.
-struct UnderWay {
-    epoch: Epoch,
-    attempt: AttemptId,
-    blocks: Vec<RoaringBitmap>,
-    unreadable: Vec<RoaringBitmap>,
-    digests: Vec<BlockDigests>,
 }
 
 impl Digests {
@@ -355,31 +348,11 @@ impl Digests {
         proofs.min().filter(|time| time.0 > 0)
     }
 
-    /// An attempt is under way with these blocks of each volume.
-    pub fn captured(
-        &mut self,
-        epoch: Epoch,
-        attempt: AttemptId,
-        blocks: Vec<RoaringBitmap>,
-        unreadable: Vec<RoaringBitmap>,
-    ) {
-        if self.phase != Phase::Off {
-            self.under_way.push_back(UnderWay { epoch, attempt, blocks, unreadable, digests: Vec::new() });
-        }
-    }
-
-    /// The digests of an attempt's blocks with content.
-    pub fn encoded(&mut self, attempt: AttemptId, digests: Vec<BlockDigests>) {
-        if let Some(under_way) = self.under_way.iter_mut().find(|under_way| under_way.attempt == attempt) {
-            under_way.digests = digests;
-        }
-    }
-
     /// A part is durable. Its digests are those of the point that takes it in, once that is acked.
     pub fn part_acked(&mut self, attempt: AttemptId) {
         let Some(at) = self.under_way.iter().position(|under_way| under_way.attempt == attempt) else { return };
         if let Some(part) = self.under_way.remove(at) {
-            for (volume, blocks) in self.volumes.iter_mut().zip(&part.blocks) {
+            for (volume, blocks) in self.volumes.iter_mut().zip(&*part.blocks) {
                 volume.in_parts |= blocks;
             }
             self.take_in(&part);
@@ -406,7 +379,7 @@ impl Digests {
     /// Nothing that is under way will be part of a point.
     pub fn void(&mut self) {
         for under_way in std::mem::take(&mut self.under_way) {
-            for (volume, blocks) in self.volumes.iter_mut().zip(&under_way.blocks) {
+            for (volume, blocks) in self.volumes.iter_mut().zip(&*under_way.blocks) {
                 // It may have become a point unheard.
                 volume.forget_all(blocks);
             }
@@ -414,20 +387,6 @@ impl Digests {
         for volume in &mut self.volumes {
             let parts = std::mem::take(&mut volume.in_parts);
             volume.forget_all(&parts);
-        }
-    }
-
-    fn take_in(&mut self, attempt: &UnderWay) {
-        for (at, volume) in self.volumes.iter_mut().enumerate() {
-            let (blocks, unreadable) = (&attempt.blocks[at], &attempt.unreadable[at]);
-            volume.forget_all(blocks);
-            let digests = attempt.digests.iter().filter(|digests| digests.volume == volume.slot);
-            let mut holes = blocks - unreadable;
-            for (block, digest) in digests.flat_map(|digests| &digests.blocks) {
-                holes.remove(block.0);
-                volume.young.insert(block.0, *digest);
-            }
-            volume.young_holes |= holes;
         }
     }
 

@@ -25,6 +25,7 @@ pub mod saved;
 pub mod sender;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod spool;
 pub mod stack;
 pub mod state;
 pub mod tracker;

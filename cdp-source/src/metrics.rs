@@ -17,6 +17,14 @@ pub const ACKED_EPOCH: &str = "cdp_source_acked_epoch";
 pub const DIRTY_BYTES: &str = "cdp_source_dirty_bytes";
 /// Bytes of frames captured and not acked.
 pub const UNACKED_BYTES: &str = "cdp_source_unacked_bytes";
+/// Points captured and not handed over to be sent.
+pub const SPOOL_POINTS: &str = "cdp_source_spool_points";
+/// Bytes of frames captured and not handed over to be sent.
+pub const SPOOL_BYTES: &str = "cdp_source_spool_bytes";
+/// Seconds since the oldest of these points was cut; 0 where none waits.
+pub const SPOOL_OLDEST_SECONDS: &str = "cdp_source_spool_oldest_seconds";
+/// Points since the agent's start that were merged into later ones.
+pub const SPOOL_MERGES_TOTAL: &str = "cdp_source_spool_merges_total";
 /// Bytes of frames acked since the agent's start.
 pub const ACKED_BYTES_TOTAL: &str = "cdp_source_acked_bytes_total";
 /// Bytes of blocks since the agent's start that were marked and held what the target had already.
@@ -112,9 +120,13 @@ pub fn record(status: &GroupStatus) {
     }
     set(DIRTY_BYTES, status.dirty_bytes as f64);
     set(UNACKED_BYTES, status.unacked_bytes as f64);
+    set(SPOOL_POINTS, status.spool.waiting_points as f64);
+    set(SPOOL_BYTES, status.spool.waiting_bytes as f64);
+    set(SPOOL_OLDEST_SECONDS, status.spool.oldest_waiting_ms.unwrap_or(0) as f64 / 1000.0);
     set(FAILED_CUTS, status.failed_cuts as f64);
     set(CONTINUOUS, f64::from(u8::from(status.state == GroupPhase::Continuous)));
     let count = |name: &'static str, total: u64| counter!(name, "group" => group()).absolute(total);
+    count(SPOOL_MERGES_TOTAL, status.spool.merged_points);
     count(ACKED_BYTES_TOTAL, status.acked_bytes);
     count(UNCHANGED_BYTES_TOTAL, status.unchanged_bytes);
     count(PROVED_BLOCKS_TOTAL, status.audit.proved_blocks);

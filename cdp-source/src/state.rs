@@ -7,6 +7,7 @@
 //! groups/NAME/data.key      the data key, mode 0600
 //! groups/NAME/tracking/     what the group's tracker keeps, and what a stop leaves for the next boot (`saved`)
 //! groups/NAME/digests/      what the target holds of each block (`digests`)
+//! groups/NAME/spool/        what the line has not taken (`spool`)
 //! lock, changes.lock        one agent at a time; one change of the configuration at a time
 //! run.sock                  the agent's control socket
 //! ```
@@ -170,6 +171,12 @@ impl StateFolder {
     #[must_use]
     pub fn digests(&self, group: &str) -> PathBuf {
         self.root.join("groups").join(group).join("digests")
+    }
+
+    /// What a group's line has not taken.
+    #[must_use]
+    pub fn spool(&self, group: &str) -> PathBuf {
+        self.root.join("groups").join(group).join("spool")
     }
 
     /// The configuration's text; empty where there is none.

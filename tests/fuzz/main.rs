@@ -86,6 +86,7 @@ targets! {
     join: words::JoinWords,
     bundle: words::BundleText,
     memo: words::MemoFormat,
+    spool_index: words::SpoolIndex,
     group_state: words::GroupStateText,
     saved_record: words::SavedRecord,
 }

@@ -9,14 +9,16 @@ use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{
     self, GroupOpened, Instance, OpenGroup, PointSummary, RefusalReason, Resume, SourceMessage, TargetMessage, Verdict,
 };
-use cdp_protocol::record::{PartChain, Volume};
+use cdp_protocol::record::{FrameList, Meters, PartChain, Volume};
 use cdp_protocol::session::memo::Memo;
+use cdp_protocol::session::source::{CommitDraft, End};
 use cdp_protocol::units::{
     AttemptId, Block, Class, Epoch, FrameHash, Generation, GroupId, Head, KeyId, OfficeId, Sequence, Timestamp,
     VolumeSlot,
 };
 use cdp_seams::storage::{Storage, replace, sim::SimStorage};
 use cdp_source::saved::{Found, Saved, SavedVolume};
+use cdp_source::spool::{Index, IndexEntry, Place};
 use cdp_source::state::{GroupState, StateFolder};
 use roaring::RoaringBitmap;
 use serde::Serialize;
@@ -273,6 +275,59 @@ impl Format for MemoFormat {
         // Nothing is a memo that knows nothing; an older version is read, and written by this one.
         let is_other_form = bytes.is_empty() || bytes[4] == 1;
         Some(if is_other_form { bytes.to_vec() } else { memo.encode() })
+    }
+}
+
+/// What is in a source's spool.
+pub(crate) struct SpoolIndex;
+
+impl Format for SpoolIndex {
+    const CHECK: Check = Check::Crc;
+    const ONE_FORM: bool = true;
+
+    fn specimens() -> Vec<Vec<u8>> {
+        let entry = |number: u8, end| IndexEntry {
+            epoch: Epoch(7),
+            attempt: AttemptId([number; 16]),
+            parts_before: u32::from(number),
+            list: FrameList { count: 2, hash: FrameHash([number; 32]) },
+            end,
+            place: Place { slabs: vec![3, u32::from(number)], frames: vec![100, 70_000] },
+        };
+        let draft = CommitDraft {
+            class: Class::Crash,
+            cut_time: Timestamp(1_800_000_000_000),
+            meters: Meters { cut_rounds: 2, dirty_blocks: 9, ..Meters::default() },
+            first_epoch: Epoch(4),
+            after_rollback_to: None,
+            label: Some("nightly".into()),
+            volumes: Vec::new(),
+        };
+        let entries = vec![entry(0, End::Part), entry(1, End::Commit(draft))];
+        let index = |entries| Index { number: 5, group: GROUP, generation: Generation(3), slab_bytes: 65536, entries };
+        vec![index(entries).encode(), index(Vec::new()).encode()]
+    }
+
+    fn mend(bytes: &mut [u8]) {
+        let Some(len) = bytes.get(52..56).map(|len| u32::from_le_bytes(len.try_into().expect("four bytes"))) else {
+            return;
+        };
+        let Some((summed, rest)) = bytes.split_at_mut_checked(len as usize) else { return };
+        if let Some(place) = rest.get_mut(..4) {
+            place.copy_from_slice(&crc32fast::hash(summed).to_le_bytes());
+        }
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
+        let encoded = Index::decode(bytes)?.encode();
+        // What is left behind it of a longer one means nothing.
+        assert_eq!(encoded, bytes[..encoded.len()]);
+        (encoded.len() == bytes.len()).then_some(encoded)
+    }
+
+    /// An attempt takes more in memory than its few bytes.
+    fn memory_max(len: usize) -> usize {
+        (64 << 10) + 32 * len
     }
 }
 

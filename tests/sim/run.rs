@@ -12,6 +12,7 @@ use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::Fault;
 use cdp_source::cut::CutLimits;
 use cdp_source::sim::Profile;
+use cdp_source::spool::SpoolLimits;
 use cdp_target::journal::JournalLimits;
 
 use super::check::Depth;
@@ -48,6 +49,9 @@ struct Simulation {
     flips_left: u64,
     /// The group is frozen until an operator resolves it.
     is_frozen: bool,
+    /// Times a connection is tried in vain yet: with a spool a line may be down for long.
+    outage: u64,
+    is_spooling: bool,
     /// Events until the target's disk answers again.
     stalled: u64,
     /// When the target's points are looked after; none where they never are. Apart, so that the rest of a seed's history is its own.
@@ -64,12 +68,22 @@ pub(crate) enum Manner {
     Tended,
     /// The same, and the source keeps digests: what it put back is not sent.
     Thrifty,
+    /// The same again, and what the line does not take waits in a spool.
+    Spooling,
 }
 
 impl Manner {
-    /// Of the seeds that are gone through, every other one is thrifty.
+    /// Of the seeds that are gone through, every other one is thrifty; of the others every other one has a spool as well.
     pub(crate) const fn of(seed: u64) -> Self {
-        if seed.is_multiple_of(2) { Self::Tended } else { Self::Thrifty }
+        match seed % 4 {
+            0 => Self::Tended,
+            2 => Self::Spooling,
+            _ => Self::Thrifty,
+        }
+    }
+
+    const fn is_thrifty(self) -> bool {
+        matches!(self, Self::Thrifty | Self::Spooling)
     }
 }
 
@@ -110,11 +124,12 @@ fn run(seed: u64, sabotage: Sabotage, manner: Manner) -> Result<Tally, String> {
         simulation.step().map_err(|why| format!("step {step}: {why}"))?;
     }
     simulation.rest()?;
+    simulation.tally += simulation.source.tally;
     Ok(simulation.tally)
 }
 
 fn profile(random: &SimRandom, manner: Manner) -> Profile {
-    let repeat_permille = if manner == Manner::Thrifty { 200 + random.below(700) } else { 0 };
+    let repeat_permille = if manner.is_thrifty() { 200 + random.below(700) } else { 0 };
     Profile {
         repeat_permille,
         // The second volume ends within a block.
@@ -134,8 +149,16 @@ impl Simulation {
         let limits = CutLimits { bound: Duration::from_millis(random.below(20)), blocks_max: 4 + random.below(30) };
         let model = Model::new(&profile.sectors);
         let mut source = Source::new(random.next(), profile, limits, sabotage.of_tracker());
-        if manner == Manner::Thrifty {
+        if manner.is_thrifty() {
             source.save_bytes();
+        }
+        if manner == Manner::Spooling {
+            source.let_wait(SpoolLimits {
+                bytes_max: [2, 4, 12][random.below(3) as usize] << 20,
+                points_max: 3 + random.below(10),
+                memory_bytes_max: random.below(20_000),
+                window_epochs: 1 + random.below(4) as usize,
+            });
         }
         let limits = JournalLimits { segment_bytes_max: 1500 + random.below(20_000) };
         let target = Target::new(random.next(), limits, sabotage);
@@ -159,6 +182,8 @@ impl Simulation {
             harm_permille,
             flips_left,
             is_frozen: false,
+            outage: 0,
+            is_spooling: manner == Manner::Spooling,
             stalled: 0,
             upkeep: None,
             tally,
@@ -346,7 +371,9 @@ impl Simulation {
             self.source.start();
             return Ok(());
         }
-        if self.source.wants_line() && self.target.is_up() && self.wires.len() < WIRES_MAX {
+        if self.source.wants_line() && self.outage > 0 {
+            self.outage -= 1;
+        } else if self.source.wants_line() && self.target.is_up() && self.wires.len() < WIRES_MAX {
             self.connections += 1;
             let mut wire = Wire::new(self.connections);
             self.source.connect(&mut wire);
@@ -375,6 +402,9 @@ impl Simulation {
             wire.breaks(&self.random);
             let number = wire.number;
             self.source.line_down(number);
+        }
+        if self.is_spooling {
+            self.outage = self.random.below(40);
         }
     }
 
@@ -488,7 +518,8 @@ impl Simulation {
 
     /// Nothing goes wrong any more and nothing is written: all there is becomes a point, and everything is checked.
     fn rest(&mut self) -> Result<(), String> {
-        (self.line, self.stalled) = (LineFaults::default(), 0);
+        (self.line, self.stalled, self.is_spooling) = (LineFaults::default(), 0, false);
+        self.outage = 0;
         self.source.spare();
         self.target.disk.clear_faults();
         self.target.disk.set_free_bytes(u64::MAX);

@@ -3,7 +3,7 @@
 //! The group is the product's, stepped without its thread; the session is the product's, and this is what stands between the
 //! two and the line in the program (`sender/group.rs`), with every hand-over a step of its own.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -16,9 +16,9 @@ use cdp_protocol::message::{self, Instance, PROTOCOL_VERSION, RefusalReason, Sou
 use cdp_protocol::record::{Begin, Volume};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{GroupFacts, Next, Outgoing, SourceEvent, SourceSession};
-use cdp_protocol::units::{Epoch, Head, KeyId, Timestamp, VolumeSlot};
+use cdp_protocol::units::{AttemptId, Epoch, Head, KeyId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
-use cdp_seams::random::{SimRandom, array};
+use cdp_seams::random::{Random, SimRandom, array};
 use cdp_seams::storage::Storage;
 use cdp_seams::storage::sim::{Fault, SimStorage};
 use cdp_source::agent::group::steps::GroupSteps;
@@ -29,10 +29,12 @@ use cdp_source::digests::Digests;
 use cdp_source::encoder::Encoder;
 use cdp_source::exclusion::NothingExcluded;
 use cdp_source::sim::{Died, Instant, Profile, SimReader, SimTracker, World};
+use cdp_source::spool::{Spool, SpoolLimits};
 use cdp_source::state::MemoFile;
 
 use super::line::{OnStream, Wire};
 use super::model::{GROUP, Model, key};
+use super::tally::Tally;
 use super::trace::trace;
 
 const KEY_ID: KeyId = KeyId([1; 8]);
@@ -42,12 +44,32 @@ const STATE: &str = "/state";
 pub(crate) struct Source {
     pub(crate) world: Arc<World>,
     disk: SimStorage,
-    random: Arc<SimRandom>,
+    random: Arc<Witness>,
     sectors: Vec<u32>,
     limits: CutLimits,
     /// Whether it keeps digests, and sends nothing that has not changed.
     is_thrifty: bool,
+    /// What may wait for the line.
+    spool: SpoolLimits,
     agent: Option<Agent>,
+    /// What became of the spool.
+    pub(crate) tally: Tally,
+}
+
+/// Randomness that notes at which instant an attempt got its id: it may be submitted long after it was cut, by another agent.
+struct Witness {
+    random: SimRandom,
+    world: Arc<World>,
+    instants: Mutex<BTreeMap<AttemptId, Arc<Instant>>>,
+}
+
+impl Random for Witness {
+    fn fill(&self, bytes: &mut [u8]) {
+        self.random.fill(bytes);
+        if let Ok(id) = <[u8; 16]>::try_from(&*bytes) {
+            lock(&self.instants).insert(AttemptId(id), self.world.flipped());
+        }
+    }
 }
 
 /// An agent's process.
@@ -55,10 +77,13 @@ struct Agent {
     group: GroupSteps,
     end: Arc<Mutex<End>>,
     status: Arc<Mutex<GroupStatus>>,
+    /// Points that it has merged.
+    merged: u64,
 }
 
 /// The session, and what is on its way between it and the group.
 struct End {
+    witness: Arc<Witness>,
     session: Option<SourceSession>,
     world: Arc<World>,
     facts: GroupFacts,
@@ -90,7 +115,7 @@ fn encoder() -> Arc<Encoder> {
 impl Link for SimLink {
     fn submit(&self, outgoing: Outgoing) {
         let mut end = lock(&self.0);
-        let instant = end.world.flipped();
+        let instant = Arc::clone(&lock(&end.witness.instants)[&outgoing.attempt]);
         end.submissions.push_back((outgoing, instant));
     }
 
@@ -118,21 +143,31 @@ impl Source {
     pub(crate) fn new(seed: u64, profile: Profile, limits: CutLimits, sabotage: cdp_source::sim::Sabotage) -> Self {
         let disk = SimStorage::new(seed ^ 0xd15c);
         disk.create_dir_all(Path::new(STATE)).expect("no fault is set");
-        let (sectors, random) = (profile.sectors.clone(), Arc::new(SimRandom::new(seed ^ 0xa6e7)));
+        let sectors = profile.sectors.clone();
+        let world = World::new(seed, profile, sabotage);
+        let random = SimRandom::new(seed ^ 0xa6e7);
+        let random = Arc::new(Witness { random, world: Arc::clone(&world), instants: Mutex::default() });
         Self {
-            world: World::new(seed, profile, sabotage),
+            world,
             disk,
             random,
             sectors,
             limits,
             is_thrifty: false,
+            spool: SpoolLimits::new(0, 1000),
             agent: None,
+            tally: Tally::default(),
         }
     }
 
     /// Keeps digests from here on: to be said before the first agent starts.
     pub(crate) const fn save_bytes(&mut self) {
         self.is_thrifty = true;
+    }
+
+    /// Lets so much wait for the line from here on: to be said before the first agent starts.
+    pub(crate) const fn let_wait(&mut self, limits: SpoolLimits) {
+        self.spool = limits;
     }
 
     pub(crate) const fn is_up(&self) -> bool {
@@ -144,6 +179,7 @@ impl Source {
         trace(|| "agent starts".into());
         let facts = self.facts();
         let end = Arc::new(Mutex::new(End {
+            witness: Arc::clone(&self.random),
             session: None,
             world: Arc::clone(&self.world),
             facts: facts.clone(),
@@ -191,13 +227,16 @@ impl Source {
             opened: None,
             encoder: encoder(),
             digests,
+            spool: Spool::new(Arc::new(self.disk.clone()), &Path::new(STATE).join("spool"), GROUP, self.spool),
             clock: Arc::clone(&self.world.clock) as Arc<dyn Clock>,
             random: Arc::clone(&self.random) as Arc<_>,
             status: Arc::clone(&status),
         };
         let (sender, inputs) = channel();
         let started = Self::living(|| GroupSteps::start(setup, inputs, sender));
-        self.agent = started.and_then(Result::ok).map(|group| Agent { group, end, status });
+        self.agent = started.and_then(Result::ok).map(|group| Agent { group, end, status, merged: 0 });
+        let waiting = |agent: &Agent| lock(&agent.status).spool.waiting_points > 0;
+        self.tally.taken_up += u64::from(self.agent.as_ref().is_some_and(waiting));
         if self.after_disk() {
             self.agent = None;
         }
@@ -253,8 +292,8 @@ impl Source {
     /// Lets one of the next calls to the agent's state folder fail, or be the agent's last, perhaps its machine's.
     pub(crate) fn harm_disk(&self) {
         let faults = [Fault::Death, Fault::Error(ErrorKind::Other), Fault::Error(ErrorKind::StorageFull)];
-        let fault = faults[self.random.below(faults.len() as u64) as usize];
-        self.disk.fault_at(self.disk.calls() + self.random.below(6), fault);
+        let fault = faults[self.random.random.below(faults.len() as u64) as usize];
+        self.disk.fault_at(self.disk.calls() + self.random.random.below(6), fault);
     }
 
     /// A clean end of the agent.
@@ -270,7 +309,13 @@ impl Source {
 
     /// Lets the group do what is due. `Err` where the agent died of it, with the connection that it had.
     pub(crate) fn act(&mut self) -> Result<(), Option<u64>> {
-        self.with_group(GroupSteps::act)
+        let acted = self.with_group(GroupSteps::act);
+        if let Some(agent) = &mut self.agent {
+            let spool = lock(&agent.status).spool.clone();
+            self.tally.spooled += u64::from(spool.spooled_bytes > 0);
+            self.tally.merged += spool.merged_points - std::mem::replace(&mut agent.merged, spool.merged_points);
+        }
+        acted
     }
 
     /// Hands the group its next event.
@@ -299,7 +344,7 @@ impl Source {
         if is_down {
             self.disk.restart();
             self.disk.clear_faults();
-            if self.random.below(2) == 0 {
+            if self.random.random.below(2) == 0 {
                 trace(|| "source loses its power".into());
                 self.world.power_loss();
                 self.disk.power_cut();

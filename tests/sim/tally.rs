@@ -29,6 +29,12 @@ pub(crate) struct Tally {
     pub(crate) removed: u64,
     /// Packs that were rotten while everything was read of the journal.
     pub(crate) rotten_packs: u64,
+    /// Steps of a group after which some of what waited for the line was in its spool's file.
+    pub(crate) spooled: u64,
+    /// Points that were merged while they waited.
+    pub(crate) merged: u64,
+    /// Agents that went on with points of one before them.
+    pub(crate) taken_up: u64,
 }
 
 impl Tally {
@@ -52,5 +58,8 @@ impl AddAssign for Tally {
         self.prunes += other.prunes;
         self.removed += other.removed;
         self.rotten_packs += other.rotten_packs;
+        self.spooled += other.spooled;
+        self.merged += other.merged;
+        self.taken_up += other.taken_up;
     }
 }

@@ -6,9 +6,9 @@
 //! * nothing is written for an epoch but the tracker's own pinned memory, so that an idle volume stays idle.
 //!
 //! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
-//! what it finds out besides, `metering` what it counts, `answers` what it does when it is told something, `hooking` what is done around a
-//! point that is asked for, `opening` how it begins, `volumes` how it gets over devices that fail, `leaving` what it leaves behind, `standing`
-//! what others see.
+//! what it finds out besides, `metering` what it counts, `answers` what it does when it is told something, `spooling` what becomes of what
+//! the line does not take, `hooking` what is done around a point that is asked for, `opening` how it begins, `volumes` how it gets over devices
+//! that fail, `leaving` what it leaves behind, `standing` what others see.
 
 mod answers;
 mod auditing;
@@ -17,39 +17,26 @@ mod hooking;
 mod leaving;
 mod metering;
 mod opening;
+mod setup;
+mod spooling;
 mod standing;
 #[cfg(feature = "sim")]
 pub mod steps;
 mod volumes;
 
 pub use opening::FIRST_TRIES;
+pub use setup::{Connect, Devices, Ending, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest};
 
 use super::encoding::{Encoded, Encoding};
 use super::ledger::Ledger;
 use super::status::{AuditStatus, CutStatus, GroupStatus, HooksStatus};
 use crate::audit::Audit;
 use crate::audit::line::LineAudit;
-use crate::config::HooksConfig;
 use crate::control::{PointReply, Reply};
-use crate::cut::CutLimits;
-use crate::digests::Digests;
-use crate::encoder::Encoder;
-use crate::exclusion::Exclusion;
-use crate::freeze::Freezer;
-use crate::hooks::HookEvent;
-use crate::reader::BlockReader;
-use crate::saved::proofs::Proofs;
-use crate::saved::saving::Saver;
-use crate::tracker::Tracker;
 use capturing::Cuts;
-use cdp_protocol::record::Begin;
-use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::memo::Memo;
-use cdp_protocol::session::source::{GroupFacts, Outgoing, SourceEvent};
-use cdp_protocol::units::{BLOCK_BYTES, Epoch, Extent, Generation, Head, Timestamp, VolumeSlot, blocks_in};
-use cdp_seams::clock::Clock;
+use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::pulse;
-use cdp_seams::random::Random;
 use hooking::Hooked;
 use metering::Metering;
 use opening::first_open;
@@ -59,13 +46,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// Bytes captured and not acked above which nothing more is captured. With the capture being read and the one being
+/// Bytes captured and not acked above which nothing more is captured, unless the spool takes it. With the capture being read and the one being
 /// encoded (32 MiB each at most by default) it bounds the agent's memory to about 100 MiB.
 const UNACKED_BYTES_MAX: u64 = 32 << 20;
-/// Attempts captured and not acked above which nothing more is captured. Below what the sender takes without waiting: this
+/// Attempts captured and not acked above which nothing more is captured, unless the spool takes it. Below what the sender takes without waiting: this
 /// thread must never wait for the line, or nobody would let commits go.
 const ATTEMPTS_MAX: usize = 16;
-/// Epochs captured and not acked above which no cut is made: `session::SENT_MAX` commits may be under way.
+/// Epochs captured and not acked above which no cut is made, unless the spool takes it: `session::SENT_MAX` commits may be under way.
 const UNACKED_EPOCHS_MAX: u64 = 8;
 /// Blocks of a part: 8 MiB, so that four are under way at a time.
 const PART_BLOCKS: u64 = (8 << 20) / BLOCK_BYTES as u64;
@@ -86,137 +73,13 @@ const FREEZE_AFTER: u64 = 3;
 /// Cuts in a row that do not validate after which the group is called stalled.
 const FAILED_CUTS_MAX: u64 = 10;
 
-/// The way to the target.
-pub trait Link: Send {
-    /// Takes an attempt; of a generation that is over it is passed over.
-    fn submit(&self, outgoing: Outgoing);
-    /// The memo names this commit: it may leave.
-    fn proceed(&self, head: Head);
-    /// The volumes are as they were at `epoch`.
-    fn unchanged(&self, epoch: Epoch, as_of: Timestamp);
-    /// Asks which blocks the target was sent after a point.
-    fn list_changes(&self, since: Head);
-    /// Asks what the target holds of some blocks at its newest point, if that is this one.
-    fn list_digests(&self, _head: Head, _volume: VolumeSlot, _blocks: Extent) {}
-    /// What the line carries, in bytes a second, once that is known.
-    fn bytes_per_s(&self) -> Option<f64> {
-        None
-    }
-    /// Whether there is a line now.
-    fn is_connected(&self) -> bool;
-}
-
-/// What happens to a group.
-pub enum Input {
-    /// The line or the target says something.
-    Link(SourceEvent),
-    /// An attempt is encoded.
-    Encoded(Encoded),
-    /// A point is wanted now.
-    Point(PointRequest),
-    /// The hooks around a point have got further.
-    Hook(HookEvent),
-    /// The end. The tracking goes on in the kernel.
-    Stop(Ending),
-}
-
-/// What comes after a group's end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// It is started again at once.
-    Reload,
-    /// The agent ends, and with it perhaps the boot.
-    Agent,
-}
-
-/// A point that is wanted now.
-pub struct PointRequest {
-    /// Its name.
-    pub label: Option<String>,
-    /// Whether to answer only once it is acked.
-    pub wait: bool,
-    /// Where the answer goes.
-    pub reply: oneshot::Sender<Reply>,
-}
-
-/// What a group's volumes are watched and read with.
-pub struct Devices {
-    /// Watches them.
-    pub tracker: Box<dyn Tracker>,
-    /// Reads them.
-    pub reader: Box<dyn BlockReader>,
-    /// Says what of them is left out.
-    pub exclusion: Box<dyn Exclusion>,
-}
-
-/// Opens a group's volumes; tells in a line why not.
-pub type Opener = Box<dyn FnMut() -> Result<Devices, String> + Send>;
-/// Makes the way to the target, for a group that remembers this.
-pub type Connect = Box<dyn FnOnce(Memo) -> Box<dyn Link> + Send>;
-
-/// The memo beside the tracker's own, for when that is gone with a reboot: told on a new generation and at a clean end, never
-/// for an epoch. Without it a source that lost its tracking would not even know that it had points.
-pub trait KeptMemo: Send {
-    /// What was kept last; nothing where nothing was, or where it is damaged.
-    ///
-    /// # Errors
-    /// Where it cannot be read now, told in a line. A source that said that it knows nothing, and knew it again after its next
-    /// start, would be taken for two.
-    fn load(&self) -> Result<Memo, String>;
-    /// Keeps it, or logs why not: it is a help, not a promise.
-    fn keep(&self, memo: &Memo);
-}
-
-/// What a group is made of.
-pub struct GroupSetup {
-    /// What the target is told of it.
-    pub facts: GroupFacts,
-    /// Names the key, in each attempt.
-    pub begin: Begin,
-    /// The key.
-    pub data_key: DataKey,
-    /// From cut to cut.
-    pub interval: Duration,
-    /// In so long every block that nobody writes to is read once.
-    pub audit_interval: Duration,
-    /// How far a cut goes.
-    pub limits: CutLimits,
-    /// What is run around the cut of a point that is asked for.
-    pub hooks: Option<HooksConfig>,
-    /// Freezes its file systems where cuts do not validate.
-    pub freezer: Option<Freezer>,
-    /// Opens its volumes.
-    pub opener: Opener,
-    /// Makes its way to the target.
-    pub connect: Connect,
-    /// Its memo, kept beside the tracker's.
-    pub kept_memo: Box<dyn KeptMemo>,
-    /// Saves what is dirty when the agent ends, for another boot.
-    pub saver: Option<Saver>,
-    /// Which volumes are to be gone through soon.
-    pub proofs: Option<Proofs>,
-    /// Told when the volumes were opened for the first time.
-    pub opened: Option<oneshot::Sender<()>>,
-    /// Encodes.
-    pub encoder: Arc<Encoder>,
-    /// What the target holds.
-    pub digests: Digests,
-    /// Time.
-    pub clock: Arc<dyn Clock>,
-    /// Ids of attempts.
-    pub random: Arc<dyn Random>,
-    /// Where others see how it stands.
-    pub status: Arc<Mutex<GroupStatus>>,
-}
-
 /// Runs a group until `Input::Stop`, or until nobody can say so any more. `sender` is the other end of `inputs`.
 pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input>) {
     let _entered = pulse::enter(&format!("group {}", setup.facts.name));
     let Some((devices, memo, is_kept)) = first_open(&mut setup, inputs) else { return };
     // Where nobody waits for it, it does not matter.
     let _ = setup.opened.take().map(|opened| opened.send(()));
-    let mut group = Group::new(setup, devices, memo, sender);
-    group.memo_is_kept = is_kept;
+    let mut group = Group::new(setup, devices, (memo, is_kept), sender);
     let ending = loop {
         pulse::beat();
         match inputs.recv_timeout(group.wait()) {
@@ -243,11 +106,17 @@ struct Group {
     setup: GroupSetup,
     devices: Option<Devices>,
     link: Box<dyn Link>,
+    /// The volumes' places in the group.
+    slots: Vec<VolumeSlot>,
     encoding: Encoding,
     ledger: Ledger,
     memo: Memo,
-    /// Set once the target has taken the group up.
+    /// Set once the target has taken the group up, or what an agent before left in the spool goes on.
     open: Option<Open>,
+    /// Whether the target has taken the group up.
+    is_taken_up: bool,
+    /// Why nothing is written to the spool, when that was told last.
+    spool_failure: Option<String>,
     wanted: VecDeque<PointRequest>,
     /// A point that is made with hooks around it.
     hooked: Option<Hooked>,
@@ -319,7 +188,7 @@ enum Due {
 }
 
 impl Group {
-    fn new(mut setup: GroupSetup, devices: Devices, memo: Memo, sender: Sender<Input>) -> Self {
+    fn new(mut setup: GroupSetup, devices: Devices, (memo, memo_is_kept): (Memo, bool), sender: Sender<Input>) -> Self {
         let volume_blocks = setup.facts.volumes.iter().map(|volume| blocks_in(volume.size_bytes)).collect();
         let slots: Vec<VolumeSlot> = setup.facts.volumes.iter().map(|volume| volume.slot).collect();
         let connect = std::mem::replace(&mut setup.connect, Box::new(|_| unreachable!("connected once")));
@@ -330,6 +199,7 @@ impl Group {
                 // Without a group there is nobody to send it for.
                 let _ = sender.send(Input::Encoded(encoded));
             });
+        let metering = Metering::new(slots.clone());
         let mut group = Self {
             hooked: None,
             hooks: HooksStatus::default(),
@@ -338,10 +208,13 @@ impl Group {
             freeze_failure: None,
             ledger: Ledger::new(volume_blocks),
             link,
+            slots,
             encoding,
             devices: None,
             memo,
             open: None,
+            is_taken_up: false,
+            spool_failure: None,
             wanted: VecDeque::new(),
             awaited: Vec::new(),
             trouble: None,
@@ -349,7 +222,7 @@ impl Group {
             put_off: None,
             rescan: None,
             primed: false,
-            memo_is_kept: false,
+            memo_is_kept,
             next_cut: Duration::ZERO,
             unreadable_at: Duration::ZERO,
             ask_at: Duration::ZERO,
@@ -368,11 +241,12 @@ impl Group {
             audit: Audit::default(),
             line_audit: None,
             audit_counts: AuditStatus::default(),
-            metering: Metering::new(slots),
+            metering,
             opened_at: None,
             last_cut: None,
             setup,
         };
+        group.take_up_spool();
         group.take_up(devices);
         group.publish();
         group
@@ -385,19 +259,27 @@ impl Group {
             return self.reopen_at.saturating_sub(now).min(IDLE_WAIT);
         }
         let retain = self.retain_at.map_or(IDLE_WAIT, |at| at.saturating_sub(now));
-        let cut = match (self.open, self.may_capture()) {
-            (Some(_), true) if self.is_too_large() || self.is_point_due() => Duration::ZERO,
-            (Some(_), true) => self.next_cut.saturating_sub(now),
-            _ => IDLE_WAIT,
+        let cut = match self.due() {
+            Due::Part | Due::Cut => Duration::ZERO,
+            Due::Nothing if self.is_merge_due() => Duration::ZERO,
+            Due::Nothing if self.open.is_some() && self.may_capture() && !self.is_too_large() => {
+                self.next_cut.saturating_sub(now)
+            }
+            Due::Nothing => IDLE_WAIT,
         };
         cut.min(retain).min(IDLE_WAIT)
     }
 
+    /// Whether there is room for one more capture, in memory or in the spool.
     fn has_room(&self) -> bool {
         // Until the target has told what it was sent, nothing could be said to be unchanged.
         self.refused.is_none()
             && self.setup.digests.asking().is_none()
-            && self.ledger.unacked_bytes() < UNACKED_BYTES_MAX
+            && (self.fits_in_memory() || self.setup.spool.has_room(self.ledger.unacked_epochs()))
+    }
+
+    fn fits_in_memory(&self) -> bool {
+        self.ledger.unacked_bytes() < UNACKED_BYTES_MAX
             && self.ledger.unacked_epochs() < UNACKED_EPOCHS_MAX
             && self.ledger.attempts() < ATTEMPTS_MAX
     }
@@ -417,7 +299,7 @@ impl Group {
         if self.open.is_none() || !self.may_capture() {
             Due::Nothing
         } else if self.is_too_large() {
-            Due::Part
+            if self.may_take_part() { Due::Part } else { Due::Nothing }
         } else if now >= self.next_cut || self.is_point_due() {
             Due::Cut
         } else {
@@ -444,6 +326,7 @@ impl Group {
             self.fail(format!("{:#}", anyhow::Error::new(error)));
         }
         self.let_go_in_time();
+        self.tend_spool();
         if self.retain_at.is_some_and(|at| at <= self.setup.clock.monotonic()) {
             self.retain();
         }
@@ -461,13 +344,17 @@ impl Group {
             Input::Encoded(mut encoded) => {
                 self.metering.encoded(&mut encoded);
                 let Encoded { outgoing, digests, .. } = encoded;
-                self.setup.digests.encoded(outgoing.attempt, digests);
-                self.ledger.encoded(outgoing.attempt, outgoing.bytes);
-                self.link.submit(outgoing);
+                // One that was voided meanwhile is nobody's any more.
+                if let Some(blocks) = self.ledger.blocks_of(outgoing.attempt) {
+                    self.setup.digests.encoded(outgoing.attempt, digests);
+                    self.ledger.encoded(outgoing.attempt, outgoing.bytes);
+                    self.setup.spool.push(outgoing, blocks);
+                    self.feed();
+                }
             }
             Input::Point(request) => match self.trouble.as_ref().or(self.refused.as_ref()) {
                 Some(reason) => refuse(request, reason),
-                None if self.open.is_none() && !request.wait => {
+                None if !self.is_taken_up && !request.wait => {
                     refuse(request, "the target has not been reached yet");
                 }
                 None => {
@@ -485,6 +372,7 @@ impl Group {
     fn finish(mut self, ending: Ending) {
         self.retain();
         self.setup.digests.write();
+        self.setup.spool.leave(&self.memo);
         self.setup.kept_memo.keep(&self.memo);
         if ending == Ending::Agent {
             self.leave();

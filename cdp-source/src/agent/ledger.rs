@@ -6,6 +6,7 @@
 use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Epoch, Extent, Timestamp};
 use roaring::RoaringBitmap;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// A set of blocks of each volume.
 pub type Blocks = Vec<RoaringBitmap>;
@@ -36,8 +37,8 @@ pub struct Captured {
     /// Its cut's instant.
     pub cut_time: Timestamp,
     /// What it holds.
-    pub blocks: Blocks,
-    /// Bytes it takes in memory: of content first, of frames once it is encoded.
+    pub blocks: Arc<Blocks>,
+    /// Bytes it takes, in memory or in the spool: of content first, of frames once it is encoded.
     pub bytes: u64,
 }
 
@@ -153,12 +154,40 @@ impl Ledger {
         }
     }
 
+    /// Blocks of an attempt that is captured and not acked.
+    #[must_use]
+    pub fn blocks_of(&self, attempt: AttemptId) -> Option<Arc<Blocks>> {
+        let mut captured = self.captured.iter();
+        captured.find(|captured| captured.attempt == attempt).map(|captured| Arc::clone(&captured.blocks))
+    }
+
+    /// Others stand in the place of these attempts, which follow one another: with what is behind them they hold the same blocks.
+    pub fn replace(&mut self, attempts: &[AttemptId], others: Vec<Captured>) {
+        let is_gone = |captured: &Captured| attempts.contains(&captured.attempt);
+        let Some(at) = self.captured.iter().position(is_gone) else { return };
+        self.captured.retain(|captured| !is_gone(captured));
+        for (index, captured) in others.into_iter().enumerate() {
+            self.captured.insert(at + index, captured);
+        }
+    }
+
+    /// Of what is captured nothing will be acked but these: all else is to be captured again. Gives its attempts.
+    pub fn void_all_but(&mut self, kept: impl Fn(AttemptId) -> bool) -> Vec<AttemptId> {
+        let (kept, gone): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.captured).into_iter().partition(|captured| kept(captured.attempt));
+        self.captured = kept;
+        for captured in &gone {
+            self.carry_more(&captured.blocks);
+        }
+        gone.iter().map(|captured| captured.attempt).collect()
+    }
+
     /// What the tracker has to keep as `unacked`.
     #[must_use]
     pub fn unacked(&self) -> Blocks {
         let mut union = self.carry.clone();
         let kept = [&self.unreadable, &self.skipped];
-        for blocks in kept.into_iter().chain(self.captured.iter().map(|captured| &captured.blocks)) {
+        for blocks in kept.into_iter().chain(self.captured.iter().map(|captured| &*captured.blocks)) {
             for (union, blocks) in union.iter_mut().zip(blocks) {
                 *union |= blocks;
             }
@@ -211,7 +240,14 @@ mod tests {
 
     fn captured(number: u8, epoch: u64, is_part: bool, blocks: RoaringBitmap) -> Captured {
         let attempt = AttemptId([number; 16]);
-        Captured { epoch: Epoch(epoch), attempt, is_part, cut_time: Timestamp(0), blocks: vec![blocks], bytes: 1 }
+        Captured {
+            epoch: Epoch(epoch),
+            attempt,
+            is_part,
+            cut_time: Timestamp(0),
+            blocks: Arc::new(vec![blocks]),
+            bytes: 1,
+        }
     }
 
     #[derive(Clone, Debug)]

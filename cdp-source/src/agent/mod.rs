@@ -25,6 +25,7 @@ use crate::packing::Chooser;
 use crate::saved::proofs::Proofs;
 use crate::saved::saving::Saver;
 use crate::saved::taking::TakeUp;
+use crate::spool::{self, Spool, SpoolLimits};
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
 use anyhow::{Context, Result};
@@ -190,7 +191,8 @@ async fn start(
     let mut groups = Vec::new();
     // Whichever group's volume they lie on.
     let slots = config.groups.iter().flat_map(|(name, group)| group.volumes.iter().map(move |v| (name, v.slot)));
-    let own: Vec<PathBuf> = slots.map(|(name, slot)| digests::slots_path(&state.digests(name), slot)).collect();
+    let mut own: Vec<PathBuf> = slots.map(|(name, slot)| digests::slots_path(&state.digests(name), slot)).collect();
+    own.extend(config.groups.keys().map(|name| spool::file_path(&state.spool(name))));
     for (name, group) in config.groups {
         let own = own.clone();
         let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());
@@ -257,11 +259,14 @@ fn start_group(
     let left = TakeUp::new(Arc::clone(&storage), &folder, &state.kept_memo_path(name), data_key.digest_key());
     let saver = Saver::new(Arc::clone(&storage), &folder, Arc::clone(&clock), Arc::new(SystemRandom));
     let (opened, has_opened) = oneshot::channel();
+    let limits = SpoolLimits::new(config.spool_bytes_max, config.spool_points_max);
+    let spool = Spool::new(Arc::clone(state.storage()), &state.spool(name), facts.group, limits);
     let setup = GroupSetup {
         connect: uplink.connect(group_facts.clone(), inputs.clone()),
         facts: group_facts,
         begin,
         digests,
+        spool,
         data_key,
         interval: Duration::from_millis(config.interval_ms),
         audit_interval: Duration::from_secs(config.audit_interval_s),

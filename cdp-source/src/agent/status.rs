@@ -91,6 +91,9 @@ pub struct GroupStatus {
     pub unacked_epochs: u64,
     /// Bytes of frames captured and not acked.
     pub unacked_bytes: u64,
+    /// What waits for the line.
+    #[serde(default)]
+    pub spool: SpoolStatus,
     /// Bytes acked since the agent's start.
     pub acked_bytes: u64,
     /// Bytes of blocks since the agent's start that were marked and not sent, because the target held just that already.
@@ -125,6 +128,25 @@ pub struct GroupStatus {
     pub tracker: TrackerStatus,
 }
 
+/// What was captured and was not handed over to be sent, since so much of what was is not acked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpoolStatus {
+    /// Points that wait.
+    pub waiting_points: u64,
+    /// Bytes of frames that wait.
+    pub waiting_bytes: u64,
+    /// Bytes of them that are on the disk.
+    pub spooled_bytes: u64,
+    /// When the oldest point that waits was cut.
+    pub oldest_waiting: Option<Timestamp>,
+    /// How long ago that is, in milliseconds.
+    pub oldest_waiting_ms: Option<u64>,
+    /// Points since the agent's start that were merged into later ones, because there were too many or too little room.
+    pub merged_points: u64,
+    /// Why nothing is written to the disk until the agent's next start.
+    pub failure: Option<String>,
+}
+
 /// How the hooks went.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HooksStatus {
@@ -157,7 +179,7 @@ pub enum ExcludeKind {
     Configured,
     /// The kernel swaps to it.
     Swap,
-    /// The agent's own digests.
+    /// The agent's own digests, and its spool.
     Own,
 }
 

@@ -3,7 +3,8 @@
 use super::failure::UserError;
 use super::{PointArgs, PointsArgs};
 use crate::agent::status::{
-    AgentStatus, AuditStatus, ExcludeKind, ExcludeStatus, GroupStatus, HooksStatus, TargetDifference, rfc3339,
+    AgentStatus, AuditStatus, ExcludeKind, ExcludeStatus, GroupStatus, HooksStatus, SpoolStatus, TargetDifference,
+    rfc3339,
 };
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
@@ -123,6 +124,7 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
         ));
     }
     lines.extend(group.tracker.taken_up.as_ref().map(|record| format!("  tracking goes on from {record}")));
+    lines.extend(spool_line(&group.spool));
     lines.extend(trust_line(&group.tracker.trust));
     lines.extend(audit_line(&group.audit));
     lines.extend(target_audit_line(&group.audit));
@@ -217,6 +219,21 @@ fn freeze_line(group: &GroupStatus) -> Option<String> {
     let failure = group.freeze_failure.as_ref().map_or_else(String::new, |reason| format!("; the last time: {reason}"));
     (group.freezes > 0 || !failure.is_empty())
         .then(|| format!("  file systems frozen for a cut: {} times{failure}", group.freezes))
+}
+
+/// What waits for the line, where anything does, was merged, or cannot be kept.
+fn spool_line(spool: &SpoolStatus) -> Option<String> {
+    let SpoolStatus { waiting_points, waiting_bytes, spooled_bytes, oldest_waiting_ms, merged_points, failure, .. } =
+        spool;
+    if *waiting_points == 0 && *merged_points == 0 && failure.is_none() {
+        return None;
+    }
+    let oldest = oldest_waiting_ms.map_or_else(String::new, |ms| format!(", the oldest {} s old", ms / 1000));
+    let failure =
+        failure.as_ref().map_or_else(String::new, |failure| format!("; nothing is written to the disk: {failure}"));
+    Some(format!(
+        "  spool: {waiting_points} points wait{oldest}, {waiting_bytes} bytes, {spooled_bytes} of them on the disk; {merged_points} merged{failure}"
+    ))
 }
 
 /// What there is to say of the tracking's counts, where they are not all as they should be.

@@ -1,8 +1,9 @@
 //! A group's digests against a target in memory: what is left out of a capture is what the target's newest point holds.
 
 use super::*;
+use crate::encoder::BlockDigests;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::{BLOCK_BYTES, Block, FrameHash};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, FrameHash};
 use cdp_seams::random::SimRandom;
 use cdp_seams::storage::sim::{Fault, SimStorage};
 use proptest::prelude::{Strategy, any, prop_oneof, proptest};

@@ -37,6 +37,8 @@ impl Group {
                     self.acked_bytes += part.bytes;
                     self.retain_soon();
                 }
+                self.setup.spool.part_acked(attempt, epoch, parts);
+                self.feed();
             }
             SourceEvent::Busy { reason, retry_after_ms } => {
                 let text = format!("the target takes nothing for now: {reason}");
@@ -65,6 +67,7 @@ impl Group {
                 tracing::info!(group = self.setup.facts.name, "what was under way is void and captured again");
                 self.ledger.void();
                 self.setup.digests.void();
+                self.setup.spool.void(&self.memo);
                 self.refuse_awaited("the point was voided by a new generation; ask again");
             }
         }
@@ -80,8 +83,11 @@ impl Group {
     ) {
         self.refused = None;
         self.opened_at.get_or_insert(self.setup.clock.monotonic());
-        if !is_new && self.open.is_some() {
+        if !is_new && self.is_taken_up {
             return;
+        }
+        if !is_new {
+            self.check_taken_up(head, parts);
         }
         let newest = self.memo.head().map(|head| head.epoch).max(head.map(|head| head.epoch));
         let after = Epoch(newest.unwrap_or_default().0 + 1);
@@ -89,6 +95,7 @@ impl Group {
             tracing::info!(group = self.setup.facts.name, %generation, ?verdict, "a new generation: everything is compared");
             self.ledger.carry_everything();
             self.setup.digests.void();
+            self.setup.spool.void(&self.memo);
             self.rescan = match verdict {
                 Verdict::New => None,
                 Verdict::Continue => Some("a new generation".into()),
@@ -111,9 +118,19 @@ impl Group {
             _ => before,
         };
         self.memo_is_kept = false;
-        let next_epoch = parts.map_or(after, |(epoch, _)| epoch);
+        // What an agent before left in the spool, and what was captured behind that, goes first.
+        let next_epoch = match self.ledger.newest() {
+            Some(captured) if captured.is_part => captured.epoch,
+            Some(captured) => after.max(Epoch(captured.epoch.0 + 1)),
+            None => parts.map_or(after, |(epoch, _)| epoch),
+        };
         self.open = Some(Open { generation, next_epoch, after_rollback_to, has_point: head.is_some() && !is_new });
         self.next_cut = self.setup.clock.monotonic();
+        self.is_taken_up = true;
+        if let Some((epoch, parts)) = parts {
+            self.setup.spool.parts_held(epoch, parts);
+        }
+        self.feed();
     }
 
     pub(super) fn acked(&mut self, head: Head) {
@@ -121,6 +138,7 @@ impl Group {
         self.memo.acked(head);
         self.keep_memo();
         self.setup.digests.acked(head);
+        self.setup.spool.acked(head.epoch);
         if let Some(point) = self.ledger.acked(head.epoch) {
             self.acked_time = Some(point.cut_time);
             self.acked_bytes += point.bytes;
@@ -142,6 +160,7 @@ impl Group {
         for (point, reply) in done {
             let _ = reply.send(Reply::Point(PointReply { acked: true, ..point }));
         }
+        self.feed();
     }
 
     /// The target has lost what it held of these blocks: the next capture has them, whatever is known of them. Not kept for a
@@ -165,7 +184,10 @@ impl Group {
     pub(super) fn keep_memo(&mut self) -> bool {
         let Some(devices) = &mut self.devices else { return false };
         match devices.tracker.set_memo(&self.memo.encode()) {
-            Ok(()) => true,
+            Ok(()) => {
+                self.setup.spool.remember(&self.memo);
+                true
+            }
             Err(error) => {
                 self.fail(format!("{:#}", anyhow::Error::new(error)));
                 false

@@ -269,8 +269,9 @@ impl Group {
         let attempt = AttemptId(random::array(&*self.setup.random));
         let group = self.setup.facts.group;
         let sealer = Sealer::new(group, open.next_epoch, open.generation, attempt, &self.setup.data_key);
-        let blocks = capture.volumes.iter().map(|volume| volume.blocks().clone()).collect();
+        let blocks: Arc<Vec<_>> = Arc::new(capture.volumes.iter().map(|volume| volume.blocks().clone()).collect());
         let unreadable = capture.unreadable();
+        self.setup.digests.captured(open.next_epoch, attempt, Arc::clone(&blocks), unreadable.clone());
         let captured = Captured {
             epoch: open.next_epoch,
             attempt,
@@ -279,7 +280,6 @@ impl Group {
             blocks,
             bytes: to_bytes(capture.meters.content_blocks),
         };
-        self.setup.digests.captured(captured.epoch, attempt, captured.blocks.clone(), unreadable.clone());
         self.ledger.capture(captured, &unreadable);
         self.encoding.submit(Job { capture, sealer: Arc::new(sealer), end });
     }

@@ -2,7 +2,8 @@
 
 use super::{FAILED_CUTS_MAX, Group, lock};
 use crate::agent::ledger::to_bytes;
-use crate::agent::status::{AuditStatus, GroupPhase};
+use crate::agent::status::{AuditStatus, GroupPhase, SpoolStatus};
+use crate::spool::Waiting;
 use cdp_protocol::units::Timestamp;
 use roaring::RoaringBitmap;
 
@@ -23,6 +24,7 @@ impl Group {
         status.dirty_bytes = to_bytes(self.ledger.carried());
         status.unacked_epochs = self.ledger.unacked_epochs();
         status.unacked_bytes = self.ledger.unacked_bytes();
+        status.spool = self.spool_status(now);
         status.acked_bytes = self.acked_bytes;
         status.unchanged_bytes = self.unchanged_bytes;
         let oldest_proof = self.setup.digests.oldest_proof(&self.ledger.skipped);
@@ -46,6 +48,20 @@ impl Group {
         if let Some(devices) = &self.devices {
             status.excludes = devices.exclusion.report();
             status.tracker = devices.tracker.report().into();
+        }
+    }
+
+    fn spool_status(&self, now: Timestamp) -> SpoolStatus {
+        let spool = &self.setup.spool;
+        let Waiting { points, bytes, file_bytes, oldest } = spool.waiting();
+        SpoolStatus {
+            waiting_points: points,
+            waiting_bytes: bytes,
+            spooled_bytes: file_bytes,
+            oldest_waiting: oldest,
+            oldest_waiting_ms: oldest.map(|time| now.0.saturating_sub(time.0).max(0) as u64),
+            merged_points: spool.merges(),
+            failure: spool.failure().map(str::to_owned),
         }
     }
 
@@ -86,7 +102,7 @@ impl Group {
             (GroupPhase::Rescan, Some(reason.clone()))
         } else if !has_point {
             (GroupPhase::Seeding, None)
-        } else if !self.has_room() || self.is_too_large() {
+        } else if !self.has_room() || self.is_too_large() || self.setup.spool.waiting().points > 0 {
             (GroupPhase::Backlog, None)
         } else {
             (GroupPhase::Continuous, None)

@@ -20,9 +20,7 @@ impl GroupSteps {
     /// Where they cannot be opened now: the thread would try again.
     pub fn start(mut setup: GroupSetup, inputs: Receiver<Input>, sender: Sender<Input>) -> Result<Self, String> {
         let (devices, memo, is_kept) = open_once(&mut setup)?;
-        let mut group = Group::new(setup, devices, memo, sender);
-        group.memo_is_kept = is_kept;
-        Ok(Self { group, inputs })
+        Ok(Self { group: Group::new(setup, devices, (memo, is_kept), sender), inputs })
     }
 
     /// Takes one thing that has happened, and then what came back by the channel.

@@ -4,6 +4,7 @@
 
 mod hooks;
 mod line_audit;
+mod outage;
 
 use super::{Devices, Ending, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest, run};
 use crate::agent::status::{GroupPhase, GroupStatus};
@@ -14,6 +15,7 @@ use crate::digests::Digests;
 use crate::encoder::Encoder;
 use crate::exclusion::NothingExcluded;
 use crate::reader::{self, ReadTarget};
+use crate::spool::{Spool, SpoolLimits};
 use crate::tracker::scan::ScanTracker;
 use cdp_protocol::codec;
 use cdp_protocol::escrow::Envelope;
@@ -25,7 +27,7 @@ use cdp_protocol::session::chain::{Chain, Step};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{GroupFacts, Next, Outgoing, SourceEvent, SourceSession};
 use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, Generation, GroupId, Head, KeyId, Timestamp, VolumeSlot};
-use cdp_seams::clock::SystemClock;
+use cdp_seams::clock::{Clock as _, SystemClock};
 use cdp_seams::random::SystemRandom;
 use cdp_seams::storage::SystemStorage;
 use std::collections::BTreeMap;
@@ -244,6 +246,7 @@ struct Bench {
     target: Shared,
     hooks: Option<HooksConfig>,
     audit_interval: Duration,
+    limits: SpoolLimits,
 }
 
 struct Running {
@@ -255,7 +258,9 @@ struct Running {
 impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let bench = Self { folder, target: Shared::default(), hooks: None, audit_interval: Duration::from_secs(60) };
+        let limits = SpoolLimits::new(0, 1000);
+        let audit_interval = Duration::from_secs(60);
+        let bench = Self { folder, target: Shared::default(), hooks: None, audit_interval, limits };
         let mut file = std::fs::File::create(bench.image_path()).expect("made");
         let noise: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 512 * 31 + at) as u8 | 1).collect();
         file.write_all(&noise).expect("written");
@@ -337,6 +342,7 @@ impl Bench {
                 &begin.volumes,
                 &SystemRandom,
             ),
+            spool: Spool::new(Arc::new(SystemStorage), &self.folder.path().join("spool"), GROUP, self.limits),
             clock: Arc::new(SystemClock::new()),
             random: Arc::new(SystemRandom),
             status: Arc::clone(&status),
@@ -373,6 +379,15 @@ impl Running {
 
     fn status(&self) -> GroupStatus {
         self.status.lock().expect("no panic").clone()
+    }
+
+    /// Waits until the group says so of itself, which it does within a second of anything.
+    fn until(&self, what: &str, is_so: impl Fn(&GroupStatus) -> bool) {
+        let clock = SystemClock::new();
+        while !is_so(&self.status()) {
+            assert!(clock.monotonic() < DEADLINE, "waited too long until {what}: {:?}", self.status());
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -542,5 +557,41 @@ fn a_volume_that_changes_its_size_ends_the_points_and_a_refusal_is_told() {
         }
     };
     assert!(message.contains("bytes"), "{message}");
+    running.stop();
+}
+
+#[test]
+fn points_that_wait_while_the_volume_has_another_size_are_sent_once_it_is_back() {
+    let mut bench = Bench::new();
+    bench.limits = SpoolLimits { memory_bytes_max: 0, window_epochs: 2, ..SpoolLimits::new(64 << 20, 100) };
+    bench.answer(Verdict::New);
+    let running = bench.start();
+    running.acked_point(None);
+    bench.target.lock().is_deaf = true;
+    let mut images = Vec::new();
+    for number in 0..10 {
+        let captured = running.status().captured_epoch;
+        bench.write(number, number as u8 + 1);
+        images.push(bench.image());
+        running.until("it is captured", |status| status.captured_epoch > captured);
+    }
+    running.until("they wait", |status| status.spool.waiting_points >= 8 && status.spool.spooled_bytes > 0);
+    let file = std::fs::OpenOptions::new().write(true).open(bench.image_path()).expect("opened");
+    file.set_len(SIZE_BYTES as u64 / 2).expect("shrunk");
+    running.until("that is noticed", |status| status.state == GroupPhase::Stalled);
+    bench.target.change(|target| {
+        target.is_deaf = false;
+        target.pump();
+    });
+    // A commit leaves only where the memo can be kept, which lies with the tracking.
+    running.until("they still wait", |status| status.state == GroupPhase::Stalled && status.spool.waiting_points >= 8);
+    file.set_len(SIZE_BYTES as u64).expect("grown again, with zeros");
+    let is_all = |target: &Target| target.points.last().is_some_and(|point| point.2 == bench.image());
+    let target = bench.target.until("all is there", is_all);
+    assert!(target.points.len() > images.len() + 1, "{} points", target.points.len());
+    for (point, image) in target.points[1..].iter().zip(&images) {
+        assert!(point.2 == *image, "{} is exact", point.0.epoch);
+    }
+    drop(target);
     running.stop();
 }
