@@ -27,3 +27,4 @@ pub mod sim;
 pub mod stack;
 pub mod state;
 pub mod tracker;
+pub mod unprotected;
