@@ -130,8 +130,9 @@ async fn record_metrics(shared: Arc<Shared>) {
 
 /// Tells of mounted file systems that nobody copies: by the metric, and in the log when there are others than before.
 async fn watch_unprotected(shared: Arc<Shared>) {
-    let mut before = Vec::new();
+    let (mut before, mut every) = (Vec::new(), tokio::time::interval(UNPROTECTED_EVERY));
     loop {
+        every.tick().await;
         let found = shared.unprotected().await;
         metrics::record_unprotected(found.len());
         for entry in found.iter().filter(|entry| !before.contains(*entry)) {
@@ -139,7 +140,6 @@ async fn watch_unprotected(shared: Arc<Shared>) {
             tracing::warn!(%device, mounted_on, "a mounted file system is in no group");
         }
         before = found;
-        tokio::time::sleep(UNPROTECTED_EVERY).await;
     }
 }
 
