@@ -307,6 +307,35 @@ fn a_write_that_was_missed_is_found_by_the_audit() -> Result<()> {
     Ok(())
 }
 
+/// In each interval more changes than fits into one cut: parts go first, and the cut follows them at once.
+#[test]
+fn points_are_made_where_more_changes_between_two_than_fits_into_a_cut() -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    if !cdp_tests::privileged("points_are_made_where_more_changes_between_two_than_fits_into_a_cut") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let device = LoopDevice::new(&folder.path().join("disk.img"), 64 * MIB)?;
+    let mut site = Site::new(folder.path())?;
+    protect(&site, device.node())?;
+    site.set_group_option(&format!("capture_bytes_max = {MIB}"))?;
+    site.start_source()?;
+    let before = site.wait_for_points(1, PATIENCE)?.len();
+    let file = std::fs::File::options().write(true).open(device.node())?;
+    let mut written = 0;
+    // 256 KiB each 50 ms are five times as much in a second.
+    wait_for("points under load", PATIENCE, || {
+        file.write_all_at(&cdp_tests::files::content(written, MIB as usize / 4), written % 256 * (MIB / 4))?;
+        file.sync_data()?;
+        written += 1;
+        std::thread::park_timeout(Duration::from_millis(30));
+        let points = if written % 20 == 0 { site.points()?.len() } else { 0 };
+        Ok((points >= before + 5).then_some(()))
+    })?;
+    eprintln!("5 points while {} KiB were written", written * 256);
+    newest_point_equals(&site, device.node(), folder.path()).map(drop)
+}
+
 /// `kill -9` of the agent under load: its successor goes on from the pinned maps, and nothing is missing.
 #[test]
 fn a_killed_agents_successor_goes_on() -> Result<()> {

@@ -8,11 +8,13 @@
 mod cut;
 mod drain;
 mod first_copy;
+mod log_file;
 mod machine;
 mod packing;
 mod programs;
 mod scale;
 mod tracker;
+mod workloads;
 
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
@@ -21,12 +23,13 @@ use std::path::{Path, PathBuf};
 type Benchmark = fn(&Path) -> Result<()>;
 
 /// All there are, in the order they run.
-const BENCHMARKS: [(&str, Benchmark); 6] = [
+const BENCHMARKS: [(&str, Benchmark); 7] = [
     ("tracker", tracker::run),
     ("drain", drain::run),
     ("cut", cut::run),
     ("first-copy", first_copy::run),
     ("packing", packing::run),
+    ("workloads", workloads::run),
     ("scale", scale::run),
 ];
 

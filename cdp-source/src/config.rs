@@ -18,7 +18,7 @@ use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 /// Bytes the file may have.
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
-const ROOT_KEYS: &[&str] = &["metrics_listen", "packing", "groups"];
+const ROOT_KEYS: &[&str] = &["metrics_listen", "packing", "leave_unprotected", "groups"];
 const GROUP_KEYS: &[&str] = &[
     "interval_ms",
     "cut_bound_ms",
@@ -46,6 +46,9 @@ pub struct Config {
     /// How content is packed: `auto`, `lz4`, or `zstd-1` to `zstd-19`.
     #[serde(default)]
     pub packing: Setting,
+    /// Devices, or where they are mounted, that are in no group on purpose.
+    #[serde(default)]
+    pub leave_unprotected: Vec<PathBuf>,
     /// The groups by name.
     #[serde(default)]
     pub groups: BTreeMap<String, GroupConfig>,
@@ -329,6 +332,9 @@ impl Config {
         let raw: toml::Table = toml::from_str(text)?;
         check_all_keys(&raw)?;
         let mut config: Self = toml::from_str(text)?;
+        if let Some(path) = config.leave_unprotected.iter().find(|path| !path.is_absolute()) {
+            return Err(ConfigError::Value(format!("leave_unprotected: {} is no absolute path", path.display())));
+        }
         for (name, group) in &mut config.groups {
             group.volumes.sort_by_key(|volume| volume.slot);
             group.check(name)?;

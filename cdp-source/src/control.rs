@@ -55,7 +55,7 @@ pub enum Request {
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
     /// To `Status`.
-    Status(AgentStatus),
+    Status(Box<AgentStatus>),
     /// To `Reload`.
     Reloaded,
     /// To `Point`.

@@ -29,3 +29,4 @@ pub mod spool;
 pub mod stack;
 pub mod state;
 pub mod tracker;
+pub mod unprotected;

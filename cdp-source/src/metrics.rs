@@ -1,6 +1,6 @@
 //! Names of the metrics, and the exporter that serves them where `metrics_listen` asks for it.
 //!
-//! Base units, `_total` on counters; labels: the group, and the volume where the figure is a volume's.
+//! Base units, `_total` on counters; labels: the group, where it is a group's, and the volume where it is a volume's.
 
 use crate::agent::status::{GroupPhase, GroupStatus, VolumeStatus};
 use anyhow::{Context, Result};
@@ -70,6 +70,8 @@ pub const BLIND_WRITES_TOTAL: &str = "cdp_source_blind_writes_total";
 pub const RESCANS_TOTAL: &str = "cdp_source_rescans_total";
 /// 1 while no cut is made because the tracking is in doubt.
 pub const IN_DOUBT: &str = "cdp_source_tracker_in_doubt";
+/// Mounted file systems that no group holds and that are not to be left: above zero, there is data that nobody copies.
+pub const UNPROTECTED_FILE_SYSTEMS: &str = "cdp_source_unprotected_file_systems";
 
 /// Bytes that were issued to the volume's disk to be written, discarded or zeroed, since the agent's start; 0 where the tracker does not count.
 pub const VOLUME_WRITTEN_BYTES_TOTAL: &str = "cdp_source_volume_written_bytes_total";
@@ -99,6 +101,11 @@ pub fn serve(listen: SocketAddr) -> Result<()> {
         .with_http_listener(listen)
         .install()
         .with_context(|| format!("serve metrics: metrics_listen={listen}"))
+}
+
+/// Records how many file systems are in no group.
+pub fn record_unprotected(count: usize) {
+    gauge!(UNPROTECTED_FILE_SYSTEMS).set(count as f64);
 }
 
 /// Records how a group stands.

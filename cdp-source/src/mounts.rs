@@ -48,7 +48,7 @@ fn parse(text: &str, number_of: impl Fn(&str) -> Option<String>) -> Vec<Mount> {
 }
 
 /// Number of the block device behind a path; `None` for what is no path, or no block device.
-fn number_of(device: &str) -> Option<String> {
+pub(crate) fn number_of(device: &str) -> Option<String> {
     let found = stat(Path::new(device).has_root().then_some(device)?).ok()?;
     let is_block = rustix::fs::FileType::from_raw_mode(found.st_mode) == rustix::fs::FileType::BlockDevice;
     is_block.then(|| format!("{}:{}", major(found.st_rdev), minor(found.st_rdev)))

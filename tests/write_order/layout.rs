@@ -93,6 +93,25 @@ impl Layout {
         Self { alone, at_depth, buffered, mapped }
     }
 
+    /// Two layouts that are this one together.
+    pub(crate) fn halves(&self) -> (Self, Self) {
+        let of = |odd: usize| self.alone.iter().skip(odd).step_by(2).cloned().collect();
+        let nothing = 0..0;
+        (
+            Self { alone: of(0), at_depth: Vec::new(), buffered: nothing.clone(), mapped: self.mapped.clone() },
+            Self { alone: of(1), at_depth: self.at_depth.clone(), buffered: self.buffered.clone(), mapped: nothing },
+        )
+    }
+
+    /// The same as whoever writes through the disk sees it, on which the volume begins at `sector`.
+    pub(crate) fn behind(mut self, sector: u64) -> Self {
+        self.alone.iter_mut().chain(&mut self.at_depth).for_each(|chain| chain.first_sector += sector);
+        for area in [&mut self.buffered, &mut self.mapped] {
+            *area = area.start + sector..area.end + sector;
+        }
+        self
+    }
+
     /// One block rewritten flat out, and nobody else.
     pub(crate) fn one_block() -> Self {
         let mut plan = Plan { next_sector: 0, next_index: 0 };

@@ -17,6 +17,7 @@ mod layout;
 mod raw;
 mod record;
 mod slow;
+mod whole_path;
 mod writers;
 
 use anyhow::{Context, Result, bail, ensure};

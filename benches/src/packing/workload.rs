@@ -1,15 +1,16 @@
 //! Blocks that programs really change: a volume is looked at whenever a point is due, and what differs is kept.
 
+use crate::log_file::LogFile;
 use anyhow::{Context, Result};
 use cdp_protocol::units::BLOCK_BYTES;
 use cdp_tests::file_system::FileSystem;
 use cdp_tests::loop_device::LoopDevice;
-use cdp_tests::process::{Daemon, run, tool, wait_for};
+use cdp_tests::postgres::{self, Postgres};
+use cdp_tests::process::{Daemon, tool};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Points of each workload; half of them are measured.
@@ -47,11 +48,13 @@ pub(crate) fn pgbench(folder: &Path) -> Result<Workload> {
     let mount = FileSystem::Ext4.mount(device.node(), &folder.join("database"))?;
     // The database's user has to get there.
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
-    let database = Database::start(mount.folder())?;
+    let programs = postgres::programs("packing").context("PostgreSQL")?;
+    let data = mount.folder().join("data");
+    Postgres::init(&programs, &data, "checkpoint_timeout = '30s'\nmax_wal_size = '256MB'\n")?;
+    let database = Postgres::start(&programs, &data, &data.join("sockets"))?;
     database.tool("pgbench", &["-i", "-q", "-s", SCALE])?;
     let seconds = (5 * (POINTS + 3)).to_string();
-    let load = database.command("pgbench", &["-n", "-R", TRANSACTIONS, "-c", "8", "-T", &seconds]);
-    let load = Daemon::start(&mut { load })?;
+    let load = Daemon::start(&mut database.command("pgbench", &["-n", "-R", TRANSACTIONS, "-c", "8", "-T", &seconds]))?;
     let points = points(device.file(), Duration::from_secs(5), &mut || Ok(()))?;
     load.kill()?;
     drop(database);
@@ -65,33 +68,11 @@ pub(crate) fn log(folder: &Path, synced: bool) -> Result<Workload> {
     let device = LoopDevice::new(&folder.join(format!("{name}.img")), LOG_BYTES)?;
     FileSystem::Ext4.make(device.node())?;
     let mount = FileSystem::Ext4.mount(device.node(), &folder.join(name))?;
-    let mut file = File::options().create(true).append(true).open(mount.folder().join("messages"))?;
-    let mut number = 0_u64;
-    let mut line = || -> Result<()> {
-        number += 1;
-        let mut token = [0; 8];
-        cdp_tests::files::noise(number, &mut token);
-        let token = u64::from_le_bytes(token);
-        let (minute, second, ms) = (number / 60 % 60, number % 60, token % 1000);
-        writeln!(
-            file,
-            "2026-11-27T09:{minute:02}:{second:02}.{ms:03} office sshd[{}]: session {token:016x} of user{} opened",
-            1000 + token % 30_000,
-            token % 17
-        )?;
-        if synced {
-            file.sync_data()?;
-        }
-        Ok(())
-    };
-    // The log has been written for a while.
-    for _ in 0..500 {
-        line()?;
-    }
+    let mut log = LogFile::new(&mount.folder().join("messages"), synced)?;
     tool("sync", &[])?;
     let interval = Duration::from_secs(if synced { 1 } else { 5 });
-    let points = points(device.file(), interval, &mut line)?;
-    drop(file);
+    let points = points(device.file(), interval, &mut || log.line())?;
+    drop(log);
     mount.unmount()?;
     let name = if synced { "a log line a second, synced, 1 s" } else { "a log line a second, 5 s" };
     Ok(Workload { name, points })
@@ -153,50 +134,4 @@ fn changes(file: &Path, known: &mut [u8]) -> Result<Point> {
     // A block of zeros is a hole, and none of what is measured here.
     point.retain(|change| !cdp_protocol::codec::is_zero(&change.new));
     Ok(point)
-}
-
-/// A PostgreSQL server of its own; it ends when it is dropped.
-struct Database {
-    programs: PathBuf,
-    folder: PathBuf,
-}
-
-impl Database {
-    fn start(volume: &Path) -> Result<Self> {
-        let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
-            .context("PostgreSQL's programs")?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<Result<_>>()?;
-        versions.sort();
-        let programs = versions.pop().context("no version of PostgreSQL")?.join("bin");
-        let database = Self { programs, folder: volume.join("data") };
-        std::fs::create_dir(&database.folder)?;
-        let folder = database.folder.display().to_string();
-        tool("chown", &["postgres", &folder])?;
-        database.tool("initdb", &["--no-sync", "--auth=trust", "-D", &folder])?;
-        let options = format!(
-            "-c unix_socket_directories={folder} -c listen_addresses= -c checkpoint_timeout=30s -c max_wal_size=256MB"
-        );
-        let log = format!("{folder}/server.log");
-        database.tool("pg_ctl", &["-D", &folder, "-o", &options, "-l", &log, "--no-wait", "start"])?;
-        wait_for("the database", Duration::from_secs(60), || Ok(database.tool("pg_isready", &["-q"]).ok()))?;
-        Ok(database)
-    }
-
-    fn command(&self, program: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new("runuser");
-        command.args(["-u", "postgres", "--"]).arg(self.programs.join(program)).args(arguments);
-        command.env("PGHOST", &self.folder).env("PGDATABASE", "postgres").current_dir(&self.folder);
-        command
-    }
-
-    fn tool(&self, program: &str, arguments: &[&str]) -> Result<String> {
-        run(&mut self.command(program, arguments))
-    }
-}
-
-impl Drop for Database {
-    fn drop(&mut self) {
-        let _ = self.tool("pg_ctl", &["-D", &self.folder.display().to_string(), "-m", "immediate", "stop"]);
-    }
 }

@@ -131,13 +131,16 @@ impl Ledger {
         }
     }
 
-    /// A point is acked, and with it all before it. Gives back what it was, `None` where it was not captured here.
+    /// A point is acked, and with it all before it. Gives back what it was, with the bytes of everything that was acked only now: parts
+    /// may have no ack of their own. `None` where it was not captured here.
     pub fn acked(&mut self, epoch: Epoch) -> Option<Captured> {
-        let mut point = None;
+        let (mut point, mut bytes) = (None, 0);
         while self.captured.front().is_some_and(|captured| captured.epoch <= epoch) {
-            point = self.captured.pop_front().filter(|captured| captured.epoch == epoch);
+            let captured = self.captured.pop_front();
+            bytes += captured.as_ref().map_or(0, |captured| captured.bytes);
+            point = captured.filter(|captured| captured.epoch == epoch);
         }
-        point
+        point.map(|point| Captured { bytes, ..point })
     }
 
     /// A part is acked. It is durable at the target until its epoch's commit, or until a new generation, at which everything
@@ -291,14 +294,16 @@ mod tests {
                         let is_part = matches!(op, Op::Part(_));
                         number += 1;
                         ledger.capture(captured(number, epoch, is_part, taken.iter().copied().collect()), &[RoaringBitmap::new()]);
+                        ledger.encoded(AttemptId([number; 16]), number.into());
                         under_way.push((epoch, number, is_part, taken));
                         epoch += u64::from(!is_part);
                     }
                     Op::Ack => {
                         if let Some(at) = under_way.iter().position(|(_, _, is_part, _)| !is_part) {
                             let acked = under_way[at].0;
-                            under_way.drain(..=at);
-                            assert_eq!(ledger.acked(Epoch(acked)).map(|point| point.epoch), Some(Epoch(acked)));
+                            let bytes = under_way.drain(..=at).map(|(_, number, _, _)| u64::from(number)).sum();
+                            let point = ledger.acked(Epoch(acked)).map(|point| (point.epoch, point.bytes));
+                            assert_eq!(point, Some((Epoch(acked), bytes)));
                         }
                     }
                     Op::PartAck => {

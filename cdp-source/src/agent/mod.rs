@@ -28,6 +28,7 @@ use crate::saved::taking::TakeUp;
 use crate::spool::{self, Spool, SpoolLimits};
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::ebpf;
+use crate::unprotected::Wanted;
 use anyhow::{Context, Result};
 use cdp_protocol::message::Instance;
 use cdp_protocol::record::volume_meters::VolumeMeters;
@@ -51,6 +52,8 @@ use uplink::Uplink;
 
 /// How often metrics are brought up to date.
 const METRICS_EVERY: Duration = Duration::from_secs(1);
+/// How often mounted file systems are looked for that are in no group.
+const UNPROTECTED_EVERY: Duration = Duration::from_secs(60);
 /// How often it is checked that every group's thread still runs.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -67,7 +70,7 @@ struct RunningGroup {
 /// # Errors
 /// Where the configuration cannot be read, the socket not be made, or a group's thread dies.
 pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
-    let shared = Arc::new(Shared::new(identity.target.targets.join(", ")));
+    let shared = Arc::new(Shared::new(identity.target.targets.join(", "), Arc::clone(state.storage())));
     let (reload, mut reloads) = mpsc::channel(1);
     // The socket comes before the configuration is read: whoever changes it later finds somebody to tell.
     let listener = control::listen(&state)?;
@@ -79,6 +82,7 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
         metrics::serve(listen)?;
     }
     let recorder = tokio::spawn(record_metrics(Arc::clone(&shared)));
+    let watcher = tokio::spawn(watch_unprotected(Arc::clone(&shared)));
     let instance = instance();
     let mut groups = start(&state, &identity, &instance, config, &shared).await?;
     // What waits for this unit may mount the volumes.
@@ -114,6 +118,7 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
     tell_manager(service::STOPPING);
     server.abort();
     recorder.abort();
+    watcher.abort();
     shared.clear();
     stop(groups, Ending::Agent).await;
     // The socket is of no use to anybody any more; a crash leaves it, and the next agent takes its place.
@@ -175,6 +180,21 @@ async fn record_metrics(shared: Arc<Shared>) {
     }
 }
 
+/// Tells of mounted file systems that nobody copies: by the metric, and in the log when there are others than before.
+async fn watch_unprotected(shared: Arc<Shared>) {
+    let (mut before, mut every) = (Vec::new(), tokio::time::interval(UNPROTECTED_EVERY));
+    loop {
+        every.tick().await;
+        let found = shared.unprotected().await;
+        metrics::record_unprotected(found.len());
+        for entry in found.iter().filter(|entry| !before.contains(*entry)) {
+            let (device, mounted_on) = (entry.device.display(), entry.mounted_on.join(", "));
+            tracing::warn!(%device, mounted_on, "a mounted file system is in no group");
+        }
+        before = found;
+    }
+}
+
 /// Starts a thread for every group that has volumes, and the line for all of them.
 async fn start(
     state: &StateFolder,
@@ -185,6 +205,7 @@ async fn start(
 ) -> Result<(Uplink, Vec<RunningGroup>)> {
     let uplink = Uplink::start(identity.clone())?;
     shared.set_uplink(uplink.clone());
+    shared.set_wanted(Wanted::from(&config));
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4);
     let chooser = Chooser::new(config.packing, Arc::new(SystemClock::new()), uplink.rate());
     let encoder = Arc::new(Encoder::new(threads).choosing(chooser));

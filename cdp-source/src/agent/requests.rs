@@ -4,7 +4,9 @@ use super::group::{Input, PointRequest};
 use super::status::{AgentStatus, GroupStatus};
 use super::uplink::Uplink;
 use crate::control::{Handler, Reply, Request};
+use crate::unprotected::{Unprotected, Wanted, unprotected};
 use cdp_protocol::units::GroupId;
+use cdp_seams::storage::Storage;
 use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +22,8 @@ pub(super) struct Shared {
     target: String,
     uplink: Mutex<Option<Uplink>>,
     groups: Mutex<BTreeMap<String, Known>>,
+    storage: Arc<dyn Storage>,
+    wanted: Mutex<Wanted>,
     /// Whether the groups are started: a request that comes earlier waits.
     ready: watch::Sender<bool>,
 }
@@ -31,8 +35,28 @@ struct Known {
 }
 
 impl Shared {
-    pub(super) fn new(target: String) -> Self {
-        Self { target, uplink: Mutex::default(), groups: Mutex::default(), ready: watch::Sender::new(false) }
+    pub(super) fn new(target: String, storage: Arc<dyn Storage>) -> Self {
+        Self {
+            target,
+            uplink: Mutex::default(),
+            groups: Mutex::default(),
+            storage,
+            wanted: Mutex::default(),
+            ready: watch::Sender::new(false),
+        }
+    }
+
+    /// What the configuration says of what is to be protected.
+    pub(super) fn set_wanted(&self, wanted: Wanted) {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
+    }
+
+    /// Mounted file systems in no group, but for those that are to be left: looked for now.
+    pub(super) async fn unprotected(&self) -> Vec<Unprotected> {
+        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let storage = Arc::clone(&self.storage);
+        let looked = tokio::task::spawn_blocking(move || unprotected(&*storage, &wanted)).await;
+        looked.unwrap_or_default().into_iter().filter(|found| !found.is_left).collect()
     }
 
     /// Makes a group known, in the place of an earlier one of its name.
@@ -96,7 +120,7 @@ pub(super) fn handler(shared: Arc<Shared>, reload: mpsc::Sender<ReloadDone>) -> 
                 shared.until_ready().await;
             }
             match request {
-                Request::Status => Reply::Status(status(&shared)),
+                Request::Status => Reply::Status(Box::new(status(&shared).await)),
                 Request::Reload => reloaded(&reload).await,
                 Request::Point { group, label, wait, timeout_ms } => {
                     let limit = timeout_ms.map(Duration::from_millis);
@@ -164,7 +188,7 @@ async fn points(shared: &Shared, group: &str) -> Reply {
     }
 }
 
-fn status(shared: &Shared) -> AgentStatus {
+async fn status(shared: &Shared) -> AgentStatus {
     let line = shared.uplink().map(|uplink| uplink.snapshot()).unwrap_or_default();
     AgentStatus {
         pid: std::process::id(),
@@ -173,6 +197,7 @@ fn status(shared: &Shared) -> AgentStatus {
         last_error: line.last_error,
         round_trip_us: line.round_trip.map(|round_trip| round_trip.as_micros() as u64),
         sent_bytes: line.sent_bytes,
+        unprotected: shared.unprotected().await,
         groups: shared.statuses(),
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::hooks::HookRun;
 use crate::tracker::{TrackerReport, TrustReport};
+use crate::unprotected::Unprotected;
 use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::units::{Epoch, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,9 @@ pub struct AgentStatus {
     pub round_trip_us: Option<u64>,
     /// Bytes of frames put on the line since it was first tried.
     pub sent_bytes: u64,
+    /// Mounted file systems that are in no group, but for those that are to be left.
+    #[serde(default)]
+    pub unprotected: Vec<Unprotected>,
     /// The groups, by name.
     pub groups: Vec<GroupStatus>,
 }

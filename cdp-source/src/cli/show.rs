@@ -11,6 +11,7 @@ use crate::doctor::{self, Finding, Grade};
 use crate::hooks::HookRun;
 use crate::state::StateFolder;
 use crate::tracker::TrustReport;
+use crate::unprotected::Unprotected;
 use anyhow::{Result, bail};
 use cdp_protocol::label::check_label;
 use cdp_protocol::message::PointSummary;
@@ -87,7 +88,14 @@ fn status_text(status: &AgentStatus) -> String {
     if status.groups.is_empty() {
         lines.push("no volume is protected".into());
     }
+    lines.extend(status.unprotected.iter().map(unprotected_line));
     lines.join("\n")
+}
+
+/// Data that nobody copies.
+fn unprotected_line(entry: &Unprotected) -> String {
+    let (device, places) = (entry.device.display(), entry.mounted_on.join(", "));
+    format!("not protected: {places}, {} on {device}; protect it, or name it in leave_unprotected", entry.file_system)
 }
 
 fn group_lines(group: &GroupStatus) -> Vec<String> {

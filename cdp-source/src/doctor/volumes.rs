@@ -5,11 +5,11 @@
 
 use super::{Finding, SCAN_WORKS, ebpf_obstacle, tracker_for};
 use crate::config::{Config, TrackerChoice, VolumeConfig};
-use crate::mounts::{Mount, mounts};
 use crate::probe::{self, Probe};
 use crate::state::StateFolder;
-use crate::tracker::device::{Device, node_of};
+use crate::tracker::device::Device;
 use crate::tracker::memory::kernel_memory_bytes;
+use crate::unprotected::{self, Unprotected, Wanted};
 use cdp_seams::storage::Storage;
 use std::path::Path;
 
@@ -76,39 +76,27 @@ fn volume_finding(state: &StateFolder, group: &str, volume: &VolumeConfig) -> Fi
     Finding::ok(&subject, told)
 }
 
-/// Every mounted file system on a device that no protected volume covers.
+/// Every mounted file system on a device that no protected volume holds.
 pub(super) fn unprotected(storage: &dyn Storage, config: &Config) -> Vec<Finding> {
-    let protected: Vec<Probe> =
-        volumes(config).filter_map(|(_, volume)| probe::probe(storage, &volume.device).ok()).collect();
-    let mut seen = Vec::new();
-    let mut findings = Vec::new();
-    for mount in mounts(storage) {
-        if seen.contains(&mount.number) {
-            continue;
-        }
-        seen.push(mount.number.clone());
-        let looked =
-            node_of(&mount.number).map_err(anyhow::Error::new).and_then(|node| Ok(probe::probe(storage, &node)?));
-        match looked {
-            Ok(probe) if protected.iter().any(|known| known.overlaps(&probe)) => {}
-            looked => findings.push(mount_finding(storage, &mount, looked)),
-        }
-    }
-    findings
+    let found = unprotected::unprotected(storage, &Wanted::from(config));
+    found.iter().map(|entry| mount_finding(storage, entry)).collect()
 }
 
-fn mount_finding(storage: &dyn Storage, mount: &Mount, looked: anyhow::Result<Probe>) -> Finding {
-    let subject = format!("file system {}", mount.mounted_on);
-    let told = looked.map(|probe| {
-        let tracker = tracker_for(TrackerChoice::Auto, ebpf_obstacle(storage, &probe).as_deref());
-        told(&probe, tracker.unwrap_or("scan"))
-    });
-    match told {
-        Ok(told) => Finding::ok(&subject, format!("not protected: {} on {told}", mount.file_system)),
-        Err(error) => {
-            Finding::ok(&subject, format!("not protected: {} on {}: {error:#}", mount.file_system, mount.number))
+fn mount_finding(storage: &dyn Storage, entry: &Unprotected) -> Finding {
+    const ADVICE: &str = "cdp-source protect NAME=DEVICE; or name it in leave_unprotected of source.toml";
+    let subject = format!("file system {}", entry.mounted_on.join(", "));
+    let told = match probe::probe(storage, &entry.device) {
+        Ok(probe) => {
+            let tracker = tracker_for(TrackerChoice::Auto, ebpf_obstacle(storage, &probe).as_deref());
+            told(&probe, tracker.unwrap_or("scan"))
         }
+        Err(error) => format!("{}: {:#}", entry.device.display(), anyhow::Error::new(error)),
+    };
+    let found = format!("not protected: {} on {told}", entry.file_system);
+    if entry.is_left {
+        return Finding::ok(&subject, format!("{found}; left so by the configuration"));
     }
+    Finding::warn(&subject, found, ADVICE)
 }
 
 fn told(probe: &Probe, tracker: &str) -> String {

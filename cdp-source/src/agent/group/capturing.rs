@@ -99,7 +99,11 @@ impl Group {
                 if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture, class) }
             }
             Cut::Unchanged { as_of } => self.unchanged(as_of),
-            Cut::TooLarge => tracing::debug!(group = self.setup.facts.name, "too much for one cut: parts first"),
+            Cut::TooLarge => {
+                // As soon as parts have left little enough: an interval later there may be too much again, for ever.
+                self.next_cut = now;
+                tracing::debug!(group = self.setup.facts.name, "too much for one cut: parts first");
+            }
             Cut::NotValidated => {
                 self.failed_cuts += 1;
                 tracing::debug!(group = self.setup.facts.name, failed = self.failed_cuts, "the cut did not validate");
