@@ -88,6 +88,13 @@ impl Machine {
         in_step.with_context(|| format!("{last:?}\n{}", self.site.source_daemon().log()))
     }
 
+    /// The agent is started once more in the same boot.
+    fn start_again(&mut self) -> Result<()> {
+        let boot_id = self.folder.path().join(format!("boot-{}", self.boots));
+        self.site.start_source_booted(&boot_id)?;
+        wait_for("the agent to answer", PATIENCE, || Ok(self.site.source_status().ok())).map(drop)
+    }
+
     /// The record was not taken up, for a reason with this text, and the next point is what the disk holds.
     fn is_compared(&mut self, because: &str) -> Result<()> {
         let status = self.start()?;
@@ -178,6 +185,14 @@ fn after_a_clean_reboot_only_samples_are_read_and_only_what_was_dirty_is_sent() 
     ensure!(sent > 0 && sent < dirty, "{sent} bytes were sent where {dirty} were dirty");
     ensure!(dirty < 8 * MIB && read < dirty + 4 * MIB, "{read} bytes were read where {dirty} were dirty");
     machine.newest_point_equals(&node)?;
+    // An agent that is started again goes on with the maps, and the volume is to be audited still.
+    machine.site.kill_source()?;
+    machine.start_again()?;
+    let status = wait_for("the audit to be due", PATIENCE, || {
+        let status = machine.site.source_status()?;
+        Ok((count(&status["audit"], "hurried_bytes")? > DISK_BYTES / 2).then_some(status))
+    })?;
+    ensure!(status["tracker"]["started_over"].is_null() && status["tracker"]["taken_up"].is_null(), "{status}");
     // And what is written from here on is tracked.
     let mount = Mount::new(&node, &machine.folder.path().join("live"), "rw")?;
     std::fs::write(mount.folder().join("newer"), content(3, 1 << 20))?;
@@ -262,9 +277,7 @@ fn a_record_that_is_damaged_or_not_the_last_one_is_not_believed() -> Result<()> 
     // Of an earlier stop in the same boot.
     machine.site.stop_source()?;
     let before = std::fs::read(machine.record())?;
-    let boot_id = machine.folder.path().join(format!("boot-{}", machine.boots));
-    machine.site.start_source_booted(&boot_id)?;
-    wait_for("the agent to answer", PATIENCE, || Ok(machine.site.source_status().ok()))?;
+    machine.start_again()?;
     ensure!(!machine.record().exists(), "the maps are better");
     write(&node, unsampled(&before)? * BLOCK, 4096, 4)?;
     machine.newest_point_equals(&node)?;
