@@ -93,8 +93,10 @@ pub struct Spool {
     entries: VecDeque<Entry>,
     /// How many of them are handed over.
     handed: usize,
-    /// The epoch of which something was handed over last, and how many of its parts are acked.
-    begun: Option<(Epoch, u32)>,
+    /// The epoch of which something was handed over last, or is at the target as parts.
+    begun: Option<Epoch>,
+    /// The epoch behind the newest acked point, and how many of its parts are acked.
+    parts_acked: Option<(Epoch, u32)>,
     /// The cut of the newest point that is not among the entries any more.
     before: Timestamp,
     /// Number of the index written last.
@@ -158,6 +160,7 @@ impl Spool {
             entries: VecDeque::new(),
             handed: 0,
             begun: None,
+            parts_acked: None,
             before: Timestamp(0),
             index_number: 0,
             is_indexed: false,
@@ -319,7 +322,7 @@ impl Spool {
     }
 
     fn index_entries(&self) -> Vec<IndexEntry> {
-        let mut parts = self.begun;
+        let mut parts = self.parts_acked;
         let mut entries = Vec::new();
         for entry in &self.entries {
             let parts_before = parts.filter(|(epoch, _)| *epoch == entry.epoch).map_or(0, |(_, parts)| parts);
@@ -357,7 +360,7 @@ impl Spool {
     /// Nothing in it will be sent.
     pub fn void(&mut self, memo: &Memo) {
         self.truncate(0, memo);
-        self.begun = None;
+        (self.begun, self.parts_acked) = (None, None);
     }
 
     /// What was not handed over will not be sent; gives its attempts.
@@ -370,9 +373,10 @@ impl Spool {
     /// The epoch of which parts were handed over, or are at the target, and no commit was handed over.
     #[must_use]
     pub fn open_epoch(&self) -> Option<Epoch> {
-        let (epoch, parts_acked) = self.begun?;
-        let last = self.handed.checked_sub(1).map(|at| &self.entries[at]);
-        last.map_or(parts_acked > 0, Entry::is_part).then_some(epoch)
+        match self.handed.checked_sub(1).map(|at| &self.entries[at]) {
+            Some(last) => last.is_part().then_some(last.epoch),
+            None => self.parts_acked.map(|(epoch, _)| epoch),
+        }
     }
 
     fn truncate(&mut self, len: usize, memo: &Memo) {

@@ -133,11 +133,10 @@ impl Spool {
 
     /// The points that wait and of which nothing may have been sent, and that are whole.
     fn spans(&self, is_awaited: impl Fn(Epoch) -> bool) -> Vec<Span> {
-        let begun = self.begun.map(|(epoch, _)| epoch);
         let (mut spans, mut start) = (Vec::new(), self.handed);
         for (at, entry) in self.entries.iter().enumerate().skip(self.handed) {
             let End::Commit(draft) = &entry.end else { continue };
-            if begun.is_none_or(|begun| entry.epoch > begun) {
+            if self.begun.is_none_or(|begun| entry.epoch > begun) {
                 spans.push(Span {
                     epoch: entry.epoch,
                     time: draft.cut_time,

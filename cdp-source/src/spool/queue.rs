@@ -30,8 +30,7 @@ impl Spool {
             HeldIn::File(_) => Some(Self::prove(entry, keys, &frames)?),
         };
         let outgoing = entry.outgoing(frames);
-        let parts = self.begun.filter(|(epoch, _)| *epoch == entry.epoch).map_or(0, |(_, parts)| parts);
-        self.begun = Some((entry.epoch, parts));
+        self.begun = self.begun.max(Some(entry.epoch));
         self.handed += 1;
         Ok(Some((outgoing, contents)))
     }
@@ -57,7 +56,7 @@ impl Spool {
             self.pop();
         }
         // Its parts are part of a point now.
-        self.begun = self.begun.map(|(begun, parts)| (begun, if begun <= epoch { 0 } else { parts }));
+        self.parts_acked = self.parts_acked.filter(|(of, _)| *of > epoch);
     }
 
     /// A part is acked; `parts`: its epoch's with it.
@@ -70,9 +69,8 @@ impl Spool {
 
     /// The target holds these parts of an epoch.
     pub fn parts_held(&mut self, epoch: Epoch, parts: PartChain) {
-        if self.begun.is_none_or(|(begun, _)| begun <= epoch) {
-            self.begun = Some((epoch, parts.count));
-        }
+        self.begun = self.begun.max(Some(epoch));
+        self.parts_acked = Some((epoch, parts.count));
     }
 
     fn pop(&mut self) {

@@ -59,7 +59,8 @@ impl Spool {
         match found {
             Ok((entries, taken_up)) => {
                 self.entries = entries.into();
-                self.begun = memo.parts.map(|(epoch, parts)| (epoch, parts.count));
+                self.parts_acked = memo.parts.map(|(epoch, parts)| (epoch, parts.count));
+                self.begun = memo.parts.map(|(epoch, _)| epoch);
                 // What it does not name any more may be written over.
                 self.refresh(memo);
                 Ok(taken_up)
