@@ -4,9 +4,9 @@ use anyhow::{Context, Result, ensure};
 use cdp_protocol::units::BLOCK_BYTES;
 use cdp_tests::file_system::FileSystem;
 use cdp_tests::loop_device::{LoopDevice, Mount};
+use cdp_tests::process::wait_for;
 use cdp_tests::relay::Relay;
-use cdp_tests::site::Site;
-use serde_json::Value;
+use cdp_tests::site::{PATIENCE, Site};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -72,10 +72,10 @@ impl Office {
     /// Takes a point before and behind `work`, and says what became of all points between.
     pub(super) fn measure(&self, work: impl FnOnce() -> Result<()>) -> Result<Figures> {
         let first = self.site.point_now()?;
-        let (before, carried) = (self.counts()?, self.relay.carried());
+        let (before, carried) = (self.counts(first)?, self.relay.carried());
         work()?;
         let last = self.site.point_now()?;
-        let (after, carried) = (self.counts()?, self.relay.carried().since(carried));
+        let (after, carried) = (self.counts(last)?, self.relay.carried().since(carried));
         let points = self.site.points()?;
         let points: Vec<_> = points.iter().filter(|point| (first..=last).contains(&point.epoch)).collect();
         let changed = self.changed(&points.iter().map(|point| point.epoch).collect::<Vec<_>>())?;
@@ -86,13 +86,14 @@ impl Office {
         Ok(Figures { points: points.len() - 1, changed, dirtied, sent, line: carried.bytes(), packing: String::new() })
     }
 
-    fn counts(&self) -> Result<Counts> {
-        let document: Value = serde_json::from_str(&self.site.source(&["status", "--json"])?)?;
-        let count = |value: &Value| value.as_u64().with_context(|| format!("a count in {document}"));
-        Ok(Counts {
-            sent: count(&document["groups"][0]["acked_bytes"])?,
-            unchanged: count(&document["groups"][0]["unchanged_bytes"])?,
-        })
+    /// What the source has counted once it says that a point is acked: whoever asked for that is told a moment before.
+    fn counts(&self, epoch: u64) -> Result<Counts> {
+        let status = wait_for("the point in the status", PATIENCE, || {
+            let status = self.site.source_status()?;
+            Ok(status["acked_epoch"].as_u64().is_some_and(|acked| acked >= epoch).then_some(status))
+        })?;
+        let count = |key: &str| status[key].as_u64().with_context(|| format!("{key} in {status}"));
+        Ok(Counts { sent: count("acked_bytes")?, unchanged: count("unchanged_bytes")? })
     }
 
     /// Bytes of blocks that differ from each point to the one behind it.
