@@ -48,7 +48,8 @@ const KNOWN_BAD_TENDED: [(u64, &str); 10] = [
 ];
 
 /// The same, of sources that keep digests.
-const KNOWN_BAD_THRIFTY: [(u64, &str); 2] = [
+const KNOWN_BAD_THRIFTY: [(u64, &str); 3] = [
+    (216_137, "what came behind a point that had been removed could not be read, and the newest that stood was to go"),
     (350_441, "a checkpoint was looked at while its point was lost, and stood for another that got its number"),
     (408_057, "a target had lost a point, its source put the one before in front of it, and was refused for ever"),
 ];

@@ -240,11 +240,16 @@ impl Prune<'_> {
         let unlisted = unlisted::unlisted(view);
         let is_unlisted = |epoch: Epoch| unlisted.iter().any(|unlisted| unlisted.has(epoch));
         let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
+        // The newest there is to see: one that went is the last of all where what came behind it cannot be read now.
+        let newest = view.points().rev().find_map(Result::ok).map(|point| point.epoch);
         let mut take = |plan: &mut Plan, point: &Judged, decision: Option<&Decision>| {
             while let Some((first, last)) = stay.next_if(|(first, _)| *first <= point.epoch) {
                 plan.keep(*first, *last);
             }
-            plan.take(point, decision);
+            let is_newest = Some(point.epoch) == newest;
+            let spared = decision.filter(|decision| is_newest && matches!(decision.verdict, Verdict::Removed(_)));
+            let spared = spared.map(|decision| Decision { verdict: Verdict::Kept(Reason::Newest), ..*decision });
+            plan.take(point, spared.as_ref().or(decision));
         };
         // Between what is read and what is decided only the next point: a history has half a million.
         let (waiting, failed) = (RefCell::new(VecDeque::new()), Cell::new(None));
