@@ -1,7 +1,7 @@
 //! A line between an office and its target: passes UDP datagrams on, as thin as is said, and counts them.
 //!
 //! For one office at a time: what the target says goes to whoever was heard last. A datagram that would wait for longer than
-//! [`QUEUE`] is dropped, as at a router. Loses and reorders nothing else.
+//! `QUEUE` is dropped, as at a router. Loses and reorders nothing else.
 
 use anyhow::{Context, Result};
 use std::io;
