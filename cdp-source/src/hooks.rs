@@ -8,6 +8,7 @@
 use crate::config::HooksConfig;
 use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::clock::Clock;
+use cdp_seams::pulse;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use serde::{Deserialize, Serialize};
@@ -109,9 +110,12 @@ impl HookSession {
 impl Drop for HookSession {
     fn drop(&mut self) {
         self.release = None;
+        // The hooks have their own deadline.
+        pulse::rest();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("a hook's thread has died");
         }
+        pulse::beat();
     }
 }
 

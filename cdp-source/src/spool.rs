@@ -275,7 +275,10 @@ impl Spool {
     fn open_file(&mut self) -> io::Result<&mut SpoolFile> {
         if self.file.is_none() {
             let layout = Layout::of(self.limits.bytes_max);
-            self.file = Some(SpoolFile::open(Arc::clone(&self.storage), &self.folder, layout)?);
+            let mut file = SpoolFile::open(Arc::clone(&self.storage), &self.folder, layout)?;
+            // What an agent before left was not taken up. With the memo that is written next it could be.
+            file.wipe()?;
+            self.file = Some(file);
         }
         Ok(self.file.as_mut().expect("just opened"))
     }

@@ -272,9 +272,10 @@ impl Group {
 
     /// Whether there is room for one more capture, in memory or in the spool.
     fn has_room(&self) -> bool {
-        // Until the target has told what it was sent, nothing could be said to be unchanged.
+        // Until the target has told what it was sent, nothing could be said to be unchanged; while it cannot be asked, all is captured.
+        let can_tell = self.link.is_connected() || !self.setup.spool.is_on();
         self.refused.is_none()
-            && self.setup.digests.asking().is_none()
+            && (self.setup.digests.asking().is_none() || !can_tell)
             && (self.fits_in_memory() || self.setup.spool.has_room(self.ledger.unacked_epochs()))
     }
 

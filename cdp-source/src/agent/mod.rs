@@ -100,8 +100,9 @@ pub async fn run(state: StateFolder, identity: Identity) -> Result<()> {
                     Err(error) => _ = done.send(Err(format!("{error:#}"))),
                     Ok(config) => {
                         shared.clear();
-                        stop(groups, Ending::Reload).await;
-                        groups = start(&state, &identity, &instance, config, &shared).await?;
+                        watched(stop(groups, Ending::Reload), &mut watch, &clock).await;
+                        let started = start(&state, &identity, &instance, config, &shared);
+                        groups = watched(started, &mut watch, &clock).await?;
                         _ = done.send(Ok(()));
                     }
                 }
@@ -163,6 +164,17 @@ impl GroupsWatch {
             }
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "the watchdog was not told"),
+        }
+    }
+}
+
+/// Waits for what takes its time, and looks at the groups meanwhile.
+async fn watched<T>(work: impl Future<Output = T>, watch: &mut GroupsWatch, clock: &SystemClock) -> T {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(WATCH_EVERY) => watch.look(clock.monotonic()),
         }
     }
 }

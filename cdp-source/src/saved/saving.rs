@@ -74,10 +74,15 @@ impl Saver {
             });
             volumes.push(SavedVolume { slot: before.identity.volumes[index].slot, found });
         }
+        let is_answered = before.is_answered;
         let Some(after) = tracker.parting() else { return Ok(None) };
+        let after_is_answered = after.is_answered;
         for ((volume, before), after) in volumes.iter_mut().zip(&before.dirty).zip(&after.dirty) {
             if volume.found.is_ok() && before != after {
                 volume.found = Err("it was written to meanwhile".to_owned());
+            }
+            if volume.found.is_ok() && !(is_answered && after_is_answered) {
+                volume.found = Err("something was written of which nobody knows where".to_owned());
             }
         }
         let saved_at = Timestamp(self.clock.wall_ms());

@@ -234,7 +234,7 @@ impl SpoolFile {
     }
 
     /// Nothing in it is of use.
-    pub(super) fn free_all(&mut self) {
+    fn free_all(&mut self) {
         self.free = (0..self.slabs).collect();
         self.given_back.clear();
     }
@@ -268,6 +268,15 @@ impl SpoolFile {
         let read = self.file.read_at(&mut bytes, self.layout.index_at(number))?;
         bytes.truncate(read);
         Ok(bytes)
+    }
+
+    /// Nothing in it is of use, and no index says otherwise any more: to be done before a memo is written that would vouch for one.
+    pub(super) fn wipe(&mut self) -> io::Result<()> {
+        for copy in 0..2 {
+            self.file.write_at(&[0; 4096], self.layout.index_at(copy))?;
+        }
+        self.free_all();
+        Ok(())
     }
 
     pub(super) fn write_memo(&self, page: &[u8]) -> io::Result<()> {

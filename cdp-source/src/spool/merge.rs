@@ -31,6 +31,9 @@ const SEALED_FOR_A_BYTE: u64 = 4;
 /// How many points are merged at a time where they have become too many: one of so many.
 const THINNED_SHARE: u64 = 8;
 
+/// Bytes that one merge seals anew, where another can be made instead.
+const PRICE_MAX: u64 = 64 << 20;
+
 /// What content is sealed anew with.
 pub struct Reseal<'a> {
     /// Opens what was sealed.
@@ -111,24 +114,46 @@ impl Spool {
     ) -> Result<Option<Merged>, SpoolError> {
         self.is_thinning = self.is_to_thin(unacked_points);
         let spans = self.spans(is_awaited);
-        let candidate = |span: &Span| Candidate { time: span.time.0, may_go: true, is_wanted: span.is_asked_for };
-        let mut candidates: Vec<Candidate> = spans.iter().map(candidate).collect();
         let mut merged = None;
-        // What it comes to is looked at only of one that would go.
-        while let Some(at) = thin::choose(&candidates, self.before.0, now.0) {
-            let (older, younger) = (&spans[at], &spans[at + 1]);
-            let may_go = if self.is_thinning { self.fits(older, younger) } else { self.pays(older, younger) };
-            if may_go {
-                merged = self.merge_into(older, younger, reseal, memo)?;
-                break;
+        // Cuts wait meanwhile: where there is one that takes little, none that takes much.
+        for price_max in [PRICE_MAX, u64::MAX] {
+            if merged.is_none() && self.failure.is_none() {
+                merged = self.merge_one(&spans, (price_max, now), reseal, memo)?;
             }
-            candidates[at].may_go = false;
         }
         match &merged {
             Some(_) => self.changed(),
             None => self.is_stuck = true,
         }
         Ok(merged)
+    }
+
+    /// The same of those that cost no more than `price_max`.
+    fn merge_one(
+        &mut self,
+        spans: &[Span],
+        (price_max, now): (u64, Timestamp),
+        reseal: &Reseal<'_>,
+        memo: &Memo,
+    ) -> Result<Option<Merged>, SpoolError> {
+        let candidate = |span: &Span| Candidate { time: span.time.0, may_go: true, is_wanted: span.is_asked_for };
+        let mut candidates: Vec<Candidate> = spans.iter().map(candidate).collect();
+        // Where there was none for one, nothing is left but what takes none.
+        let mut price_max = price_max;
+        // What it comes to is looked at only of one that would go.
+        while let Some(at) = thin::choose(&candidates, self.before.0, now.0) {
+            let (older, younger) = (&spans[at], &spans[at + 1]);
+            let may_go = if self.is_thinning { self.fits(older, younger) } else { self.pays(older, younger) };
+            if may_go && self.price(older, younger) <= price_max {
+                let merged = self.merge_into(older, younger, reseal, memo)?;
+                if merged.is_some() || self.failure.is_some() {
+                    return Ok(merged);
+                }
+                price_max = 0;
+            }
+            candidates[at].may_go = false;
+        }
+        Ok(None)
     }
 
     /// The points that wait and of which nothing may have been sent, and that are whole.

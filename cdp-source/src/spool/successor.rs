@@ -60,14 +60,18 @@ impl Spool {
             Ok((entries, taken_up)) => {
                 self.entries = entries.into();
                 self.parts_acked = memo.parts.map(|(epoch, parts)| (epoch, parts.count));
-                self.begun = memo.parts.map(|(epoch, _)| epoch);
+                // Nor is one changed whose commit may have left.
+                let sent = memo.sent.iter().map(|head| head.epoch).max();
+                self.begun = memo.parts.map(|(epoch, _)| epoch).max(sent);
                 // What it does not name any more may be written over.
                 self.refresh(memo);
                 Ok(taken_up)
             }
             Err(why) => {
-                self.file.as_mut().expect("just put there").free_all();
-                self.truncate(0, memo);
+                match self.file.as_mut().expect("just put there").wipe() {
+                    Ok(()) => self.truncate(0, memo),
+                    Err(error) => self.failure = Some(error.to_string()),
+                }
                 Err(why)
             }
         }

@@ -456,7 +456,8 @@ impl Tracker for EbpfTracker {
             marked.fold(self.instance.unacked.blocks(place), |dirty, marked| dirty | marked)
         };
         let dirty = self.instance.places.iter().map(dirty).collect();
-        Some(Parting { identity: &self.instance.identity, devices: &self.devices, dirty })
+        let is_answered = self.instance.counts().is_ok_and(|counts| counts.unmarked() == self.instance.answered());
+        Some(Parting { identity: &self.instance.identity, devices: &self.devices, dirty, is_answered })
     }
 
     fn report(&self) -> TrackerReport {

@@ -122,6 +122,8 @@ pub struct Parting<'a> {
     pub devices: &'a [Device],
     /// All that is marked or not acked, of each volume.
     pub dirty: Vec<RoaringBitmap>,
+    /// Whether all writes have a range, or were answered for by a comparison.
+    pub is_answered: bool,
 }
 
 /// What the tracking of an earlier boot left behind, for one that begins anew.

@@ -19,6 +19,7 @@ use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
 use cdp_protocol::units::{AttemptId, Epoch, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
 use cdp_seams::storage::{Storage, StorageFile};
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -337,7 +338,19 @@ impl GroupJournal {
         change.forget_damages(&self.view.shelf(), &mut changed)?;
         self.leases.retain(|(_, lease)| lease.strong_count() > 0);
         self.leases.push((self.manifest.change, self.view.lease()));
-        self.change(|manifest| *manifest = changed)
+        let before = self.named_files(change);
+        self.change(|manifest| *manifest = changed)?;
+        // What is kept open takes its room on the disk, whether it has a name or not.
+        before.difference(&self.named_files(change)).for_each(|file| self.caches.forget(*file));
+        Ok(())
+    }
+
+    /// The files that the manifest names, as far as the change may do away with them: to tell packs is to read image indexes.
+    fn named_files(&self, change: &Change) -> HashSet<FileId> {
+        let segments = self.manifest.sealed.iter().map(SealedSegment::id);
+        let releases = matches!(change, Change::Release { checkpoints, .. } if !checkpoints.is_empty());
+        let packs = if releases { self.view.packs() } else { Vec::new() };
+        segments.chain(packs.iter().map(|pack| pack.id)).collect()
     }
 
     /// The oldest change of the manifest that a view here may still go by; `None` where all go by the present one.

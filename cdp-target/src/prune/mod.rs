@@ -240,13 +240,16 @@ impl Prune<'_> {
         let unlisted = unlisted::unlisted(view);
         let is_unlisted = |epoch: Epoch| unlisted.iter().any(|unlisted| unlisted.has(epoch));
         let mut stay = unlisted.iter().flat_map(|unlisted| &unlisted.points).peekable();
-        // The newest there is to see: one that went is the last of all where what came behind it cannot be read now.
-        let newest = view.points().rev().find_map(Result::ok).map(|point| point.epoch);
+        // The newest there is to see, and the newest that is whole: one that went is the last of all that the ladder sees where what came
+        // behind it cannot be read now, or is damaged.
+        let newest = |wanted: &dyn Fn(&Point) -> bool| view.points().rev().filter_map(Result::ok).find(wanted);
+        let is_whole = |point: &Point| point.damaged.is_none() && !is_unlisted(point.epoch);
+        let newest = [newest(&|_| true), newest(&is_whole)].map(|point| point.map(|point| point.epoch));
         let mut take = |plan: &mut Plan, point: &Judged, decision: Option<&Decision>| {
             while let Some((first, last)) = stay.next_if(|(first, _)| *first <= point.epoch) {
                 plan.keep(*first, *last);
             }
-            let is_newest = Some(point.epoch) == newest;
+            let is_newest = newest.contains(&Some(point.epoch));
             let spared = decision.filter(|decision| is_newest && matches!(decision.verdict, Verdict::Removed(_)));
             let spared = spared.map(|decision| Decision { verdict: Verdict::Kept(Reason::Newest), ..*decision });
             plan.take(point, spared.as_ref().or(decision));

@@ -224,3 +224,25 @@ fn a_folder_that_is_gone_leaves_the_group_going_on_from_memory_and_what_waits_is
     office.end_well();
     assert_eq!(office.wire.lock().voided, 0);
 }
+
+#[test]
+fn what_was_left_when_the_tracking_started_over_is_never_taken_up_behind_newer_points() {
+    let mut office = Office::new(9, TIGHT);
+    office.wire.lock().cut();
+    (0..14).for_each(|_| office.second());
+    assert!(office.status().spool.spooled_bytes > 0);
+    // A clean end of the machine: the memo is kept and so are the files, and the tracking is gone.
+    office.kept = Memo::decode(&SimTracker::attach(&office.world).memo().expect("simulated")).expect("a memo");
+    office.agent = None;
+    office.world.power_loss();
+    office.start();
+    office.wire.lock().connect(Verdict::Continue);
+    office.settle();
+    // The next agent writes to the spool for the first time, and dies.
+    office.wire.lock().cut();
+    while office.status().spool.spooled_bytes == 0 {
+        office.second();
+    }
+    office.die(false);
+    office.end_well();
+}

@@ -1,8 +1,7 @@
 //! A branch office on one thread: simulated volumes, disk and clock, the group's real ledger, digests and spool, and a target in memory that
 //! holds every point against the instant of its cut.
 
-use super::super::super::{Devices, Group, GroupSetup, Input, Link};
-use super::super::NothingKept;
+use super::super::super::{Devices, Group, GroupSetup, Input, KeptMemo, Link};
 use crate::agent::status::GroupStatus;
 use crate::cut::CutLimits;
 use crate::digests::Digests;
@@ -198,6 +197,19 @@ pub(super) struct Office {
     limits: SpoolLimits,
     status: Arc<Mutex<GroupStatus>>,
     pub(super) agent: Option<(Group, Receiver<Input>)>,
+    /// What a clean end has kept beside the tracking's memo.
+    pub(super) kept: Memo,
+}
+
+/// The memo of a clean end; nothing is kept besides.
+struct KeptBefore(Memo);
+
+impl KeptMemo for KeptBefore {
+    fn load(&self) -> Result<Memo, String> {
+        Ok(self.0.clone())
+    }
+
+    fn keep(&self, _: &Memo) {}
 }
 
 impl Office {
@@ -221,7 +233,15 @@ impl Office {
             voided: 0,
         };
         let wire = Wire(Arc::new(Mutex::new(far)));
-        let mut office = Self { world, disk: SimStorage::new(seed), wire, limits, status: Arc::default(), agent: None };
+        let mut office = Self {
+            world,
+            disk: SimStorage::new(seed),
+            wire,
+            limits,
+            status: Arc::default(),
+            agent: None,
+            kept: Memo::default(),
+        };
         office.start();
         office.wire.lock().connect(Verdict::New);
         office.settle();
@@ -269,7 +289,7 @@ impl Office {
                 drop(far);
                 Box::new(wire)
             }),
-            kept_memo: Box::new(NothingKept),
+            kept_memo: Box::new(KeptBefore(self.kept.clone())),
             saver: None,
             proofs: None,
             opened: None,
