@@ -4,13 +4,13 @@ mod office;
 
 use crate::agent::status::GroupStatus;
 use crate::sim::SimTracker;
-use crate::spool::SpoolLimits;
+use crate::spool::{Index, SpoolLimits};
 use crate::tracker::Tracker as _;
 use cdp_protocol::message::Verdict;
 use cdp_protocol::session::memo::Memo;
-use cdp_protocol::units::Generation;
-use cdp_seams::storage::Storage as _;
+use cdp_protocol::units::{Epoch, Generation};
 use cdp_seams::storage::sim::Fault;
+use cdp_seams::storage::{Storage as _, read_all};
 use office::{Office, Point};
 use std::io::ErrorKind;
 use std::path::Path;
@@ -240,9 +240,15 @@ fn what_was_left_when_the_tracking_started_over_is_never_taken_up_behind_newer_p
     office.settle();
     // The next agent writes to the spool for the first time, and dies.
     office.wire.lock().cut();
+    let acked = office.status().acked_epoch.expect("an acked point");
     while office.status().spool.spooled_bytes == 0 {
         office.second();
     }
+    let bytes = read_all(&office.disk, Path::new(FRAMES), u64::MAX).expect("the spool");
+    let indexes = [4096, 4096 + INDEX_BYTES].map(|at| Index::decode(&bytes[at as usize..]));
+    let named: Vec<Epoch> =
+        indexes.into_iter().flatten().flat_map(|index| index.entries).map(|entry| entry.epoch).collect();
+    assert!(!named.is_empty() && named.iter().all(|epoch| *epoch > acked), "{named:?} are named behind {acked}");
     office.die(false);
     office.end_well();
 }
