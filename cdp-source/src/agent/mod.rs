@@ -170,11 +170,11 @@ impl GroupsWatch {
 
 /// Waits for what takes its time, and looks at the groups meanwhile.
 async fn watched<T>(work: impl Future<Output = T>, watch: &mut GroupsWatch, clock: &SystemClock) -> T {
-    let mut work = std::pin::pin!(work);
+    let (mut work, mut every) = (std::pin::pin!(work), tokio::time::interval(WATCH_EVERY));
     loop {
         tokio::select! {
             done = &mut work => return done,
-            () = tokio::time::sleep(WATCH_EVERY) => watch.look(clock.monotonic()),
+            _ = every.tick() => watch.look(clock.monotonic()),
         }
     }
 }
