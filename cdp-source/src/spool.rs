@@ -450,3 +450,27 @@ impl Entry {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_protocol::units::Generation;
+    use cdp_seams::storage::sim::SimStorage;
+
+    #[test]
+    fn no_index_is_left_of_a_file_that_was_not_taken_up() {
+        let (storage, folder, group) = (SimStorage::new(1), Path::new("/spool"), GroupId([7; 16]));
+        let limits = SpoolLimits::new(64 << 20, 100);
+        let layout = Layout::of(limits.bytes_max);
+        let index = |number| {
+            let (generation, slab_bytes) = (Generation(1), layout.slab_bytes);
+            Index { number, group, generation, slab_bytes, entries: Vec::new() }
+        };
+        let file = SpoolFile::open(Arc::new(storage.clone()), folder, layout).expect("made");
+        [56, 57].map(|number| file.write_index(number, &index(number).encode()).expect("written"));
+        assert!((0..2).all(|copy| Index::decode(&file.read_index(copy).expect("read")).is_some()));
+        let mut spool = Spool::new(Arc::new(storage), folder, group, limits);
+        let file = spool.open_file().expect("opened");
+        assert!((0..2).all(|copy| Index::decode(&file.read_index(copy).expect("read")).is_none()));
+    }
+}
