@@ -467,7 +467,9 @@ mod tests {
             Index { number, group, generation, slab_bytes, entries: Vec::new() }
         };
         let file = SpoolFile::open(Arc::new(storage.clone()), folder, layout).expect("made");
-        [56, 57].map(|number| file.write_index(number, &index(number).encode()).expect("written"));
+        for number in [56, 57] {
+            file.write_index(number, &index(number).encode()).expect("written");
+        }
         assert!((0..2).all(|copy| Index::decode(&file.read_index(copy).expect("read")).is_some()));
         let mut spool = Spool::new(Arc::new(storage), folder, group, limits);
         let file = spool.open_file().expect("opened");
