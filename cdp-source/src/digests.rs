@@ -61,6 +61,8 @@ pub struct Digests {
     /// The one that the files are of.
     base: Option<Head>,
     under_way: VecDeque<UnderWay>,
+    /// The target holds parts that no point has taken in, and that an agent before may have sent.
+    has_parts: bool,
     /// Regions were proved since they were written last.
     has_new_proofs: bool,
     /// When they were written last.
@@ -115,6 +117,7 @@ impl Digests {
             head: None,
             base: None,
             under_way: VecDeque::new(),
+            has_parts: false,
             has_new_proofs: false,
             written_at: Duration::ZERO,
         };
@@ -142,6 +145,7 @@ impl Digests {
             head: None,
             base: None,
             under_way: VecDeque::new(),
+            has_parts: false,
             has_new_proofs: false,
             written_at: Duration::ZERO,
         }
@@ -192,6 +196,7 @@ impl Digests {
     /// The target took the group up, at this newest point. `has_parts`: whether it holds parts that its newest point has not taken
     /// in, and that go on.
     pub fn opened(&mut self, head: Option<Head>, has_parts: bool) {
+        self.has_parts = has_parts;
         match self.phase {
             Phase::Off => {}
             // What is known is known of this very point.
@@ -224,6 +229,13 @@ impl Digests {
             return;
         }
         self.forget(slot, extents);
+        if self.has_parts {
+            // Any of them may be of a part: what is on the disk is then no point's yet, and never will be if the part is void.
+            self.volumes
+                .iter_mut()
+                .filter(|volume| volume.slot == slot)
+                .for_each(|volume| volume.hold_in_parts(extents));
+        }
         (self.phase, self.head) = if is_last { (Phase::Ready, head) } else { (Phase::Asking(page + 1), self.head) };
     }
 
@@ -239,6 +251,9 @@ impl Digests {
         tracing::debug!(group = %self.group, "what the target holds of each block is not known: all of it is sent");
         for volume in &mut self.volumes {
             volume.know_nothing();
+            if self.has_parts {
+                volume.hold_all_in_parts();
+            }
         }
         (self.phase, self.head) = (Phase::Ready, head);
     }
@@ -367,6 +382,7 @@ impl Digests {
         {
             self.take_in(&under_way);
         }
+        self.has_parts = false;
         for volume in &mut self.volumes {
             volume.in_parts.clear();
         }
@@ -384,6 +400,7 @@ impl Digests {
                 volume.forget_all(blocks);
             }
         }
+        self.has_parts = false;
         for volume in &mut self.volumes {
             let parts = std::mem::take(&mut volume.in_parts);
             volume.forget_all(&parts);

@@ -48,17 +48,28 @@ const KNOWN_BAD_TENDED: [(u64, &str); 10] = [
 ];
 
 /// The same, of sources that keep digests.
-const KNOWN_BAD_THRIFTY: [(u64, &str); 3] = [
+const KNOWN_BAD_THRIFTY: [(u64, &str); 4] = [
     (216_137, "what came behind a point that had been removed could not be read, and the newest that stood was to go"),
     (350_441, "a checkpoint was looked at while its point was lost, and stood for another that got its number"),
+    (552_791, "an agent learnt what a part of the one before held as the newest point's, and the part became void"),
     (408_057, "a target had lost a point, its source put the one before in front of it, and was refused for ever"),
 ];
 
 /// The same, of sources that have a spool.
-const KNOWN_BAD_SPOOLING: [(u64, &str); 1] = [(
-    204_586,
-    "a part that had waited was counted as if the target had none of its epoch, and left out by the next agent",
-)];
+const KNOWN_BAD_SPOOLING: [(u64, &str); 6] = [
+    (
+        204_586,
+        "a part that had waited was counted as if the target had none of its epoch, and left out by the next agent",
+    ),
+    (
+        453_578,
+        "a point was made under the number of one that an agent before had sent, and taken for acked with that one",
+    ),
+    (461_646, "the same"),
+    (530_030, "the same"),
+    (546_322, "the same"),
+    (480_486, "the same, after what had been taken up was given up because the spool's disk was full"),
+];
 
 fn env(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)

@@ -1,5 +1,7 @@
 //! A group's digests against a target in memory: what is left out of a capture is what the target's newest point holds.
 
+mod parts;
+
 use super::*;
 use crate::encoder::BlockDigests;
 use cdp_protocol::seal::DataKey;

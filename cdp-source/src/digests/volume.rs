@@ -21,7 +21,7 @@ pub(super) struct VolumeDigests {
     pub(super) young_holes: RoaringBitmap,
     /// Blocks whose slot in the file is not to be believed.
     pub(super) unsure: RoaringBitmap,
-    /// Blocks of acked parts that no acked epoch has taken in.
+    /// Blocks of acked parts that no acked epoch has taken in; of those that an agent before may have sent, too.
     pub(super) in_parts: RoaringBitmap,
     /// When each region was found to be what the target holds; zero where it never was.
     pub(super) proved: Vec<Timestamp>,
@@ -54,6 +54,20 @@ impl VolumeDigests {
         self.in_parts.clear();
         if let Some(last) = self.blocks.checked_sub(1) {
             self.unsure.insert_range(0..=last as u32);
+        }
+    }
+
+    /// Blocks that an acked part may hold.
+    pub(super) fn hold_in_parts(&mut self, extents: &[Extent]) {
+        let ends = extents.iter().map(|extent| (extent.start.0, extent.end().min(self.blocks)));
+        for (start, end) in ends.filter(|(start, end)| u64::from(*start) < *end) {
+            self.in_parts.insert_range(start..=(end - 1) as u32);
+        }
+    }
+
+    pub(super) fn hold_all_in_parts(&mut self) {
+        if let Some(last) = self.blocks.checked_sub(1) {
+            self.in_parts.insert_range(0..=last as u32);
         }
     }
 

@@ -117,7 +117,10 @@ impl Group {
         let kept: Vec<AttemptId> = self.setup.spool.attempts().collect();
         gone.extend(self.ledger.void_all_but(|attempt| kept.contains(&attempt)));
         self.setup.digests.abandoned(&gone);
-        if let (Some(epoch), Some(open)) = (self.setup.spool.open_epoch(), &mut self.open) {
+        if !self.is_taken_up {
+            // Which of the points that an agent before may have sent stand at the target is not known: none is made under their numbers.
+            self.open = None;
+        } else if let (Some(epoch), Some(open)) = (self.setup.spool.open_epoch(), &mut self.open) {
             open.next_epoch = epoch;
         }
         self.refuse_points("the point was lost before it could be sent; ask again", |epoch| Some(epoch) > newest);
@@ -156,7 +159,9 @@ impl Group {
         let (Some(newest), Some(generation)) = (taken_up.last(), self.memo.generation) else { return };
         let points = taken_up.iter().filter(|attempt| attempt.cut_time.is_some()).count();
         tracing::info!(group, points, "going on with the points that an agent before left in the spool");
-        let next_epoch = Epoch(newest.epoch.0 + 1);
+        // A commit that an agent before sent may stand at the target, also where the file does not have it: no other is made under its number.
+        let sent = self.memo.sent.iter().map(|head| head.epoch).max().unwrap_or_default();
+        let next_epoch = Epoch(newest.epoch.max(sent).0 + 1);
         self.captured_epoch = Some(newest.epoch);
         self.open =
             Some(Open { generation, next_epoch, after_rollback_to: None, has_point: self.memo.head().is_some() });
