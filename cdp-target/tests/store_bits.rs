@@ -12,10 +12,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use whole_store::{Made, Outcome, is_derived, is_segment};
 
-/// Every byte where `CDP_EVERY_BIT` is set; otherwise one in so many.
+/// Every byte where `CDP_EVERY_BYTE` or `CDP_EVERY_BIT` is set; otherwise one in so many.
 fn stride(path: &Path) -> u64 {
-    let every = std::env::var_os("CDP_EVERY_BIT").is_some();
-    if every {
+    let is_set = |name| std::env::var_os(name).is_some();
+    if is_set("CDP_EVERY_BYTE") || is_set("CDP_EVERY_BIT") {
         1
     } else if is_segment(path) || is_derived(path) {
         12
