@@ -32,7 +32,7 @@ const GROUP_KEYS: &[&str] = &[
     "hooks",
     "volumes",
 ];
-const HOOKS_KEYS: &[&str] = &["pre_cut", "post_cut", "deadline_ms"];
+const HOOKS_KEYS: &[&str] = &["pre_cut", "post_cut", "deadline_ms", "every_s"];
 const VOLUME_KEYS: &[&str] = &["name", "slot", "device", "tracker"];
 const MIB: u64 = 1 << 20;
 /// Files that a group may leave out: each is looked at twice a cut.
@@ -112,6 +112,9 @@ pub struct HooksConfig {
     /// Milliseconds that each may take, and that the application is held still at most between them.
     #[serde(default = "default_deadline_ms")]
     pub deadline_ms: u64,
+    /// Seconds from one point with hooks that nobody asked for to the next; 0: none but those that are asked for.
+    #[serde(default)]
+    pub every_s: u64,
 }
 
 /// One volume.
@@ -318,6 +321,9 @@ impl HooksConfig {
         }
         if !(100..=600_000).contains(&self.deadline_ms) {
             return Err(format!("hooks.deadline_ms = {} is not within 100 to 600000", self.deadline_ms));
+        }
+        if self.every_s != 0 && !(60..=31_536_000).contains(&self.every_s) {
+            return Err(format!("hooks.every_s = {} is neither 0 nor within 60 to 31536000", self.every_s));
         }
         Ok(())
     }

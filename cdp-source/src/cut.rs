@@ -6,7 +6,11 @@
 //! failed is read again in the next round, under a later τ; a block that stood and is not marked since is unchanged up to it.
 //!
 //! Invariant: at every way out, `carry` holds every block that the tracker gave and no capture vouches for. Does not
-//! decide when to cut, nor what becomes of the capture.
+//! decide when to cut, nor what becomes of the capture. What is too much for one capture is read in parts (`part`).
+
+mod part;
+
+pub use part::{HeldInstant, Part, read_part, take_instant};
 
 use crate::capture::{Capture, CapturedVolume};
 use crate::exclusion::{NothingExcluded, Skipping};
@@ -22,10 +26,6 @@ use std::time::Duration;
 
 /// A set of blocks of each volume.
 type Blocks = Vec<RoaringBitmap>;
-
-/// Blocks that a part looks at a time, 64 MiB, and how often at most: where all is holes a part takes 4 GiB of them.
-const WINDOW_BLOCKS: usize = 1 << 14;
-const PART_WINDOWS_MAX: usize = 64;
 
 /// How far a cut goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,10 +89,11 @@ pub fn cut(
     limits: &CutLimits,
 ) -> Result<Cut, CutError> {
     let (mut exclusion, mut skipped) = (NothingExcluded, Blocks::new());
-    cut_skipping(tracker, reader, clock, carry, limits, Skipping::new(&mut exclusion, &mut skipped))
+    cut_skipping(tracker, reader, clock, carry, limits, Skipping::new(&mut exclusion, &mut skipped), None)
 }
 
-/// The same, and leaves out what `skipping` says. Its blocks are not read, and no write to them fails the cut.
+/// The same, and leaves out what `skipping` says. Its blocks are not read, and no write to them fails the cut. Where parts were read for
+/// an instant that is `held`, the rest of `carry` is read for it too, and only if that fails for a later one.
 ///
 /// # Errors
 /// As `cut`.
@@ -103,21 +104,26 @@ pub fn cut_skipping<'a>(
     carry: &mut Blocks,
     limits: &CutLimits,
     skipping: Skipping<'a>,
+    held: Option<HeldInstant>,
 ) -> Result<Cut, CutError> {
-    let sizes: Vec<u64> = tracker.volumes().iter().map(|volume| blocks_in(volume.size_bytes)).collect();
-    let mut round = Round { tracker, skipping, sizes, cut_time: Timestamp(0) };
-    carry.resize_with(round.sizes.len(), RoaringBitmap::new);
-    round.skipping.begin(carry);
+    let is_held = held.is_some();
+    let mut round = Round::new(tracker, skipping, carry);
+    let mut started = clock.monotonic();
+    match held {
+        Some(held) => (round.cut_time, started) = held.resume(&mut round.skipping),
+        None => round.skipping.begin(carry),
+    }
     round.clip(carry);
     if round.content_len(carry) > limits.blocks_max {
         // Without a flip, which may cost a pass over the volumes: parts go on from the same marks.
         return Ok(Cut::TooLarge);
     }
-    let started = clock.monotonic();
-    let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
-    union(carry, &marked);
-    if len(carry) == 0 && len(&round.skipping.end(carry)) == 0 {
-        return Ok(Cut::Unchanged { as_of: round.cut_time });
+    if !is_held {
+        let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
+        union(carry, &marked);
+        if len(carry) == 0 && len(&round.skipping.end(carry)) == 0 {
+            return Ok(Cut::Unchanged { as_of: round.cut_time });
+        }
     }
     let mut capture = Capture::new(carry.len());
     let mut due = carry.clone();
@@ -156,57 +162,6 @@ pub fn cut_skipping<'a>(
     Ok(Cut::Captured(capture))
 }
 
-/// Reads up to `blocks_max` of the lowest blocks of `carry`, and takes the known holes among and around them, without validation: a
-/// part, of no instant. Removes nothing from `carry`, and looks at no more of it than a part may hold: a volume has thousands. Whatever is being written meanwhile is marked when it completes, and so comes
-/// with a later flip; and whether what is skipped here was rightly skipped is for the cut to say that takes the part in.
-///
-/// # Errors
-/// Where the reader cannot go on.
-pub fn read_part(
-    tracker: &dyn Tracker,
-    reader: &mut dyn BlockReader,
-    carry: &mut Blocks,
-    blocks_max: u64,
-    mut skipping: Skipping<'_>,
-) -> Result<Capture, CutError> {
-    skipping.begin(carry);
-    let mut capture = Capture::new(carry.len());
-    let mut left = blocks_max;
-    let mut requests = Vec::new();
-    let windows =
-        carry.iter().enumerate().flat_map(|(volume, blocks)| windows_of(blocks).map(move |window| (volume, window)));
-    for (volume, window) in windows.take(PART_WINDOWS_MAX) {
-        if left == 0 {
-            break;
-        }
-        let skipped = skipping.of(volume, &window);
-        let holes = tracker.holes(volume, &window) | skipped;
-        holes.iter().for_each(|block| capture.volumes[volume].put_zero(Block(block)));
-        let content = window - holes;
-        let lowest = content.iter().take(usize::try_from(left).unwrap_or(usize::MAX));
-        let extents = reader::runs(lowest, READ_BLOCKS_MAX);
-        left -= extents.iter().map(|extent| u64::from(extent.count)).sum::<u64>();
-        requests.extend(extents.into_iter().map(|extent| ReadRequest { volume, extent }));
-    }
-    read_into(reader, &requests, &mut capture, &mut |_, _| {})?;
-    for (at, volume) in capture.volumes.iter().enumerate() {
-        skipping.captured(at, volume.blocks());
-    }
-    capture.count();
-    Ok(capture)
-}
-
-/// `blocks` in windows of `WINDOW_BLOCKS`, lowest first.
-fn windows_of(blocks: &RoaringBitmap) -> impl Iterator<Item = RoaringBitmap> + '_ {
-    let mut from = Some(0);
-    std::iter::from_fn(move || {
-        let window: RoaringBitmap = blocks.range(from?..).take(WINDOW_BLOCKS).collect();
-        let last = window.max()?;
-        from = last.checked_add(1);
-        Some(window)
-    })
-}
-
 /// What the rounds of one cut share.
 struct Round<'a> {
     tracker: &'a mut dyn Tracker,
@@ -217,7 +172,13 @@ struct Round<'a> {
     cut_time: Timestamp,
 }
 
-impl Round<'_> {
+impl<'a> Round<'a> {
+    fn new(tracker: &'a mut dyn Tracker, skipping: Skipping<'a>, carry: &mut Blocks) -> Self {
+        let sizes: Vec<u64> = tracker.volumes().iter().map(|volume| blocks_in(volume.size_bytes)).collect();
+        carry.resize_with(sizes.len(), RoaringBitmap::new);
+        Self { tracker, skipping, sizes, cut_time: Timestamp(0) }
+    }
+
     /// A new τ; `None` where it cannot be vouched for. The tracker keeps what it drained then.
     fn flip(&mut self, clock: &dyn Clock) -> Result<Option<Blocks>, CutError> {
         self.cut_time = Timestamp(clock.wall_ms());
@@ -411,7 +372,9 @@ mod tests {
         let carried = len(&driver.carry);
         assert!(carried > 3);
         let skipping = Skipping::new(&mut *driver.exclusion, &mut driver.skipped);
-        let part = read_part(&driver.tracker, &mut driver.reader, &mut driver.carry, 3, skipping).expect("a part");
+        let part =
+            read_part(&driver.tracker, &mut driver.reader, &mut driver.carry, 3, skipping, None).expect("a part");
+        let part = part.capture;
         let lowest: Vec<u32> = driver.carry[0].iter().take(3).collect();
         assert_eq!(part.volumes[0].blocks().iter().collect::<Vec<_>>(), lowest);
         assert_eq!((part.volumes[1].blocks().len(), part.cut_time), (0, Timestamp(0)));
@@ -421,15 +384,6 @@ mod tests {
         assert!(matches!(outcome, Ok(Cut::TooLarge)), "what is carried alone is too large: no flip");
         driver.tracker.failure = None;
         nothing_is_lost(driver);
-    }
-
-    #[test]
-    fn windows_are_all_of_a_set_in_order_and_bounded() {
-        let all: RoaringBitmap = (5..40_000).chain([70_000, u32::MAX - 1, u32::MAX]).collect();
-        let windows: Vec<RoaringBitmap> = windows_of(&all).collect();
-        assert_eq!(windows.iter().map(RoaringBitmap::len).collect::<Vec<_>>(), [16_384, 16_384, 7_230]);
-        assert!(windows.is_sorted_by(|a, b| a.max() < b.min()));
-        assert_eq!(windows.iter().fold(RoaringBitmap::new(), |union, window| union | window), all);
     }
 
     #[test]

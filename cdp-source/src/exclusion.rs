@@ -61,6 +61,17 @@ impl<'a> Skipping<'a> {
         self.dirty_again(&left, carry);
     }
 
+    /// What was in the exclusion since before the first flip, for whoever goes on with it.
+    pub(crate) fn into_within(self) -> Blocks {
+        self.within
+    }
+
+    /// Goes on for the flip before which that was in the exclusion, in the place of `begin`.
+    pub(crate) fn resume(&mut self, within: Blocks) {
+        self.skipped.resize_with(within.len(), RoaringBitmap::new);
+        self.within = within;
+    }
+
     /// Takes out of what a flip gave what was skipped before: it stands as a hole already, and stays in `skipped`.
     pub(crate) fn pass_over(&self, marked: &mut [RoaringBitmap]) {
         marked.iter_mut().zip(&*self.skipped).for_each(|(marked, skipped)| *marked -= skipped);

@@ -332,7 +332,7 @@ mod tests {
 
     fn session(pre: &str, post: &str) -> (HookSession, std::sync::mpsc::Receiver<HookEvent>) {
         let shell = |script: &str| ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
-        let config = HooksConfig { pre_cut: shell(pre), post_cut: shell(post), deadline_ms: 300 };
+        let config = HooksConfig { pre_cut: shell(pre), post_cut: shell(post), deadline_ms: 300, every_s: 0 };
         let (sender, events) = channel();
         let tell = move |event| sender.send(event).expect("somebody listens");
         let session = HookSession::start(config, "main", Some("x"), Arc::new(SystemClock::new()), tell);

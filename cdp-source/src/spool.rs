@@ -244,8 +244,7 @@ impl Spool {
         for at in 0..self.entries.len() {
             let HeldIn::Memory(frames) = &self.entries[at].held else { continue };
             let frames = frames.clone();
-            let reserve = self.file.as_ref().map_or(0, |file| file.layout().reserve());
-            let Some(place) = self.write(&frames, reserve, memo)? else { break };
+            let Some(place) = self.write(&frames, false, memo)? else { break };
             places.push((at, place));
         }
         let waiting = places.iter().filter(|(at, _)| *at >= self.handed);
@@ -284,9 +283,9 @@ impl Spool {
     }
 
     /// Writes frames to slabs that no index names; `None` where there is no room for them.
-    fn write(&mut self, frames: &[Bytes], reserve: u64, memo: &Memo) -> io::Result<Option<Place>> {
+    fn write(&mut self, frames: &[Bytes], for_merging: bool, memo: &Memo) -> io::Result<Option<Place>> {
         let file = self.file.as_mut().expect("it is open");
-        let written = file.write(frames, reserve)?;
+        let written = file.write(frames, for_merging)?;
         if written.is_some() || !file.has_given_back() {
             return Ok(written);
         }
@@ -294,7 +293,7 @@ impl Spool {
         if !self.write_index(memo)? {
             return Ok(None);
         }
-        self.file.as_mut().expect("it is open").write(frames, reserve)
+        self.file.as_mut().expect("it is open").write(frames, for_merging)
     }
 
     /// Writes the index of what is in the file; `false` where it has become too long for its place.

@@ -46,6 +46,16 @@ fn exported(store: &Store, epoch: &str, image: &[u8]) {
     assert!(std::fs::read(&file).expect("exported") == image, "point {epoch} differs");
 }
 
+/// Puts another value in the configuration.
+fn set(store: &Store, key: &str, value: &str) {
+    let config = store.data().join("target.toml");
+    let text = std::fs::read_to_string(&config).expect("configured");
+    let is_key = |line: &str| line.split(" = ").next() == Some(key);
+    assert!(text.lines().any(is_key), "{key} in {text}");
+    let lines = text.lines().map(|line| if is_key(line) { format!("{key} = {value}") } else { line.to_owned() });
+    std::fs::write(&config, lines.collect::<Vec<_>>().join("\n") + "\n").expect("written");
+}
+
 #[test]
 fn points_go_as_the_ladder_says_with_a_server_and_without() {
     for with_server in [true, false] {
@@ -115,6 +125,39 @@ fn what_is_pinned_or_labelled_stays_and_settings_that_leave_nothing_are_refused(
     assert_eq!(epochs(&store), [3]);
     exported(&store, "3", &images[2]);
     store.done(&["verify", "paris/main"]);
+}
+
+#[test]
+fn the_newest_point_that_is_whole_stays_where_what_came_behind_it_is_damaged() {
+    let store = Store::new();
+    let images = store.fill_within(JournalLimits { segment_bytes_max: 1 });
+    daily(&store);
+    store.done(&["prune", "paris/main", "--accept-clock"]);
+    assert_eq!(epochs(&store), [1, 3]);
+    let mut segments = std::fs::read_dir(group_folder(&store).join("journal")).expect("listed").flatten();
+    let content = segments.find_map(|segment| {
+        let described = store.json(&["inspect", segment.path().to_str().expect("text"), "--json"]);
+        let mut frames = described["frames"].as_array().expect("frames").iter();
+        let frame = frames.find(|frame| frame["epoch"] == 3 && frame["blocks"].as_u64() > Some(0))?;
+        Some((segment.path(), frame["offset"].as_u64().expect("a number") as usize + 120))
+    });
+    let (segment, inside) = content.expect("the content of point 3");
+    let mut bytes = std::fs::read(&segment).expect("read");
+    bytes[inside] ^= 1;
+    std::fs::write(&segment, bytes).expect("written");
+    set(&store, "scrub_interval_s", "1");
+    let server = Server::start(&store);
+    let start = std::time::Instant::now();
+    while !store.done(&["points", "paris/main"]).contains("damaged") {
+        assert!(start.elapsed().as_secs() < 30, "the damage is waited for in vain");
+        std::thread::park_timeout(std::time::Duration::from_millis(50));
+    }
+    server.end();
+    // By the ladder alone nothing stays but the newest that it sees: 2, which went.
+    set(&store, "retention.daily_s", "0");
+    store.done(&["prune", "paris/main", "--accept-clock", "--keep-only-newest"]);
+    assert_eq!(epochs(&store), [1, 3]);
+    exported(&store, "1", &images[0]);
 }
 
 #[test]

@@ -33,6 +33,7 @@ use super::status::{AuditStatus, CutStatus, GroupStatus, HooksStatus};
 use crate::audit::Audit;
 use crate::audit::line::LineAudit;
 use crate::control::{PointReply, Reply};
+use crate::cut::HeldInstant;
 use capturing::Cuts;
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Timestamp, VolumeSlot, blocks_in};
@@ -121,6 +122,8 @@ struct Group {
     /// A point that is made with hooks around it.
     hooked: Option<Hooked>,
     hooks: HooksStatus,
+    /// When a point with hooks is due that nobody asks for.
+    hooks_at: Duration,
     /// The other end of what is taken: for hooks, which run on a thread of their own.
     inputs: Sender<Input>,
     freezes: u64,
@@ -131,6 +134,8 @@ struct Group {
     trouble: Option<String>,
     /// Why the target takes nothing.
     refused: Option<String>,
+    /// Whether it only takes nothing for now: what is captured meanwhile waits.
+    is_put_off: bool,
     /// Why the target took nothing when it was asked last. It stands until something is acked: a target that takes the
     /// group up again may have no more room than before.
     put_off: Option<String>,
@@ -138,6 +143,8 @@ struct Group {
     rescan: Option<String>,
     /// Whether the tracker was flipped before parts are read.
     primed: bool,
+    /// What parts are read for: the next point may be of it.
+    instant: Option<HeldInstant>,
     /// Whether the memo was kept beside the tracker's, and so may be older than what the target has of us.
     memo_is_kept: bool,
     next_cut: Duration,
@@ -163,7 +170,8 @@ struct Group {
     line_audit: Option<LineAudit>,
     audit_counts: AuditStatus,
     metering: Metering,
-    opened_at: Option<Duration>,
+    /// Since when there is something left to be sent, on a line, and how many blocks were done then.
+    behind_since: Option<(Duration, u64)>,
     last_cut: Option<CutStatus>,
 }
 
@@ -203,6 +211,7 @@ impl Group {
         let mut group = Self {
             hooked: None,
             hooks: HooksStatus::default(),
+            hooks_at: Duration::ZERO,
             inputs,
             freezes: 0,
             freeze_failure: None,
@@ -219,9 +228,11 @@ impl Group {
             awaited: Vec::new(),
             trouble: None,
             refused: None,
+            is_put_off: false,
             put_off: None,
             rescan: None,
             primed: false,
+            instant: None,
             memo_is_kept,
             next_cut: Duration::ZERO,
             unreadable_at: Duration::ZERO,
@@ -242,7 +253,7 @@ impl Group {
             line_audit: None,
             audit_counts: AuditStatus::default(),
             metering,
-            opened_at: None,
+            behind_since: None,
             last_cut: None,
             setup,
         };
@@ -273,8 +284,8 @@ impl Group {
     /// Whether there is room for one more capture, in memory or in the spool.
     fn has_room(&self) -> bool {
         // Until the target has told what it was sent, nothing could be said to be unchanged; while it cannot be asked, all is captured.
-        let can_tell = self.link.is_connected() || !self.setup.spool.is_on();
-        self.refused.is_none()
+        let can_tell = self.link.is_connected() && !self.is_put_off || !self.setup.spool.is_on();
+        (self.refused.is_none() || self.is_put_off)
             && (self.setup.digests.asking().is_none() || !can_tell)
             && (self.fits_in_memory() || self.setup.spool.has_room(self.ledger.unacked_epochs()))
     }
@@ -301,7 +312,7 @@ impl Group {
             Due::Nothing
         } else if self.is_too_large() {
             if self.may_take_part() { Due::Part } else { Due::Nothing }
-        } else if now >= self.next_cut || self.is_point_due() {
+        } else if now >= self.next_cut || self.is_point_due() || self.instant.is_some() {
             Due::Cut
         } else {
             Due::Nothing
@@ -317,6 +328,8 @@ impl Group {
             self.unreadable_at = now + UNREADABLE_EVERY;
             self.ledger.carry_unreadable();
         }
+        self.note_progress(now);
+        self.want_in_time(now);
         self.start_hooks();
         let done = match self.due() {
             Due::Part => self.part(),
@@ -354,14 +367,17 @@ impl Group {
                 }
             }
             Input::Point(request) => match self.trouble.as_ref().or(self.refused.as_ref()) {
-                Some(reason) => refuse(request, reason),
-                None if !self.is_taken_up && !request.wait => {
+                // What is put off can be made, but not waited for.
+                Some(reason) if request.wait || self.trouble.is_some() || !self.is_put_off => refuse(request, reason),
+                _ if !self.is_taken_up && !request.wait => {
                     refuse(request, "the target has not been reached yet");
                 }
-                None => {
+                _ => {
                     // Whoever asked earlier may have stopped waiting: requests do not pile up.
                     self.wanted.retain(|request| !request.reply.is_closed());
                     self.awaited.retain(|(_, reply)| !reply.is_closed());
+                    // The point is to hold what was written before it was asked for.
+                    self.instant = None;
                     self.wanted.push_back(request);
                 }
             },

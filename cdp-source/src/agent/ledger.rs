@@ -23,6 +23,8 @@ pub struct Ledger {
     /// Blocks that stand as holes in what was captured because they were excluded (`exclusion`).
     pub skipped: Blocks,
     captured: VecDeque<Captured>,
+    /// Blocks that left the account, acked or unchanged after all, since it was opened.
+    done: u64,
 }
 
 /// An attempt that was captured and is not acked.
@@ -42,18 +44,33 @@ pub struct Captured {
     pub bytes: u64,
 }
 
+impl Captured {
+    /// Blocks that it holds.
+    fn len(&self) -> u64 {
+        self.blocks.iter().map(RoaringBitmap::len).sum()
+    }
+}
+
 impl Ledger {
     /// An account of volumes with so many blocks each, with nothing in it.
     #[must_use]
     pub fn new(volume_blocks: Vec<u64>) -> Self {
         let carry = vec![RoaringBitmap::new(); volume_blocks.len()];
-        Self { volume_blocks, unreadable: carry.clone(), skipped: carry.clone(), carry, captured: VecDeque::new() }
+        let (unreadable, skipped) = (carry.clone(), carry.clone());
+        Self { volume_blocks, unreadable, skipped, carry, captured: VecDeque::new(), done: 0 }
     }
 
     /// Blocks in `carry`.
     #[must_use]
     pub fn carried(&self) -> u64 {
         self.carry.iter().map(RoaringBitmap::len).sum()
+    }
+
+    /// Blocks in `carry` and in what is captured and not acked, and those that left since the account was opened. Each counts whether it has content or
+    /// is a hole.
+    #[must_use]
+    pub fn left_and_done(&self) -> (u64, u64) {
+        (self.carried() + self.captured.iter().map(Captured::len).sum::<u64>(), self.done)
     }
 
     /// Blocks of all volumes.
@@ -121,6 +138,7 @@ impl Ledger {
         for (volume, blocks) in blocks.iter().enumerate() {
             self.carry[volume] -= blocks;
             self.unreadable[volume] -= blocks;
+            self.done += blocks.len();
         }
     }
 
@@ -138,6 +156,7 @@ impl Ledger {
         while self.captured.front().is_some_and(|captured| captured.epoch <= epoch) {
             let captured = self.captured.pop_front();
             bytes += captured.as_ref().map_or(0, |captured| captured.bytes);
+            self.done += captured.as_ref().map_or(0, Captured::len);
             point = captured.filter(|captured| captured.epoch == epoch);
         }
         point.map(|point| Captured { bytes, ..point })
@@ -147,7 +166,9 @@ impl Ledger {
     /// is carried again.
     pub fn part_acked(&mut self, attempt: AttemptId) -> Option<Captured> {
         let index = self.captured.iter().position(|captured| captured.attempt == attempt)?;
-        self.captured.remove(index)
+        let part = self.captured.remove(index);
+        self.done += part.as_ref().map_or(0, Captured::len);
+        part
     }
 
     /// Nothing captured will be acked: all of it is to be captured again.

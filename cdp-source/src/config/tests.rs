@@ -56,6 +56,7 @@ fn values_out_of_range_and_contradictions_are_refused() {
         ("[groups.main]\nhooks.pre_cut = ['sh']".to_owned(), "hooks.pre_cut does not begin with"),
         ("[groups.main]\nhooks.post_cut = ['/x']".to_owned(), "read source.toml"),
         ("[groups.main]\nhooks = { pre_cut = ['/x'], deadline_ms = 0 }".to_owned(), "hooks.deadline_ms = 0"),
+        ("[groups.main]\nhooks = { pre_cut = ['/x'], every_s = 59 }".to_owned(), "hooks.every_s = 59"),
         ("[groups.'.x']".to_owned(), "a name is"),
         (two("name='a'\nslot=0\ndevice='/a'", "name='a'\nslot=1\ndevice='/b'"), "two volumes are named"),
         (two("name='a'\nslot=0\ndevice='/a'", "name='b'\nslot=0\ndevice='/b'"), "have slot 0"),

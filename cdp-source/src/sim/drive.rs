@@ -2,7 +2,7 @@
 
 use super::{Blocks, Image, Profile, Sabotage, SimReader, SimTracker, World, sectors_of};
 use crate::capture::{BlockContent, Capture};
-use crate::cut::{Cut, CutError, CutLimits, cut_skipping, read_part};
+use crate::cut::{Cut, CutError, CutLimits, HeldInstant, Part, cut_skipping, read_part, take_instant};
 use crate::exclusion::{Exclusion, NothingExcluded, Skipping};
 use crate::tracker::Tracker;
 use cdp_protocol::units::BLOCK_SECTORS;
@@ -27,6 +27,8 @@ pub struct Driver {
     pub image: Image,
     /// What became of the cuts.
     pub tally: Tally,
+    /// What parts are read for.
+    held: Option<HeldInstant>,
     sabotage: Sabotage,
 }
 
@@ -39,6 +41,8 @@ pub struct Tally {
     pub unchanged: u32,
     /// Cuts with too many blocks.
     pub too_large: u32,
+    /// Cuts that made a point of the instant that parts were read for.
+    pub of_parts: u32,
     /// Cuts that were not validated.
     pub not_validated: u32,
     /// Most rounds of a cut that made a point.
@@ -56,7 +60,7 @@ impl Driver {
         let image = world.media().iter().map(|volume| vec![u64::MAX; volume.len()]).collect();
         let reader = SimReader::new(&world);
         let (exclusion, skipped, tally) = (Box::new(NothingExcluded), Blocks::new(), Tally::default());
-        Self { world, tracker, reader, carry, exclusion, skipped, image, tally, sabotage }
+        Self { world, tracker, reader, carry, exclusion, skipped, image, tally, held: None, sabotage }
     }
 
     /// One cut; what it captured goes to the image, which then has to be a state of the instant.
@@ -67,11 +71,14 @@ impl Driver {
         let clock = Arc::clone(&self.world.clock);
         let skipping = Skipping::new(&mut *self.exclusion, &mut self.skipped);
         let (tracker, reader) = (&mut self.tracker, &mut self.reader);
-        let outcome = cut_skipping(tracker, reader, clock.as_ref(), &mut self.carry, limits, skipping);
+        let held = self.held.take();
+        let is_held = held.is_some();
+        let outcome = cut_skipping(tracker, reader, clock.as_ref(), &mut self.carry, limits, skipping, held);
         match outcome.map_err(|error: CutError| error.to_string())? {
             Cut::Captured(capture) => {
                 self.apply(&capture);
                 self.tally.captured += 1;
+                self.tally.of_parts += u32::from(is_held && capture.meters.cut_rounds == 1);
                 self.tally.rounds_max = self.tally.rounds_max.max(capture.meters.cut_rounds);
                 self.explain()
             }
@@ -81,7 +88,11 @@ impl Driver {
             }
             Cut::TooLarge => {
                 self.tally.too_large += 1;
-                self.part(limits.blocks_max)
+                self.part(limits.blocks_max)?;
+                while self.held.is_some() && self.carry.iter().any(|blocks| !blocks.is_empty()) {
+                    self.part(limits.blocks_max)?;
+                }
+                Ok(())
             }
             Cut::NotValidated => {
                 self.tally.not_validated += 1;
@@ -93,14 +104,24 @@ impl Driver {
         }
     }
 
-    /// Sends a part and, as after its ack, carries its blocks no longer.
+    /// Sends a part, mostly for an instant that is held, and, as after its ack, carries its blocks no longer.
     ///
     /// # Errors
     /// Where the reader cannot go on.
     pub fn part(&mut self, blocks_max: u64) -> Result<(), String> {
+        let failed = |error: CutError| error.to_string();
+        if self.held.is_none() && self.world.random.below(4) > 0 {
+            let skipping = Skipping::new(&mut *self.exclusion, &mut self.skipped);
+            let clock = Arc::clone(&self.world.clock);
+            self.held = take_instant(&mut self.tracker, clock.as_ref(), &mut self.carry, skipping).map_err(failed)?;
+        }
         let skipping = Skipping::new(&mut *self.exclusion, &mut self.skipped);
-        let part = read_part(&self.tracker, &mut self.reader, &mut self.carry, blocks_max, skipping)
-            .map_err(|error| error.to_string())?;
+        let (tracker, reader, held) = (&self.tracker, &mut self.reader, self.held.as_mut());
+        let part = read_part(tracker, reader, &mut self.carry, blocks_max, skipping, held).map_err(failed)?;
+        let Part { capture: part, is_conflicted } = part;
+        if is_conflicted {
+            self.held = None;
+        }
         self.apply(&part);
         for (carry, part) in self.carry.iter_mut().zip(&part.volumes) {
             *carry -= part.blocks();
@@ -167,6 +188,8 @@ impl Driver {
     pub fn finish(&mut self) -> Result<(), String> {
         self.world.set_quiet(true);
         self.world.run(10_000);
+        // The last point is to be of now.
+        self.held = None;
         (self.tracker.straggler_permille, self.tracker.false_hit_permille) = (0, 0);
         self.cut(&CutLimits { bound: Duration::from_secs(1), blocks_max: 1000 })?;
         if self.image == self.world.media() { Ok(()) } else { Err("the last point is not what is on the media".into()) }
@@ -204,13 +227,14 @@ mod tests {
             total.captured += tally.captured;
             total.unchanged += tally.unchanged;
             total.too_large += tally.too_large;
+            total.of_parts += tally.of_parts;
             total.not_validated += tally.not_validated;
             total.rounds_max = total.rounds_max.max(tally.rounds_max);
         }
         println!("{total:?}");
         // The run means something only if it has seen all that can happen.
         assert!(total.captured > 10_000 && total.unchanged > 100 && total.rounds_max > 3, "{total:?}");
-        assert!(total.too_large > 500 && total.not_validated > 500, "{total:?}");
+        assert!(total.too_large > 500 && total.not_validated > 500 && total.of_parts > 40, "{total:?}");
     }
 
     #[test]

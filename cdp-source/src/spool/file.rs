@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 const SLAB_BYTES_MIN: u64 = 64 << 10;
 /// Slabs at most, so that naming all of them stays small: a larger file has larger ones.
 const SLABS_MAX: u64 = 1 << 16;
+/// Of the slabs that there are one of so many is for merging alone: it has to be possible when nothing else is.
+const RESERVED_SHARE: u64 = 8;
 /// The file grows by so much at a time.
 const GROWTH_BYTES: u64 = 64 << 20;
 /// The page of the memo, at the file's beginning.
@@ -44,11 +46,6 @@ impl Layout {
         Self { index_bytes, slab_bytes, slabs_max: (rest / slab_bytes) as u32 }
     }
 
-    /// Slabs that only merging may use: it has to be possible when nothing else is.
-    pub(super) const fn reserve(&self) -> u64 {
-        self.slabs_max as u64 / 8
-    }
-
     fn slab_at(&self, slab: u32) -> u64 {
         MEMO_PAGE_BYTES + 2 * self.index_bytes + u64::from(slab) * self.slab_bytes
     }
@@ -75,6 +72,8 @@ pub(super) struct SpoolFile {
     layout: Layout,
     /// Slabs that there is room for on the disk.
     slabs: u32,
+    /// Whether there was none for more when that was tried last.
+    is_grown_out: bool,
     free: BTreeSet<u32>,
     /// Given back, but named by an index that may be read.
     given_back: BTreeSet<u32>,
@@ -109,7 +108,8 @@ impl SpoolFile {
         }
         let slabs = (len.saturating_sub(layout.slab_at(0)) / layout.slab_bytes).min(layout.slabs_max.into()) as u32;
         let folder = folder.to_owned();
-        Ok(Self { storage, folder, file, layout, slabs, free: (0..slabs).collect(), given_back: BTreeSet::new() })
+        let (free, given_back) = ((0..slabs).collect(), BTreeSet::new());
+        Ok(Self { storage, folder, file, layout, slabs, is_grown_out: false, free, given_back })
     }
 
     /// Opens the file where there is one.
@@ -129,13 +129,15 @@ impl SpoolFile {
         self.layout
     }
 
-    /// Bytes that could be written now, or after growing.
+    /// Bytes that could be written now, or after growing, as far as is known.
     pub(super) fn free_bytes(&self) -> u64 {
-        (self.free_slabs() + self.given_back.len() as u64) * self.layout.slab_bytes
+        let more = if self.is_grown_out { 0 } else { u64::from(self.layout.slabs_max - self.slabs) };
+        (self.free.len() as u64 + self.given_back.len() as u64 + more) * self.layout.slab_bytes
     }
 
-    fn free_slabs(&self) -> u64 {
-        self.free.len() as u64 + u64::from(self.layout.slabs_max - self.slabs)
+    /// Slabs that only merging may use. They are of those that there are: what the disk does not give is no reserve.
+    fn reserve(&self) -> u64 {
+        u64::from(self.slabs) / RESERVED_SHARE
     }
 
     /// Bytes of the slabs that are in use.
@@ -153,17 +155,19 @@ impl SpoolFile {
         bytes.div_ceil(self.layout.slab_bytes).max(1)
     }
 
-    /// Writes an attempt's frames; `None` where there is no room for them beside `reserve` slabs.
-    pub(super) fn write(&mut self, frames: &[Bytes], reserve: u64) -> io::Result<Option<Place>> {
+    /// Writes an attempt's frames; `None` where there is no room for them. What only merging may use is left where this is not `for_merging`.
+    pub(super) fn write(&mut self, frames: &[Bytes], for_merging: bool) -> io::Result<Option<Place>> {
         let bytes: u64 = frames.iter().map(|frame| frame.len() as u64).sum();
         let wanted = self.slabs_for(bytes);
-        if self.free_slabs() < wanted + reserve {
-            return Ok(None);
+        let lacking = |file: &Self| {
+            let reserve = if for_merging { 0 } else { file.reserve() };
+            (wanted + reserve).saturating_sub(file.free.len() as u64)
+        };
+        if lacking(self) > 0 {
+            // The more there are, the more are kept back.
+            self.grow((lacking(self) * RESERVED_SHARE).div_ceil(RESERVED_SHARE - 1))?;
         }
-        if (self.free.len() as u64) < wanted {
-            self.grow(wanted - self.free.len() as u64)?;
-        }
-        if (self.free.len() as u64) < wanted {
+        if lacking(self) > 0 {
             return Ok(None);
         }
         let slabs: Vec<u32> = self.free.iter().copied().take(wanted as usize).collect();
@@ -239,20 +243,25 @@ impl SpoolFile {
         self.given_back.clear();
     }
 
-    /// Makes room for at least `slabs` more, as far as that leaves as many bytes free on the disk as the file has.
+    /// Makes room for at least `slabs` more, or for as many as there may still be, as far as that leaves as many bytes free on the disk
+    /// as the file has.
     fn grow(&mut self, slabs: u64) -> io::Result<()> {
-        let wanted = slabs.max(GROWTH_BYTES / self.layout.slab_bytes).min((self.layout.slabs_max - self.slabs).into());
-        let len = self.layout.slab_at(self.slabs + wanted as u32);
-        let more = wanted * self.layout.slab_bytes;
-        if wanted < slabs || self.storage.free_bytes(&self.folder)? < more.saturating_add(len) {
+        if self.slabs == self.layout.slabs_max {
+            return Ok(());
+        }
+        let more = slabs.max(GROWTH_BYTES / self.layout.slab_bytes).min((self.layout.slabs_max - self.slabs).into());
+        let len = self.layout.slab_at(self.slabs + more as u32);
+        self.is_grown_out = true;
+        if self.storage.free_bytes(&self.folder)? < (more * self.layout.slab_bytes).saturating_add(len) {
             return Ok(());
         }
         match self.file.allocate(len) {
             Err(error) if is_full(&error) => return Ok(()),
             other => other?,
         }
-        self.free.extend(self.slabs..self.slabs + wanted as u32);
-        self.slabs += wanted as u32;
+        self.is_grown_out = false;
+        self.free.extend(self.slabs..self.slabs + more as u32);
+        self.slabs += more as u32;
         Ok(())
     }
 
@@ -295,3 +304,6 @@ impl SpoolFile {
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
+
+#[cfg(test)]
+mod tests;

@@ -341,7 +341,7 @@ impl Spool {
             return (Entry::new(outgoing, blocks), piece);
         }
         let frames: Vec<Bytes> = std::mem::take(&mut outgoing.frames);
-        let written = self.write(&frames, 0, memo);
+        let written = self.write(&frames, true, memo);
         let mut entry = Entry::new(outgoing, blocks);
         match written {
             Ok(Some(place)) => {
@@ -413,3 +413,6 @@ fn take_in(younger: &mut CommitDraft, older: &CommitDraft, pieces: &[Piece]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

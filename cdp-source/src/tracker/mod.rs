@@ -62,6 +62,12 @@ pub trait Tracker: Send {
     /// Whether a write to the block may have been issued after the last flip. To be asked when its read has returned.
     fn is_conflicted(&self, volume: usize, block: Block) -> bool;
 
+    /// Whether `is_conflicted` knows of writes. Where not, `settle` alone says whether an instant stands, and a flip may cost a pass over the
+    /// volumes.
+    fn sees_conflicts(&self) -> bool {
+        true
+    }
+
     /// Which of `blocks` are known to be zeros without being read: wholly discarded or zeroed, and not written since. To
     /// be asked instead of reading them; after it, `is_conflicted` is asked as after a read.
     fn holes(&self, _volume: usize, _blocks: &RoaringBitmap) -> RoaringBitmap {

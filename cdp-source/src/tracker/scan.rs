@@ -196,6 +196,10 @@ impl Tracker for ScanTracker {
         false
     }
 
+    fn sees_conflicts(&self) -> bool {
+        false
+    }
+
     fn settle(&mut self) -> Result<bool, TrackerError> {
         self.pass()?;
         Ok(self.scan.found.iter().all(RoaringBitmap::is_empty))

@@ -47,6 +47,7 @@ impl Group {
                 }
                 self.refused = Some(text.clone());
                 self.put_off = Some(text);
+                self.is_put_off = true;
             }
             SourceEvent::Refused(reason) => {
                 let text = refusal(&reason);
@@ -54,7 +55,7 @@ impl Group {
                     tracing::error!(group = self.setup.facts.name, reason = text, "the target refuses the group");
                 }
                 self.refuse_wanted(&text);
-                self.refused = Some(text);
+                (self.refused, self.is_put_off) = (Some(text), false);
             }
             SourceEvent::SendAgain { volume, extents } => self.send_again(volume, &extents),
             SourceEvent::Changes { since, volume, extents, page, more } => {
@@ -81,8 +82,7 @@ impl Group {
         head: Option<Head>,
         parts: Option<(Epoch, PartChain)>,
     ) {
-        self.refused = None;
-        self.opened_at.get_or_insert(self.setup.clock.monotonic());
+        (self.refused, self.is_put_off) = (None, false);
         if !is_new && self.is_taken_up {
             return;
         }

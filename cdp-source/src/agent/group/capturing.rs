@@ -3,16 +3,15 @@
 //! Invariant: whatever is captured is in the ledger before it is encoded, and stays in `unacked` until it is acked.
 
 use super::hooking::Taken;
-use super::{FREEZE_AFTER, Group, Open, PART_BLOCKS, UNCHANGED_EVERY};
+use super::{FREEZE_AFTER, Group, Open, UNCHANGED_EVERY};
 use crate::agent::encoding::Job;
 use crate::agent::ledger::{Captured, to_bytes};
 use crate::agent::status::CutStatus;
 use crate::capture::Capture;
 use crate::control::{PointReply, Reply};
-use crate::cut::{self, Cut, CutError};
+use crate::cut::{self, Cut, CutError, Part};
 use crate::exclusion::Skipping;
 use crate::freeze::Frozen;
-use crate::tracker::TrackerError;
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::session::source::{CommitDraft, End};
 use cdp_protocol::units::{AttemptId, Class, Epoch, Timestamp};
@@ -29,24 +28,21 @@ pub(super) struct Cuts {
 }
 
 impl Group {
-    /// Captures some of what is carried, while writes go on: durable at the target, no recovery point.
+    /// Captures some of what is carried, while writes go on: durable at the target, or in the spool, and no recovery point before a cut takes
+    /// it in.
     pub(super) fn part(&mut self) -> Result<(), CutError> {
         // A part's flip is nobody's who looks at what it gave.
         self.audit.forget();
+        self.hold_instant()?;
+        let blocks_max = self.part_blocks();
         let Some(devices) = &mut self.devices else { return Ok(()) };
-        if !self.primed {
-            // What was marked so far is read now; a tracker that compares takes its first look. Without it the volume
-            // would be sent once in parts and once more by the first cut.
-            self.primed = true;
-            match devices.tracker.flip() {
-                Ok(marked) => self.ledger.carry_more(&marked),
-                Err(TrackerError::Stragglers(_) | TrackerError::InDoubt(_)) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
         let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
-        let (tracker, reader) = (&*devices.tracker, &mut *devices.reader);
-        let mut capture = cut::read_part(tracker, reader, &mut self.ledger.carry, PART_BLOCKS, skipping)?;
+        let (tracker, reader, carry) = (&*devices.tracker, &mut *devices.reader, &mut self.ledger.carry);
+        let part = cut::read_part(tracker, reader, carry, blocks_max, skipping, self.instant.as_mut())?;
+        let Part { mut capture, is_conflicted } = part;
+        if is_conflicted && self.instant.take().is_some() {
+            tracing::debug!(group = self.setup.facts.name, "what a part read was written to: a later instant");
+        }
         if let Some(volume) = self.dead_volume(&capture) {
             self.carry_again(&capture);
             self.fail_reading(volume);
@@ -59,17 +55,36 @@ impl Group {
         Ok(())
     }
 
+    /// Flips the tracker before a part is read, where no instant is held. A tracker that compares takes its first look: without it the volume
+    /// would be sent once in parts and once more by the first cut.
+    fn hold_instant(&mut self) -> Result<(), CutError> {
+        let Some(devices) = self.devices.as_mut().filter(|_| self.instant.is_none()) else { return Ok(()) };
+        let sees_conflicts = devices.tracker.sees_conflicts();
+        if self.primed && !sees_conflicts {
+            return Ok(());
+        }
+        self.primed = true;
+        let clock = Arc::clone(&self.setup.clock);
+        let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
+        let held = cut::take_instant(&mut *devices.tracker, &*clock, &mut self.ledger.carry, skipping)?;
+        self.instant = held.filter(|_| sees_conflicts);
+        Ok(())
+    }
+
     pub(super) fn cut(&mut self) -> Result<(), CutError> {
         let now = self.setup.clock.monotonic();
         // From the last one that was due, so that the interval does not grow by the cut's own time.
         let due = self.next_cut + self.setup.interval;
         self.next_cut = if due > now { due } else { now + self.setup.interval };
-        let frozen = self.freeze_if_due();
+        let held = self.instant.take();
+        // What is frozen now was not at that instant.
+        let frozen = if held.is_some() { None } else { self.freeze_if_due() };
         let Some(devices) = &mut self.devices else { return Ok(()) };
         let clock = Arc::clone(&self.setup.clock);
         let skipping = Skipping::new(&mut *devices.exclusion, &mut self.ledger.skipped);
         let (tracker, reader) = (&mut *devices.tracker, &mut *devices.reader);
-        let cut = cut::cut_skipping(tracker, reader, &*clock, &mut self.ledger.carry, &self.setup.limits, skipping);
+        let (carry, limits) = (&mut self.ledger.carry, &self.setup.limits);
+        let cut = cut::cut_skipping(tracker, reader, &*clock, carry, limits, skipping, held);
         let class = frozen.map_or(Class::Crash, |frozen| self.thaw(frozen));
         let cut = cut?;
         self.cuts.count(&cut);
@@ -250,7 +265,7 @@ impl Group {
             capture.meters.cut_rounds = 1;
             return self.captured(capture, Class::Crash);
         }
-        let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked()) else { return };
+        let Some(head) = self.memo.head().filter(|_| self.ledger.is_acked() && !self.is_put_off) else { return };
         self.put_off = None;
         // All of it was compared, and none of it differs.
         self.rescan = None;

@@ -9,6 +9,7 @@ use crate::hooks::{HookEvent, HookRun, HookSession};
 use cdp_protocol::units::{Class, Epoch};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// A point that is made with hooks around it.
 pub(super) struct Hooked {
@@ -45,6 +46,18 @@ impl Group {
         }
     }
 
+    /// Asks for a point with hooks where it is time for one, and nobody has asked for another.
+    pub(super) fn want_in_time(&mut self, now: Duration) {
+        let every_s = self.setup.hooks.as_ref().map_or(0, |hooks| hooks.every_s);
+        if every_s == 0 || now < self.hooks_at || !self.wanted.is_empty() || self.hooked.is_some() {
+            return;
+        }
+        self.hooks_at = now + Duration::from_secs(every_s);
+        // Nobody waits for the answer.
+        let (reply, _) = oneshot::channel();
+        self.wanted.push_back(PointRequest { label: None, wait: false, reply });
+    }
+
     /// Starts the hooks of the next point that is wanted, once it could be cut.
     pub(super) fn start_hooks(&mut self) {
         let can_cut = self.open.is_some() && self.devices.is_some() && self.has_room() && !self.is_too_large();
@@ -70,6 +83,8 @@ impl Group {
         match event {
             HookEvent::PreCut(run) => {
                 self.count_hook("pre-cut", &run);
+                // The cut has to come behind it.
+                self.instant = None;
                 let deadline_ms = self.setup.hooks.as_ref().map_or(0, |hooks| hooks.deadline_ms);
                 if let Some(hooked) = &mut self.hooked {
                     let failure = run.failure.as_ref().map(|failure| format!("the pre-cut hook {failure}"));

@@ -36,7 +36,12 @@ impl Group {
         let has_point = self.open.is_some_and(|open| open.has_point) && self.rescan.is_none();
         let room = self.setup.spool.free_bytes();
         self.fits_in_memory() && self.setup.spool.waiting().bytes == 0
-            || has_point && to_bytes(self.ledger.carried() + PART_BLOCKS).saturating_mul(2) <= room
+            || has_point && to_bytes(self.ledger.carried() + self.part_blocks()).saturating_mul(2) <= room
+    }
+
+    /// Blocks of a part at most.
+    pub(super) fn part_blocks(&self) -> u64 {
+        PART_BLOCKS.min(self.setup.limits.blocks_max)
     }
 
     /// Keeps the spool within its bounds: a step of it, so that cuts are made between.

@@ -6,6 +6,7 @@ use crate::agent::status::{AuditStatus, GroupPhase, SpoolStatus};
 use crate::spool::Waiting;
 use cdp_protocol::units::Timestamp;
 use roaring::RoaringBitmap;
+use std::time::Duration;
 
 impl Group {
     pub(super) fn publish(&self) {
@@ -65,12 +66,20 @@ impl Group {
         }
     }
 
-    /// At the speed since the agent's first connection.
-    pub(super) fn estimate_s(&self) -> Option<u64> {
-        let since = self.setup.clock.monotonic().saturating_sub(self.opened_at?).as_secs_f64();
-        let left = to_bytes(self.ledger.carried()) + self.ledger.unacked_bytes();
-        let done = self.acked_bytes + self.unchanged_bytes;
-        (left > 0 && done > 0).then(|| (left as f64 * since / done as f64).ceil() as u64)
+    /// Notes since when the line has something to catch up with.
+    pub(super) fn note_progress(&mut self, now: Duration) {
+        let (left, done) = self.ledger.left_and_done();
+        let is_behind = left > 0 && self.open.is_some() && self.refused.is_none() && self.link.is_connected();
+        self.behind_since = if is_behind { self.behind_since.or(Some((now, done))) } else { None };
+    }
+
+    /// At the speed since there is something left, block by block: holes count as what they are of the volume.
+    fn estimate_s(&self) -> Option<u64> {
+        let (since, done_before) = self.behind_since?;
+        let (left, done) = self.ledger.left_and_done();
+        let took = self.setup.clock.monotonic().saturating_sub(since).as_secs_f64();
+        let blocks = done.checked_sub(done_before).filter(|blocks| *blocks > 0)?;
+        Some((left as f64 * took / blocks as f64).ceil() as u64)
     }
 
     /// How far comparing has got.

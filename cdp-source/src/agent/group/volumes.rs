@@ -33,7 +33,7 @@ impl Group {
             tracing::info!(group, record, "the tracking goes on from the record of a clean stop");
         }
         self.devices = Some(devices);
-        self.primed = false;
+        (self.primed, self.instant) = (false, None);
         self.trouble = None;
     }
 
@@ -75,7 +75,7 @@ impl Group {
         }
         self.refuse_wanted(&reason);
         self.trouble = Some(reason);
-        self.devices = None;
+        (self.devices, self.instant) = (None, None);
         self.audit.forget();
         self.reopen_at = self.setup.clock.monotonic() + REOPEN_EVERY;
     }

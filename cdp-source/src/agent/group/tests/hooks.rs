@@ -3,8 +3,8 @@
 use super::{Bench, DEADLINE, Reply, Running};
 use crate::config::HooksConfig;
 use cdp_protocol::message::Verdict;
-use cdp_protocol::session::source::SourceEvent;
-use cdp_protocol::units::Class;
+use cdp_protocol::units::{BLOCK_BYTES, Class};
+use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,7 +14,8 @@ impl Bench {
         let mut bench = Self::new();
         let folder = bench.folder.path().display().to_string();
         let shell = |script: &str| ["/bin/sh".into(), "-c".into(), format!("cd {folder}; {script}")].to_vec();
-        bench.hooks = Some(HooksConfig { pre_cut: shell(pre_cut), post_cut: shell(post_cut), deadline_ms });
+        let (pre_cut, post_cut) = (shell(pre_cut), shell(post_cut));
+        bench.hooks = Some(HooksConfig { pre_cut, post_cut, deadline_ms, every_s: 0 });
         bench
     }
 
@@ -98,11 +99,17 @@ fn an_application_is_let_go_though_no_cut_can_be_made() {
     let running = bench.running();
     let answer = running.point(None);
     until("the hook runs", || bench.file("started").exists());
-    bench.target.change(|target| target.tell(SourceEvent::Busy { reason: "no room".into(), retry_after_ms: 1 }));
-    until("the group waits", || running.status().reason.is_some());
-    std::fs::write(bench.file("go"), "").expect("written");
-    until("it is let go", || bench.file("post").exists());
-    bench.target.open(Verdict::Continue);
+    std::thread::scope(|scope| {
+        // A volume that is never the same twice gives no cut by comparing.
+        scope.spawn(|| {
+            let file = std::fs::OpenOptions::new().write(true).open(bench.image_path()).expect("opened");
+            let numbers = (0..u64::from(u32::MAX)).take_while(|_| !bench.file("post").exists());
+            numbers
+                .for_each(|number| file.write_all_at(&number.to_le_bytes(), 7 * BLOCK_BYTES as u64).expect("written"));
+        });
+        std::fs::write(bench.file("go"), "").expect("written");
+        until("it is let go", || bench.file("post").exists());
+    });
     let Ok(Reply::Point(point)) = answer.blocking_recv() else { panic!("the point is made all the same") };
     assert_eq!(point.class, Class::Crash);
     assert_eq!(point.warning.as_deref(), Some("no cut was made while the application held still"));
@@ -119,4 +126,20 @@ fn an_agent_that_stops_lets_the_application_go() {
     running.stop();
     assert!(bench.file("post").exists());
     drop(answer);
+}
+
+#[test]
+fn points_with_hooks_are_made_in_time_though_nobody_asks() {
+    let bench = Bench::with_hooks("echo >> held", "true", 20_000);
+    let bench = Bench { hooks: bench.hooks.clone().map(|hooks| HooksConfig { every_s: 1, ..hooks }), ..bench };
+    let running = bench.running();
+    let is_application = |target: &super::Target| {
+        let points = target.points.iter().filter(|(_, commit, _)| commit.class == Class::Application);
+        points.count() >= 2
+    };
+    drop(bench.target.until("two of them", is_application));
+    let asked = running.acked_point(Some("asked for"));
+    assert_eq!((asked.class, asked.label.as_deref()), (Class::Application, Some("asked for")));
+    running.stop();
+    assert!(std::fs::read_to_string(bench.file("held")).expect("it ran").lines().count() >= 3);
 }

@@ -2,7 +2,7 @@
 
 mod office;
 
-use crate::agent::status::GroupStatus;
+use crate::agent::status::{GroupPhase, GroupStatus};
 use crate::sim::SimTracker;
 use crate::spool::SpoolLimits;
 use crate::tracker::Tracker as _;
@@ -245,4 +245,49 @@ fn what_was_left_when_the_tracking_started_over_is_never_taken_up_behind_newer_p
     }
     office.die(false);
     office.end_well();
+}
+
+#[test]
+fn what_is_too_much_for_one_cut_becomes_points_while_the_line_is_down() {
+    let limits = SpoolLimits { bytes_max: 64 << 20, memory_bytes_max: 16 << 10, ..TIGHT };
+    let (mut captured, mut of_parts) = (0, 0);
+    for seed in 40..60 {
+        let mut office = Office::with_cuts_of(8, seed, limits);
+        office.wire.lock().cut();
+        let (before, first) = (office.points(), office.status().captured_epoch.expect("a point"));
+        for _ in 0..12 {
+            office.world.run(500);
+            office.second();
+        }
+        captured += office.status().captured_epoch.expect("a point").0 - first.0;
+        // Each is held against the instant of its cut.
+        office.end_well();
+        let far = office.wire.lock();
+        of_parts += far.points[before..].iter().filter(|point| point.commit.parts.is_some()).count();
+    }
+    println!("{captured} points in 240 seconds, {of_parts} of them of parts");
+    assert!(captured > 160 && of_parts > 80, "{captured} points, {of_parts} of them of parts");
+}
+
+#[test]
+fn while_the_target_takes_nothing_for_now_points_wait_for_it() {
+    let mut office = Office::new(30, TIGHT);
+    office.wire.lock().put_off();
+    (0..12).for_each(|_| office.second());
+    let status = office.status();
+    assert!(status.unacked_epochs > 6 && status.spool.spooled_bytes > 0, "{status:?}");
+    assert_eq!(status.state, GroupPhase::Stalled);
+    assert!(status.reason.is_some_and(|reason| reason.contains("no room")));
+    // So they do of an agent that has not heard yet what the target holds.
+    office.die(false);
+    office.wire.lock().is_up = true;
+    office.wire.lock().put_off();
+    let captured = office.status().captured_epoch;
+    (0..6).for_each(|_| office.second());
+    assert!(office.status().captured_epoch > captured, "{:?}", office.status());
+    let (before, waiting) = (office.points(), office.status().unacked_epochs);
+    office.wire.lock().connect(Verdict::Continue);
+    office.end_well();
+    assert!(office.points() - before >= waiting as usize, "{} of {waiting} came", office.points() - before);
+    assert_eq!(office.wire.lock().voided, 0);
 }

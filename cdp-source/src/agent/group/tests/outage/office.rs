@@ -129,6 +129,11 @@ impl Far {
         self.session.as_mut().expect("connected").line_down();
     }
 
+    /// The target is there, and takes nothing for now.
+    pub(super) fn put_off(&mut self) {
+        self.hear(&TargetMessage::Busy { group: GROUP, reason: "no room".into(), retry_after_ms: 1 });
+    }
+
     fn pump(&mut self) {
         while self.is_up {
             match self.session.as_mut().expect("connected").next_frame() {
@@ -195,6 +200,7 @@ pub(super) struct Office {
     pub(super) disk: SimStorage,
     pub(super) wire: Wire,
     limits: SpoolLimits,
+    blocks_max: u64,
     status: Arc<Mutex<GroupStatus>>,
     pub(super) agent: Option<(Group, Receiver<Input>)>,
     /// What a clean end has kept beside the tracking's memo.
@@ -214,7 +220,15 @@ impl KeptMemo for KeptBefore {
 
 impl Office {
     pub(super) fn new(seed: u64, limits: SpoolLimits) -> Self {
-        let profile = Profile { sectors: vec![8 * 60, 8 * 20 + 3], repeat_permille: 300, ..Profile::default() };
+        Self::with_cuts_of(1000, seed, limits)
+    }
+
+    /// An office of which a cut, and a part, may hold so many blocks.
+    pub(super) fn with_cuts_of(blocks_max: u64, seed: u64, limits: SpoolLimits) -> Self {
+        // Where a cut holds little, less is written while it is read.
+        let issue_permille = if blocks_max < 80 { 10 } else { Profile::default().issue_permille };
+        let sectors = vec![8 * 60, 8 * 20 + 3];
+        let profile = Profile { sectors, issue_permille, repeat_permille: 300, ..Profile::default() };
         let image = profile.sectors.iter().map(|sectors| vec![0; *sectors as usize]).collect();
         let world = World::new(seed, profile, Sabotage::None);
         let random = SimRandom::new(seed ^ 0xb0);
@@ -238,6 +252,7 @@ impl Office {
             disk: SimStorage::new(seed),
             wire,
             limits,
+            blocks_max,
             status: Arc::default(),
             agent: None,
             kept: Memo::default(),
@@ -278,7 +293,7 @@ impl Office {
             data_key: key,
             interval: Duration::from_secs(1),
             audit_interval: Duration::from_secs(3600),
-            limits: CutLimits { bound: Duration::from_millis(20), blocks_max: 1000 },
+            limits: CutLimits { bound: Duration::from_millis(20), blocks_max: self.blocks_max },
             hooks: None,
             freezer: None,
             opener: Box::new(move || Ok(devices(&world))),
