@@ -9,7 +9,8 @@ use crate::journal::{
     Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point, PointVolume,
 };
 use crate::metrics;
-use crate::receiver::{Changed, GroupStore, GroupWriter, StoreError};
+use crate::receiver::{Changed, GroupStore, GroupWriter, PointReader, StoreError};
+use crate::restore::recalled::RecalledPoint;
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
 use cdp_protocol::holding::Holding;
@@ -165,6 +166,12 @@ impl GroupStore for StoreGroups {
     fn open(&self, office: &str, group: GroupId) -> Result<Box<dyn GroupWriter>, StoreError> {
         self.open_journal(self.place(office, group)?)
     }
+
+    fn has(&self, office: &str, group: GroupId) -> bool {
+        let Ok(place) = self.place(office, group) else { return false };
+        // Where the folder cannot be listed, to open the group tells why.
+        self.store.groups(place.office).map_or(true, |known| known.contains(&place))
+    }
 }
 
 /// A journal as the receiver's writer.
@@ -283,6 +290,12 @@ impl GroupWriter for JournalWriter {
 
     fn holdings(&self, head: Head, slot: VolumeSlot, blocks: Extent) -> Result<Option<Vec<Holding>>, StoreError> {
         self.journal.view().holdings(head, slot, blocks).map_err(failed)
+    }
+
+    fn reader(&self) -> Option<Box<dyn PointReader>> {
+        let (place, views, own) = (self.place, Arc::clone(&self.views), self.journal.view());
+        let newest = move || views.lock().get(&place).cloned().unwrap_or_else(|| Arc::clone(&own));
+        Some(Box::new(RecalledPoint::new(self.store.clone(), place, Box::new(newest))))
     }
 
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {

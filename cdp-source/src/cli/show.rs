@@ -9,6 +9,7 @@ use crate::agent::status::{
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
 use crate::hooks::HookRun;
+use crate::restore::marker::Restoring;
 use crate::state::StateFolder;
 use crate::tracker::TrustReport;
 use crate::unprotected::Unprotected;
@@ -34,7 +35,7 @@ pub(super) fn print_json(value: &Value) -> Result<()> {
 }
 
 /// Asks the agent; a refusal is the user's to handle.
-fn ask(state: &StateFolder, request: &Request) -> Result<Reply> {
+pub(super) fn ask(state: &StateFolder, request: &Request) -> Result<Reply> {
     match control::ask(state, request)? {
         Reply::Failed { message, hint } => {
             let error = UserError::new(message);
@@ -71,6 +72,10 @@ fn stopped(state: &StateFolder, is_json: bool) -> Result<ExitCode> {
     } else {
         let mut lines = vec!["no agent is running".to_owned()];
         lines.extend(volumes.map(|(group, v)| format!("configured: {group}/{} on {}", v.name, v.device.display())));
+        lines.extend(config.groups.keys().filter_map(|group| {
+            let restoring = Restoring::load(state, group).ok().flatten()?;
+            Some(format!("{}; to go on: {}", restoring.describe(), restoring.command(group)))
+        }));
         print(&lines.join("\n"))?;
         eprintln!("hint: start it: cdp-source run");
     }
@@ -349,7 +354,7 @@ pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-fn class_name(class: Class) -> String {
+pub(super) fn class_name(class: Class) -> String {
     serde_json::to_value(class).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
