@@ -9,8 +9,8 @@ use crate::journal::{
     Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point, PointVolume,
 };
 use crate::metrics;
+use crate::recall::StoredPoint;
 use crate::receiver::{Changed, GroupStore, GroupWriter, PointReader, StoreError};
-use crate::restore::recalled::RecalledPoint;
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
 use cdp_protocol::holding::Holding;
@@ -265,16 +265,7 @@ impl GroupWriter for JournalWriter {
 
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
         let points = self.journal.view().points_after(after.unwrap_or_default(), max).map_err(failed)?;
-        let summary = |point: Point| PointSummary {
-            epoch: point.epoch,
-            cut_time: point.cut_time,
-            class: point.class,
-            label: point.label,
-            bytes: point.bytes,
-            cut_us: point.meters.cut_us,
-            cut_rounds: point.meters.cut_rounds,
-        };
-        Ok(points.into_iter().map(summary).collect())
+        Ok(points.into_iter().map(Point::summary).collect())
     }
 
     fn changes_since(&self, since: Head) -> Result<Option<Vec<Changed>>, StoreError> {
@@ -295,7 +286,7 @@ impl GroupWriter for JournalWriter {
     fn reader(&self) -> Option<Box<dyn PointReader>> {
         let (place, views, own) = (self.place, Arc::clone(&self.views), self.journal.view());
         let newest = move || views.lock().get(&place).cloned().unwrap_or_else(|| Arc::clone(&own));
-        Some(Box::new(RecalledPoint::new(self.store.clone(), place, Box::new(newest))))
+        Some(Box::new(StoredPoint::new(self.store.clone(), place, Box::new(newest))))
     }
 
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {

@@ -8,6 +8,7 @@
 
 use crate::holding::Held;
 use crate::limits::VOLUMES_MAX;
+use crate::message::PointSummary;
 use crate::record::Volume;
 use crate::seal::{DIGEST_BYTES, Digest};
 use crate::units::{Block, Class, Extent, Head, Timestamp, VolumeSlot};
@@ -53,9 +54,11 @@ impl OpenedPoint {
     }
 }
 
-/// What is asked about a volume of the open point.
+/// What is asked, about a volume of the open point where it is about one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
+    /// All points of the group.
+    Points,
     /// Which blocks were sent after a point, whichever it is.
     Changes {
         /// The point.
@@ -101,6 +104,11 @@ pub fn named(extents: &[Extent]) -> Vec<(Block, u32)> {
 /// A piece of an answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
+    /// To `Points`: the next of them, oldest first.
+    Points {
+        /// The points.
+        points: Vec<PointSummary>,
+    },
     /// To `Changes`: blocks that were sent after the point. None that was sent is missing.
     Changed {
         /// First block and number of blocks; at most `MESSAGE_EXTENTS_MAX`.
@@ -212,12 +220,14 @@ mod tests {
         assert_eq!(encode(&open), bytes);
         let ask = asked(Question::Content { extents: vec![(Block(9), 2)] });
         let bytes =
-            [8, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 3, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 2, 0, 0, 0];
+            [8, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 3, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 2, 0, 0, 0];
         assert_eq!(encode(&ask), bytes);
         assert_eq!(decode::<SourceMessage>(&bytes).expect("a message"), ask);
-        for (question, variant) in
-            [(Question::Changes { since: head() }, 0), (Question::Holdings { extents: vec![] }, 1)]
-        {
+        for (question, variant) in [
+            (Question::Points, 0),
+            (Question::Changes { since: head() }, 1),
+            (Question::Holdings { extents: vec![] }, 2),
+        ] {
             assert_eq!(encode(&asked(question))[14], variant);
         }
     }
@@ -226,10 +236,20 @@ mod tests {
     fn answers_are_these_bytes_and_full_ones_fit_a_message() {
         let answer = |answer| TargetMessage::Answer { request: 7, answer };
         let done = encode(&answer(Answer::Done));
-        assert_eq!(done, [15, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0]);
+        assert_eq!(done, [15, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0]);
         let extents = vec![(Block(u32::MAX), u32::MAX); MESSAGE_EXTENTS_MAX];
         let blocks = vec![(Block(1), 1); QUESTION_EXTENTS_MAX];
+        let point = PointSummary {
+            epoch: Epoch(u64::MAX),
+            cut_time: Timestamp(i64::MAX),
+            class: Class::Application,
+            label: Some("l".repeat(64)),
+            bytes: u64::MAX,
+            cut_us: u64::MAX,
+            cut_rounds: u32::MAX,
+        };
         let full = [
+            Answer::Points { points: vec![point; 200] },
             Answer::Changed { extents },
             Answer::ChangesUnknown,
             Answer::Holdings { runs: vec![Told::Digests(vec![[1; 16]; HOLDINGS_BYTES_MAX / 16])] },
@@ -237,7 +257,7 @@ mod tests {
             Answer::Lost { start: Block(1), count: 2, reason: reason(&"x".repeat(9999)) },
             Answer::Failed { reason: reason("no\nway") },
         ];
-        for (variant, answer) in [0, 1, 2, 3, 4, 6].into_iter().zip(full.map(answer)) {
+        for (variant, answer) in [0, 1, 2, 3, 4, 5, 7].into_iter().zip(full.map(answer)) {
             let bytes = encode(&answer);
             assert!(bytes.len() <= MESSAGE_BYTES_MAX);
             assert_eq!(bytes[12], variant);

@@ -85,7 +85,7 @@ fn judge(error: &anyhow::Error) -> (bool, Option<String>) {
 /// No such point is a negative answer; no line is nobody's fault here, and neither is what the target says.
 fn judge_line(error: &LineError) -> (bool, Option<String>) {
     match error {
-        LineError::Refused(_) => (true, Some("cdp-source points lists them, while the agent runs".into())),
+        LineError::Refused(_) => (true, Some("cdp-source points lists them".into())),
         LineError::Connect(error) => (false, error.hint().map(str::to_owned)),
         LineError::Lost(_) => (false, Some("see that the target runs, and give the same command again".into())),
         LineError::Failed(_) => (false, Some("the target's log says more".into())),

@@ -22,9 +22,11 @@ use crate::restore::{Plan, Progress};
 use crate::state::{GroupState, StateFolder};
 use crate::tracker::device::Device;
 use anyhow::{Context, Result};
+use cdp_protocol::message::PointSummary;
+use cdp_protocol::recall::{Answer, Question};
 use cdp_protocol::record::Volume;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::blocks_in;
+use cdp_protocol::units::{Head, VolumeSlot, blocks_in};
 use cdp_seams::clock::{Clock, SystemClock};
 use keeping::Keeping;
 use report::{Bar, Done, Estimate, Outcome};
@@ -65,10 +67,23 @@ pub(super) fn restore(state: &StateFolder, args: &RestoreArgs) -> Result<ExitCod
     let of_point = point.volumes.iter().find(|volume| volume.slot == job.volume.slot).cloned();
     let of_point = of_point.ok_or_else(|| {
         let text = format!("point {} has no volume {}: it was protected later", point.head.epoch, args.volume);
-        UserError::new(text).hint("cdp-source points lists the points, while the agent runs")
+        UserError::new(text).hint("cdp-source points lists the points")
     })?;
     let done = if args.dry_run { job.look(&mut line, &of_point) } else { job.run(line, &of_point, begun) }?;
     report::print(args, &point, &done)
+}
+
+/// The points that the target holds, asked on a line of our own.
+pub(super) fn points(state: &StateFolder, group: &str) -> Result<Vec<PointSummary>> {
+    let facts = state.group(group)?.ok_or_else(|| UserError::new(format!("no group named {group:?} is protected")))?;
+    let mut line = PointLine::open(run::load(state)?, facts.group, "latest")?;
+    line.ask(VolumeSlot(0), Question::Points)?;
+    let mut all: Vec<PointSummary> = Vec::new();
+    while let Some(piece) = line.next_piece()? {
+        let Answer::Points { points } = piece else { return Err(LineError::Answer("it is of something else").into()) };
+        all.extend(points);
+    }
+    Ok(all)
 }
 
 impl<'a> Job<'a> {
@@ -251,12 +266,7 @@ impl<'a> Job<'a> {
     }
 
     /// Another line, with the same point open on it.
-    fn another_line(
-        &self,
-        mut error: LineError,
-        head: cdp_protocol::units::Head,
-        tries: &mut u32,
-    ) -> Result<PointLine, LineError> {
+    fn another_line(&self, mut error: LineError, head: Head, tries: &mut u32) -> Result<PointLine, LineError> {
         while *tries < LINE_TRIES {
             eprintln!("{error}; trying again");
             std::thread::sleep(LINE_PAUSE * 2_u32.pow((*tries).min(5)));

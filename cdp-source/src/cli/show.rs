@@ -334,8 +334,14 @@ fn point_text(point: &PointReply) -> String {
 }
 
 pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode> {
-    let Reply::Points { points } = ask(state, &Request::Points { group: args.group.clone() })? else {
-        bail!("the agent did not answer with points")
+    let points = match ask(state, &Request::Points { group: args.group.clone() }) {
+        Ok(Reply::Points { points }) => points,
+        Ok(_) => bail!("the agent did not answer with points"),
+        // Who restores a machine may have no agent to ask.
+        Err(error) if matches!(error.downcast_ref(), Some(ControlError::NotRunning(_))) => {
+            super::restore::points(state, &args.group)?
+        }
+        Err(error) => return Err(error),
     };
     if args.json {
         print_json(&json!({ "group": args.group, "points": points.iter().map(summary_json).collect::<Vec<_>>() }))?;

@@ -4,62 +4,41 @@
 //! escrow, content is opened and sealed anew, with the blocks that were asked for and no other, and digests are told one a block; else all
 //! of it is told as it came. What cannot be read is said to be lost, never left out.
 
-use crate::authority::Authority;
-use crate::catalog::{Catalog, Group, points_of};
+mod keyed;
+
 use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, Entry, EntryKind, Run};
 use crate::journal::pieces::{Piece, PiecePlace};
-use crate::journal::{GroupView, JournalError};
-use crate::points::PointName;
-use crate::receiver::PointReader;
-use crate::restore::image::one_line;
+use crate::journal::{GroupView, JournalError, Point};
 use crate::restore::keyring::Keyring;
-use crate::restore::point::{Content, LoadError, PointImage, with_frame};
-use crate::store::{GroupPlace, Store};
-use cdp_protocol::codec::{Draft, Sealer, open_digests};
-use cdp_protocol::frame::{Encoding, Frame};
+use crate::restore::point::{LoadError, with_frame};
+use cdp_protocol::codec::open_digests;
+use cdp_protocol::frame::Frame;
 use cdp_protocol::holding::Held;
-use cdp_protocol::limits::{CONTENT_BLOCKS_MAX, MESSAGE_EXTENTS_MAX};
-use cdp_protocol::packer::{Packer, Packing};
-use cdp_protocol::recall::{Answer, HOLDINGS_BYTES_MAX, OpenedPoint, PIECE_BYTES_MAX, Question, Told, named, reason};
+use cdp_protocol::limits::MESSAGE_EXTENTS_MAX;
+use cdp_protocol::message::PointSummary;
+use cdp_protocol::recall::{Answer, HOLDINGS_BYTES_MAX, PIECE_BYTES_MAX, Question, Told, named, reason};
+use cdp_protocol::record::Volume;
 use cdp_protocol::seal::Digest;
-use cdp_protocol::units::{AttemptId, Block, Extent, Head, Sequence, Timestamp, VolumeSlot};
-use cdp_seams::clock::SystemClock;
-use cdp_seams::random::{SystemRandom, array};
+use cdp_protocol::units::{Block, Epoch, Extent, Head, VolumeSlot};
+use cdp_seams::random::Random;
+use keyed::Keyed;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+/// Points that are told in one message: of at most 200 bytes each.
+const POINTS_TOLD: usize = 200;
 /// Frames whose digests are kept: blocks of one frame are asked for again and again.
 const KNOWN_MAX: usize = 64;
 
-/// Tells what is held; `false` where nobody listens.
-type Tell<'a> = dyn FnMut(Answer) -> bool + 'a;
-/// Gives the newest view of the group.
-type Newest = Box<dyn Fn() -> Arc<GroupView> + Send>;
-
-/// A point that its source reads, once it is open.
-pub(crate) struct RecalledPoint {
-    store: Store,
-    place: GroupPlace,
-    newest: Newest,
-    point: Option<OpenPoint>,
-}
-
-/// What is open: the view holds all files it goes by against pruning.
-struct OpenPoint {
+/// Takes a piece of an answer; `false` where nobody listens.
+pub type Tell<'a> = dyn FnMut(Answer) -> bool + 'a;
+/// A point that its source reads. The view holds all files it goes by against pruning.
+pub struct Recalled {
     view: Arc<GroupView>,
     commit: CommitEntry,
     keyed: Option<Keyed>,
     known: VecDeque<(FileId, u64, Arc<Known>)>,
-}
-
-/// With the data key.
-struct Keyed {
-    keys: Keyring,
-    image: PointImage,
-    sealer: Sealer,
-    packer: Packer,
-    next: u64,
 }
 
 /// What is known of a frame.
@@ -70,56 +49,17 @@ struct Known {
     digests: Option<Vec<Digest>>,
 }
 
-impl RecalledPoint {
-    pub(crate) const fn new(store: Store, place: GroupPlace, newest: Newest) -> Self {
-        Self { store, place, newest, point: None }
-    }
-
-    /// The group's keys, out of escrow; none where it is not to be had: then nothing is opened here.
-    fn keys(&self, view: &Arc<GroupView>) -> Option<Keyring> {
-        let (storage, clock) = (Arc::clone(self.store.storage()), Arc::new(SystemClock::new()));
-        let authority = Authority::open(storage, clock, Arc::new(SystemRandom), &self.store.authority_folder());
-        let opened = authority.map_err(|error| one_line(&error)).and_then(|authority| {
-            let group = Group::served(self.place, Arc::clone(view));
-            Catalog::new(&self.store, authority).keys(&group).map_err(|error| one_line(&error))
-        });
-        opened.inspect_err(|why| tracing::info!(group = %self.place.group, why, "a point is read without its key")).ok()
-    }
-}
-
-impl PointReader for RecalledPoint {
-    fn open(&mut self, at: &str, now: Timestamp) -> Result<OpenedPoint, String> {
-        let view = (self.newest)();
-        let name = PointName::parse(at, now).map_err(|error| one_line(&error))?;
-        let points = points_of(&view).map_err(|error| one_line(&error))?;
-        let info = name.find(&points).map_err(|error| one_line(&error))?;
-        let commit = view.listed(info.epoch).map_err(|error| one_line(&error))?;
-        let commit = commit.filter(|commit| !commit.volumes.is_empty());
-        let commit = commit.ok_or_else(|| format!("the commit of point {} is damaged", info.epoch))?;
-        let keyed = self.keys(&view).map(|keys| Keyed::new(&view, &commit, keys)).transpose();
-        let keyed = keyed.map_err(|error| one_line(&error))?;
-        let opened = OpenedPoint {
-            head: commit.head,
-            cut_time: info.cut_time,
-            class: info.class,
-            label: info.label.clone(),
-            volumes: commit.volumes.clone(),
-            has_key: keyed.is_some(),
-        };
-        self.point = Some(OpenPoint { view, commit, keyed, known: VecDeque::new() });
-        Ok(opened)
-    }
-
-    fn answer(&mut self, slot: VolumeSlot, question: &Question, tell: &mut Tell<'_>) -> Result<(), String> {
-        let newest = (self.newest)();
-        let point = self.point.as_mut().ok_or("no point is open")?;
-        let extents = question.extents().ok_or("it names what are no blocks")?;
-        let told = match question {
-            Question::Changes { since } => changes(&newest, *since, slot, tell),
-            Question::Holdings { .. } => point.holdings(slot, &extents, tell),
-            Question::Content { .. } => point.content(slot, &extents, tell),
-        };
-        told.map_err(|error| one_line(&error))
+/// All points there are by now, in as many messages as it takes.
+fn points(newest: &GroupView, tell: &mut Tell<'_>) -> Result<(), JournalError> {
+    let mut after = Epoch(0);
+    loop {
+        let page: Vec<PointSummary> =
+            newest.points_after(after, POINTS_TOLD)?.into_iter().map(Point::summary).collect();
+        let Some(last) = page.last() else { return Ok(()) };
+        after = last.epoch;
+        if !tell(Answer::Points { points: page }) {
+            return Ok(());
+        }
     }
 }
 
@@ -138,89 +78,60 @@ fn changes(newest: &GroupView, since: Head, slot: VolumeSlot, tell: &mut Tell<'_
     Ok(())
 }
 
-impl Keyed {
-    fn new(view: &Arc<GroupView>, commit: &CommitEntry, keys: Keyring) -> Result<Self, JournalError> {
-        let attempt = AttemptId(array(&SystemRandom));
-        let (group, epoch, generation) = (view.identity().group, commit.head.epoch, commit.generation);
-        let sealer = Sealer::new(group, epoch, generation, attempt, keys.present()).resealing();
-        let image = view.image_of(commit.clone(), &keys)?;
-        // What came packed with zstd is not to grow for being sealed anew.
-        Ok(Self { keys, image, sealer, packer: Packer::new(Packing::zstd(3)), next: 0 })
+impl Recalled {
+    /// Opens point `epoch`, with the group's keys where they are to be had.
+    ///
+    /// # Errors
+    /// Where there is no such point, its list of volumes is damaged, or a segment cannot be read.
+    pub fn new(
+        view: Arc<GroupView>,
+        epoch: Epoch,
+        keys: Option<Keyring>,
+        random: &dyn Random,
+    ) -> Result<Self, JournalError> {
+        let commit = view.listed(epoch)?.ok_or(JournalError::NoPoint(epoch))?;
+        let keyed = keys.map(|keys| Keyed::new(&view, &commit, keys, random)).transpose()?;
+        Ok(Self { view, commit, keyed, known: VecDeque::new() })
     }
 
-    fn seal(&mut self, slot: VolumeSlot, gathered: &mut Gathered, tell: &mut Tell<'_>) -> bool {
-        let Gathered { extents, draft } = std::mem::take(gathered);
-        if extents.is_empty() {
-            return true;
-        }
-        let (sequence, blocks) = (Sequence(self.next), extents.clone());
-        self.next += 1;
-        let frame = self.sealer.content_of(&mut self.packer, slot, sequence, extents, draft);
-        tell_frame(&blocks, &frame, tell)
+    /// The point.
+    #[must_use]
+    pub const fn head(&self) -> Head {
+        self.commit.head
     }
 
-    /// Seals the content of these blocks anew, a frame at a time.
-    fn content(&mut self, slot: VolumeSlot, extents: &[Extent], tell: &mut Tell<'_>) -> bool {
-        let mut gathered = Gathered::default();
-        for extent in extents {
-            let mut at = u64::from(extent.start.0);
-            while at < extent.end() {
-                let room = CONTENT_BLOCKS_MAX - gathered.draft.content().len() / cdp_protocol::units::BLOCK_BYTES;
-                let count = (extent.end() - at).min(room as u64) as u32;
-                let wanted = Extent { start: Block(at as u32), count };
-                let mut bare = Vec::new();
-                let read = self.image.read_blocks(slot, wanted, &mut |run, content| {
-                    at = run.end();
-                    match content {
-                        Content::Bytes(bytes) => gathered.push(run, bytes),
-                        Content::Zero => bare.push((run, Encoding::Hole)),
-                        Content::Unreadable => bare.push((run, Encoding::Unreadable)),
-                    }
-                });
-                let lost = read.err().map(|error| {
-                    at += 1;
-                    lost(Block((at - 1) as u32), &one_line(&error))
-                });
-                let mut goes_on = lost.is_none_or(&mut *tell);
-                for (run, encoding) in bare {
-                    self.next += 1;
-                    let frame = self.sealer.bare(encoding, slot, Sequence(self.next - 1), vec![run]);
-                    goes_on = goes_on && tell_frame(&[run], &frame, tell);
-                }
-                if gathered.is_full() {
-                    goes_on = goes_on && self.seal(slot, &mut gathered, tell);
-                }
-                if !goes_on {
-                    return false;
-                }
-            }
-        }
-        self.seal(slot, &mut gathered, tell)
+    /// Its volumes.
+    #[must_use]
+    pub fn volumes(&self) -> &[Volume] {
+        &self.commit.volumes
     }
-}
 
-/// Content of a frame to be.
-#[derive(Default)]
-struct Gathered {
-    extents: Vec<Extent>,
-    draft: Draft,
-}
+    /// Whether content is sealed anew.
+    #[must_use]
+    pub const fn has_key(&self) -> bool {
+        self.keyed.is_some()
+    }
 
-impl Gathered {
-    fn push(&mut self, run: Extent, bytes: &[u8]) {
-        self.draft.push(bytes);
-        match self.extents.last_mut() {
-            Some(last) if last.end() == u64::from(run.start.0) => last.count += run.count,
-            _ => self.extents.push(run),
+    /// Answers a question about a volume of the point, but for the end of the answer. `newest` is what is known of the group by now.
+    ///
+    /// # Errors
+    /// Where the history cannot be read: the answer is not whole.
+    pub fn answer(
+        &mut self,
+        newest: &GroupView,
+        slot: VolumeSlot,
+        question: &Question,
+        tell: &mut Tell<'_>,
+    ) -> Result<(), JournalError> {
+        let extents = question.extents().unwrap_or_default();
+        match question {
+            Question::Points => points(newest, tell),
+            Question::Changes { since } => changes(newest, *since, slot, tell),
+            Question::Holdings { .. } => self.holdings(slot, &extents, tell),
+            Question::Content { .. } => self.content(slot, &extents, tell),
         }
     }
 
-    fn is_full(&self) -> bool {
-        self.draft.content().len() >= cdp_protocol::limits::CONTENT_BYTES_MAX
-    }
-}
-
-impl OpenPoint {
     /// Tells how these blocks are held, in their order.
     fn holdings(&mut self, slot: VolumeSlot, extents: &[Extent], tell: &mut Tell<'_>) -> Result<(), JournalError> {
         let (mut runs, mut bytes) = (Vec::new(), 0);

@@ -116,7 +116,16 @@ impl<'a> Keeping<'a> {
 
     /// Whether a running agent holds its points already: then what is there is half restored, and nothing to keep.
     fn is_held(&self, state: &StateFolder, group: &str) -> Result<bool> {
-        Ok(self.begun.is_some() && look_again(state, group)?.is_some())
+        if self.begun.is_none() {
+            return Ok(false);
+        }
+        // As it stood before this command: a marker that the agent was never told of has held nothing.
+        match show::ask(state, &Request::Status)? {
+            Reply::Status(status) => {
+                Ok(status.groups.iter().any(|status| status.group == group && status.restoring.is_some()))
+            }
+            other => bail!("the agent answered status with {other:?}"),
+        }
     }
 
     fn refuse_unkept(&self, plan: &Plan) -> Result<()> {
