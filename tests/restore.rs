@@ -309,7 +309,7 @@ fn a_target_without_the_key_gives_back_what_it_cannot_read() -> Result<()> {
         let (_, public) = EscrowKey::generate()?;
         let path = site.state.join("identity/target.json");
         let mut joined: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-        joined["escrow_public"] = public.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into();
+        joined["escrow_public"] = cdp_protocol::hex::encode(&public).into();
         Ok(std::fs::write(&path, joined.to_string())?)
     })?;
     scene.site.stop_source()?;
