@@ -58,7 +58,10 @@ fn allowed_sleeps(path: &Path) -> usize {
     let name = path.strip_prefix(root()).expect("below the root").display().to_string();
     match name.as_str() {
         "cdp-source/src/agent/mod.rs" => 2,
-        "cdp-source/src/control.rs" | "cdp-target/src/control.rs" | "cdp-target/src/cli/context.rs" => 1,
+        "cdp-source/src/cli/restore.rs"
+        | "cdp-source/src/control.rs"
+        | "cdp-target/src/control.rs"
+        | "cdp-target/src/cli/context.rs" => 1,
         _ => 0,
     }
 }

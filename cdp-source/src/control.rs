@@ -48,6 +48,11 @@ pub enum Request {
         /// Of which group.
         group: String,
     },
+    /// Whether a volume is being restored has changed: look, and answer once no cut goes by what was so before.
+    Restoring {
+        /// Of which group.
+        group: String,
+    },
 }
 
 /// What the agent answers.
@@ -64,6 +69,11 @@ pub enum Reply {
     Points {
         /// The points.
         points: Vec<PointSummary>,
+    },
+    /// To `Restoring`: what the group goes by now.
+    Restoring {
+        /// Why no points are made, while a volume is restored.
+        held: Option<String>,
     },
     /// To anything.
     Failed {

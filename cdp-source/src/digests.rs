@@ -10,6 +10,7 @@
 //! the base; those blocks are unknown. A target that does not have the base, or cannot tell, leaves nothing known. Every failure
 //! here costs bytes on the line and no more.
 
+mod known;
 mod slots;
 mod state;
 mod told;
@@ -24,6 +25,7 @@ use cdp_protocol::seal::{Digest, DigestKey};
 use cdp_protocol::units::{AttemptId, Block, Extent, GroupId, Head, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::random::{self, Random};
 use cdp_seams::storage::Storage;
+pub use known::KnownDigests;
 use roaring::RoaringBitmap;
 pub use slots::slots_path;
 use slots::{RUN_BLOCKS_MAX, Slot, SlotFile};

@@ -21,6 +21,7 @@ pub mod mounts;
 pub mod packing;
 pub mod probe;
 pub mod reader;
+pub mod restore;
 pub mod saved;
 pub mod sender;
 #[cfg(any(test, feature = "sim"))]

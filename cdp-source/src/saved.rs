@@ -113,7 +113,9 @@ impl Saved {
     }
 }
 
-fn path(folder: &Path) -> PathBuf {
+/// Where the record of a group is, by the folder of its tracking.
+#[must_use]
+pub fn path(folder: &Path) -> PathBuf {
     folder.join("saved")
 }
 

@@ -296,6 +296,9 @@ impl Shared {
             TargetMessage::Pong => return Ok(()),
             TargetMessage::Refused { reason, versions } => return Err(ConnectError::Refused { reason, versions }),
             TargetMessage::Welcome { .. } => return Err(ConnectError::Ended("the target said welcome twice")),
+            TargetMessage::PointOpened(_) | TargetMessage::PointRefused { .. } | TargetMessage::Answer { .. } => {
+                return Err(ConnectError::Ended("the target speaks of a point that was not asked for"));
+            }
             TargetMessage::Points { request, points, more } => {
                 if let Some(answer) = lock(&self.requests).remove(&request) {
                     // Whoever asked may have given up.

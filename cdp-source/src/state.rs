@@ -8,7 +8,9 @@
 //! groups/NAME/tracking/     what the group's tracker keeps, and what a stop leaves for the next boot (`saved`)
 //! groups/NAME/digests/      what the target holds of each block (`digests`)
 //! groups/NAME/spool/        what the line has not taken (`spool`)
+//! groups/NAME/restoring.json  a volume that is neither old nor new (`restore/marker`)
 //! lock, changes.lock        one agent at a time; one change of the configuration at a time
+//! restore.lock              one restore at a time
 //! run.sock                  the agent's control socket
 //! ```
 //!
@@ -233,6 +235,14 @@ impl StateFolder {
     /// `Locked` where there is one.
     pub fn lock_changes(&self) -> Result<Lock, StateError> {
         self.lock("changes.lock")
+    }
+
+    /// Becomes the one restore of the folder.
+    ///
+    /// # Errors
+    /// `Locked` where there is one.
+    pub fn lock_restore(&self) -> Result<Lock, StateError> {
+        self.lock("restore.lock")
     }
 
     /// The group's state, `None` before its first volume.

@@ -9,7 +9,8 @@ use crate::journal::{
     Damage, Fork, GroupIdentity, GroupJournal, GroupView, JournalError, JournalLimits, Manifest, Point, PointVolume,
 };
 use crate::metrics;
-use crate::receiver::{Changed, GroupStore, GroupWriter, StoreError};
+use crate::recall::StoredPoint;
+use crate::receiver::{Changed, GroupStore, GroupWriter, PointReader, StoreError};
 use crate::store::{GroupPlace, Store};
 use cdp_protocol::frame::Frame;
 use cdp_protocol::holding::Holding;
@@ -165,6 +166,12 @@ impl GroupStore for StoreGroups {
     fn open(&self, office: &str, group: GroupId) -> Result<Box<dyn GroupWriter>, StoreError> {
         self.open_journal(self.place(office, group)?)
     }
+
+    fn has(&self, office: &str, group: GroupId) -> bool {
+        let Ok(place) = self.place(office, group) else { return false };
+        // Where the folder cannot be listed, to open the group tells why.
+        self.store.groups(place.office).map_or(true, |known| known.contains(&place))
+    }
 }
 
 /// A journal as the receiver's writer.
@@ -258,16 +265,7 @@ impl GroupWriter for JournalWriter {
 
     fn points(&self, after: Option<Epoch>, max: usize) -> Result<Vec<PointSummary>, StoreError> {
         let points = self.journal.view().points_after(after.unwrap_or_default(), max).map_err(failed)?;
-        let summary = |point: Point| PointSummary {
-            epoch: point.epoch,
-            cut_time: point.cut_time,
-            class: point.class,
-            label: point.label,
-            bytes: point.bytes,
-            cut_us: point.meters.cut_us,
-            cut_rounds: point.meters.cut_rounds,
-        };
-        Ok(points.into_iter().map(summary).collect())
+        Ok(points.into_iter().map(Point::summary).collect())
     }
 
     fn changes_since(&self, since: Head) -> Result<Option<Vec<Changed>>, StoreError> {
@@ -283,6 +281,12 @@ impl GroupWriter for JournalWriter {
 
     fn holdings(&self, head: Head, slot: VolumeSlot, blocks: Extent) -> Result<Option<Vec<Holding>>, StoreError> {
         self.journal.view().holdings(head, slot, blocks).map_err(failed)
+    }
+
+    fn reader(&self) -> Option<Box<dyn PointReader>> {
+        let (place, views, own) = (self.place, Arc::clone(&self.views), self.journal.view());
+        let newest = move || views.lock().get(&place).cloned().unwrap_or_else(|| Arc::clone(&own));
+        Some(Box::new(StoredPoint::new(self.store.clone(), place, Box::new(newest))))
     }
 
     fn label(&mut self, epoch: Epoch, label: Option<&str>) -> Result<(), StoreError> {

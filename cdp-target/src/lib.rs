@@ -21,6 +21,7 @@ pub mod open_files;
 pub(crate) mod pace;
 pub mod points;
 pub mod prune;
+pub(crate) mod recall;
 pub mod receiver;
 pub mod restore;
 pub mod retention;

@@ -8,13 +8,14 @@
 mod connection;
 mod group;
 mod live;
+mod recall;
 #[cfg(feature = "sim")]
 pub mod steps;
 mod store_api;
 
 pub use connection::ConnectionError;
 pub use live::{LiveGroup, Unchanged};
-pub use store_api::{Changed, GroupStore, GroupWriter, StoreError};
+pub use store_api::{Changed, GroupStore, GroupWriter, PointReader, StoreError};
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -5,7 +5,8 @@ mod support;
 
 use cdp_protocol::limits::OFFICE_GROUPS_MAX;
 use cdp_protocol::message::{RefusalReason, SourceMessage, TargetMessage, Verdict};
-use cdp_protocol::units::{Epoch, Generation, GroupId, Timestamp};
+use cdp_protocol::recall::{Answer, Asked, QUESTION_EXTENTS_MAX, Question};
+use cdp_protocol::units::{Block, Epoch, Generation, GroupId, Timestamp, VolumeSlot};
 use cdp_seams::clock::Clock;
 use source_support::{Enrolled, Group, Site, Source};
 use support::{now_ms, within};
@@ -59,6 +60,64 @@ async fn a_group_that_was_not_opened_cannot_be_listed() {
     within(thief.line.closed()).await;
     assert_eq!(site.groups(&south), []);
     owner.send_point(&mut theirs).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_is_read_by_its_own_office_alone_and_within_bounds() {
+    let site = Site::start();
+    let (north, south) = (site.office("north").await, site.office("south").await);
+    let (_owner, theirs) = with_a_point(&site, &north).await;
+    let open = |at: &str| SourceMessage::OpenPoint { group: theirs.id, at: at.to_owned() };
+    let ask = |question| SourceMessage::AskPoint(Asked { request: 5, volume: VolumeSlot(0), question });
+    let content = || Question::Content { extents: vec![(Block(1), 1)] };
+
+    let threads = site.threads();
+    let mut thief = Source::connect(&south, site.clock.wall_ms()).await;
+    thief.say(&open("latest")).await;
+    let refused = thief.next().await;
+    assert!(matches!(&refused, TargetMessage::PointRefused { reason } if reason.contains("no group")), "{refused:?}");
+    assert_eq!(site.threads(), threads, "nothing is started for a group that is not there");
+
+    // The group is not open on this connection: a point is read beside whoever has it.
+    let mut reader = Source::connect(&north, site.clock.wall_ms()).await;
+    reader.say(&open("latest")).await;
+    let opened = reader.next().await;
+    let TargetMessage::PointOpened(point) = opened else { panic!("{opened:?}") };
+    assert_eq!((Some(point.head), point.has_key), (theirs.head(), false), "its envelope is nobody's");
+    reader.say(&ask(content())).await;
+    let told = reader.next().await;
+    assert!(matches!(told, TargetMessage::Answer { request: 5, answer: Answer::Frame { .. } }), "{told:?}");
+    assert_eq!(reader.next().await, TargetMessage::Answer { request: 5, answer: Answer::Done });
+    reader.say(&open("latest")).await;
+    within(reader.line.closed()).await;
+
+    let beyond = Question::Holdings { extents: vec![(Block(0), u32::MAX)] };
+    for (first, message) in [(None, ask(content())), (Some(open("9")), ask(beyond)), (None, open(&"9".repeat(129)))] {
+        let mut hostile = Source::connect(&north, site.clock.wall_ms()).await;
+        if let Some(first) = first {
+            hostile.say(&first).await;
+            let refused = hostile.next().await;
+            let nearest = "the nearest before is 1";
+            assert!(
+                matches!(&refused, TargetMessage::PointRefused { reason } if reason.contains(nearest)),
+                "{refused:?}"
+            );
+        }
+        hostile.say(&message).await;
+        within(hostile.line.closed()).await;
+    }
+
+    // One that asks and asks and reads nothing.
+    let mut deaf = Source::connect(&north, site.clock.wall_ms()).await;
+    deaf.say(&open("latest")).await;
+    assert!(matches!(deaf.next().await, TargetMessage::PointOpened(_)));
+    let all = Question::Content { extents: vec![(Block(1), 1); QUESTION_EXTENTS_MAX] };
+    for _ in 0..200 {
+        if deaf.try_say(&ask(all.clone())).await.is_err() {
+            break;
+        }
+    }
+    within(deaf.line.closed()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 //! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
 //! * `units`, `limits`, `label`: newtypes, bounds, and what may name a point.
 //! * `frame`, `record`, `codec`, `packer`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
-//! * `message`: the control messages; `holding`: what a target says it holds; `bundle`, `join`: how an office comes to its certificate.
+//! * `message`: the control messages; `holding`: what a target says it holds; `recall`: what is asked of a point; `bundle`, `join`: how an office comes to its certificate.
 //! * `session`: who may say what when, and what is sent again after a broken line.
 
 pub mod bundle;
@@ -17,6 +17,7 @@ pub mod label;
 pub mod limits;
 pub mod message;
 pub mod packer;
+pub mod recall;
 pub mod record;
 pub mod seal;
 pub mod session;

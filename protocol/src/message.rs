@@ -6,6 +6,7 @@
 use crate::escrow::Envelope;
 use crate::holding::Holding;
 use crate::limits::MESSAGE_BYTES_MAX;
+use crate::recall::{Answer, Asked, OpenedPoint};
 use crate::record::{PartChain, Volume};
 use crate::units::{AttemptId, Block, Class, Epoch, Generation, GroupId, Head, Sequence, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -72,6 +73,15 @@ pub enum SourceMessage {
         /// How many, at most `holding::QUESTION_BLOCKS_MAX`.
         count: u32,
     },
+    /// Opens a point of one of the office's groups to be read on this connection: one, once. The group need not be open.
+    OpenPoint {
+        /// The group.
+        group: GroupId,
+        /// The point, as people name it; at most `recall::NAME_BYTES_MAX` bytes.
+        at: String,
+    },
+    /// Asks something of that point.
+    AskPoint(Asked),
 }
 
 /// A source's view of a group at hello.
@@ -222,6 +232,20 @@ pub enum TargetMessage {
         /// From there on, without gaps; they need not go as far as was asked. None where it cannot be told now: another point is the
         /// newest, or nothing can be read.
         holdings: Vec<Holding>,
+    },
+    /// A point is open.
+    PointOpened(OpenedPoint),
+    /// A point is not opened.
+    PointRefused {
+        /// Why, in one line; where there is no such point it names the nearest.
+        reason: String,
+    },
+    /// A piece of an answer about it.
+    Answer {
+        /// Of the question.
+        request: u64,
+        /// The piece.
+        answer: Answer,
     },
 }
 

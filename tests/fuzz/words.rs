@@ -9,6 +9,7 @@ use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{
     self, GroupOpened, Instance, OpenGroup, PointSummary, RefusalReason, Resume, SourceMessage, TargetMessage, Verdict,
 };
+use cdp_protocol::recall::{Answer, Asked, OpenedPoint, Question, Told};
 use cdp_protocol::record::{FrameList, Meters, PartChain, Volume};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{CommitDraft, End};
@@ -38,6 +39,14 @@ fn parts() -> (Epoch, PartChain) {
 
 fn envelope() -> Envelope {
     Envelope { key: KeyId([1; 8]), encapsulated: vec![2; 32], sealed: vec![3; 48] }
+}
+
+fn asked(question: Question) -> SourceMessage {
+    SourceMessage::AskPoint(Asked { request: 7, volume: VolumeSlot(3), question })
+}
+
+fn answer(answer: Answer) -> TargetMessage {
+    TargetMessage::Answer { request: 7, answer }
 }
 
 fn again<M: Serialize + DeserializeOwned>(bytes: &[u8]) -> Option<Vec<u8>> {
@@ -82,6 +91,11 @@ impl Format for SourceWords {
                 start: Block(9),
                 count: 512,
             },
+            SourceMessage::OpenPoint { group: GROUP, at: "2h".into() },
+            asked(Question::Points),
+            asked(Question::Changes { since: head(7) }),
+            asked(Question::Holdings { extents: vec![(Block(7), 2), (Block(90), 1)] }),
+            asked(Question::Content { extents: vec![(Block(7), 2)] }),
         ]
         .map(|message| message::encode(&message))
         .to_vec()
@@ -134,7 +148,7 @@ impl Format for TargetWords {
             TargetMessage::Acked { group: GROUP, head: head(9) },
             TargetMessage::PartAcked { group: GROUP, attempt: AttemptId([6; 16]), parts: parts().1 },
             TargetMessage::Busy { group: GROUP, reason: "full".into(), retry_after_ms: 5000 },
-            TargetMessage::Points { request: 1, points: vec![point.clone(), point], more: true },
+            TargetMessage::Points { request: 1, points: vec![point.clone(), point.clone()], more: true },
             TargetMessage::Pong,
             TargetMessage::SendAgain {
                 group: GROUP,
@@ -160,6 +174,23 @@ impl Format for TargetWords {
                     Holding { count: 1, held: Held::Frame { header: vec![1; 90], digests: vec![2; 32] } },
                 ],
             },
+            TargetMessage::PointOpened(OpenedPoint {
+                head: head(9),
+                cut_time: Timestamp(7),
+                class: Class::Crash,
+                label: Some("nightly".into()),
+                volumes: vec![Volume { slot: VolumeSlot(0), size_bytes: 1 << 30, name: "data".into() }],
+                has_key: true,
+            }),
+            TargetMessage::PointRefused { reason: "there is no point 9".into() },
+            answer(Answer::Points { points: vec![point.clone()] }),
+            answer(Answer::Changed { extents: vec![(Block(7), 2)] }),
+            answer(Answer::ChangesUnknown),
+            answer(Answer::Holdings { runs: vec![Told::Digests(vec![[3; 16]; 2]), Told::Run(9, Held::Hole)] }),
+            answer(Answer::Frame { blocks: vec![(Block(7), 2)], bytes: vec![4; 90], more: true }),
+            answer(Answer::Lost { start: Block(7), count: 2, reason: "damaged".into() }),
+            answer(Answer::Done),
+            answer(Answer::Failed { reason: "disk".into() }),
         ]
         .map(|message| message::encode(&message))
         .to_vec()

@@ -275,7 +275,7 @@ impl Target {
                 let session = connection.held.unwrap_or(0);
                 process.steps.unchanged(session, epoch, as_of);
             }
-            Ok(TargetAction::ListPoints { .. }) => {}
+            Ok(TargetAction::ListPoints { .. } | TargetAction::OpenPoint { .. } | TargetAction::AskPoint(_)) => {}
             Ok(TargetAction::ListChanges { since, .. }) => {
                 let session = connection.held.unwrap_or(0);
                 process.steps.changes(session, since);

@@ -25,7 +25,7 @@ pub mod steps;
 mod volumes;
 
 pub use opening::FIRST_TRIES;
-pub use setup::{Connect, Devices, Ending, GroupSetup, Input, KeptMemo, Link, Opener, PointRequest};
+pub use setup::{Connect, Devices, Ending, GroupSetup, Input, IsRestoring, KeptMemo, Link, Opener, PointRequest};
 
 use super::encoding::{Encoded, Encoding};
 use super::ledger::Ledger;
@@ -136,6 +136,8 @@ struct Group {
     refused: Option<String>,
     /// Whether it only takes nothing for now: what is captured meanwhile waits.
     is_put_off: bool,
+    /// Which volume is being restored: until that is over no cut is made.
+    restoring: Option<String>,
     /// Why the target took nothing when it was asked last. It stands until something is acked: a target that takes the
     /// group up again may have no more room than before.
     put_off: Option<String>,
@@ -229,6 +231,7 @@ impl Group {
             trouble: None,
             refused: None,
             is_put_off: false,
+            restoring: (setup.restoring)(),
             put_off: None,
             rescan: None,
             primed: false,
@@ -296,9 +299,11 @@ impl Group {
             && self.ledger.attempts() < ATTEMPTS_MAX
     }
 
-    /// Whether anything may be captured now: what is to be left out is known, and there is room.
+    /// Whether anything may be captured now: no volume is half restored, what is to be left out is known, and there is room.
     fn may_capture(&self) -> bool {
-        self.has_room() && self.devices.as_ref().is_some_and(|devices| !devices.exclusion.is_pending())
+        self.restoring.is_none()
+            && self.has_room()
+            && self.devices.as_ref().is_some_and(|devices| !devices.exclusion.is_pending())
     }
 
     /// Whether what is carried does not fit into one cut.
@@ -366,9 +371,19 @@ impl Group {
                     self.feed();
                 }
             }
-            Input::Point(request) => match self.trouble.as_ref().or(self.refused.as_ref()) {
+            Input::Restoring(reply) => {
+                self.restoring = (self.setup.restoring)();
+                let group = &self.setup.facts.name;
+                tracing::info!(group, restoring = self.restoring, "looked whether a volume is being restored");
+                if let Some(reason) = self.restoring.clone() {
+                    self.refuse_wanted(&reason);
+                }
+                // Whoever asked may be gone: what is so is so.
+                let _ = reply.send(self.restoring.clone());
+            }
+            Input::Point(request) => match self.no_points_because() {
                 // What is put off can be made, but not waited for.
-                Some(reason) if request.wait || self.trouble.is_some() || !self.is_put_off => refuse(request, reason),
+                Some(reason) if request.wait || !self.is_only_put_off() => refuse(request, reason),
                 _ if !self.is_taken_up && !request.wait => {
                     refuse(request, "the target has not been reached yet");
                 }
@@ -384,6 +399,15 @@ impl Group {
             Input::Hook(event) => self.hook(event),
             Input::Stop(_) => {}
         }
+    }
+
+    /// Why no points are made, where an operator has to do something about it.
+    fn no_points_because(&self) -> Option<&String> {
+        self.restoring.as_ref().or(self.trouble.as_ref()).or(self.refused.as_ref())
+    }
+
+    const fn is_only_put_off(&self) -> bool {
+        self.is_put_off && self.trouble.is_none() && self.restoring.is_none()
     }
 
     fn finish(mut self, ending: Ending) {

@@ -22,6 +22,7 @@ use crate::encoder::Encoder;
 use crate::freeze::Freezer;
 use crate::metrics;
 use crate::packing::Chooser;
+use crate::restore::marker::Restoring;
 use crate::saved::proofs::Proofs;
 use crate::saved::saving::Saver;
 use crate::saved::taking::TakeUp;
@@ -38,7 +39,7 @@ use cdp_protocol::units::BLOCK_BYTES;
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{self, SystemRandom};
 use cdp_seams::service::{self, Watchdog};
-use group::{Ending, FIRST_TRIES, GroupSetup, Input};
+use group::{Ending, FIRST_TRIES, GroupSetup, Input, IsRestoring};
 use requests::Shared;
 use status::{GroupStatus, VolumeStatus};
 use std::path::{Path, PathBuf};
@@ -316,6 +317,7 @@ fn start_group(
         kept_memo: Box::new(state.kept_memo(name)),
         saver: Some(saver),
         proofs: Some(Proofs::new(storage, &folder)),
+        restoring: is_restoring(state.clone(), name.to_owned()),
         opened: Some(opened),
         opener: devices::opener(state.clone(), name.to_owned(), facts, config, own, Arc::clone(&clock), Arc::new(left)),
         encoder,
@@ -329,6 +331,17 @@ fn start_group(
         .spawn(move || group::run(setup, &receiver, sender))
         .context("start a group's thread")?;
     Ok(RunningGroup { inputs, thread, opened: Some(has_opened) })
+}
+
+/// Which volume of a group is being restored in place; a file that cannot be read is no sign that none is.
+fn is_restoring(state: StateFolder, group: String) -> IsRestoring {
+    Box::new(move || match Restoring::load(&state, &group) {
+        Ok(restoring) => {
+            let restoring = restoring.filter(Restoring::holds_points)?;
+            Some(format!("{}; to go on: {}", restoring.describe(), restoring.command(&group)))
+        }
+        Err(error) => Some(format!("whether a volume is being restored cannot be told: {error}")),
+    })
 }
 
 /// This process, as the target tells it from a copy of its machine and from the agent after it.

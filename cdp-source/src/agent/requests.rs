@@ -131,6 +131,7 @@ pub(super) fn handler(shared: Arc<Shared>, reload: mpsc::Sender<ReloadDone>) -> 
                     }
                 }
                 Request::Points { group } => points(&shared, &group).await,
+                Request::Restoring { group } => restoring(&shared, &group).await,
             }
         })
     })
@@ -171,6 +172,19 @@ async fn point(shared: &Shared, group: &str, label: Option<String>, wait: bool) 
         return failed("the group is stopping");
     }
     answer.await.unwrap_or_else(|_| failed("the group is stopping; ask again"))
+}
+
+async fn restoring(shared: &Shared, group: &str) -> Reply {
+    let inputs = match shared.find(group, |known| known.inputs.clone()) {
+        Ok(inputs) => inputs,
+        Err(reply) => return reply,
+    };
+    let (reply, answer) = oneshot::channel();
+    if inputs.send(Input::Restoring(reply)).is_err() {
+        return failed("the group is stopping");
+    }
+    let held = answer.await;
+    held.map_or_else(|_| failed("the group is stopping; ask again"), |held| Reply::Restoring { held })
 }
 
 async fn points(shared: &Shared, group: &str) -> Reply {

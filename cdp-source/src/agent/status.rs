@@ -73,6 +73,9 @@ pub struct GroupStatus {
     pub state: GroupPhase,
     /// Why it is in that state, where that needs saying.
     pub reason: Option<String>,
+    /// Which volume is being restored, or was begun to be: no points are made until that is over.
+    #[serde(default)]
+    pub restoring: Option<String>,
     /// Its volumes.
     pub volumes: Vec<VolumeStatus>,
     /// Newest epoch captured.

@@ -3,6 +3,8 @@
 use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::probe::ProbeError;
+use crate::restore::disk::DiskError;
+use crate::restore::line::LineError;
 use crate::state::StateError;
 use std::fmt;
 use std::process::ExitCode;
@@ -64,6 +66,12 @@ fn judge(error: &anyhow::Error) -> (bool, Option<String>) {
         if let Some(error) = cause.downcast_ref::<StateError>() {
             return (error.is_users(), error.hint());
         }
+        if let Some(error) = cause.downcast_ref::<DiskError>() {
+            return (error.is_users(), error.hint().map(str::to_owned));
+        }
+        if let Some(error) = cause.downcast_ref::<LineError>() {
+            return judge_line(error);
+        }
         if let Some(error) = cause.downcast_ref::<ControlError>() {
             return match error {
                 ControlError::NotRunning(_) => (true, Some("start it: cdp-source run".into())),
@@ -72,4 +80,16 @@ fn judge(error: &anyhow::Error) -> (bool, Option<String>) {
         }
     }
     (false, None)
+}
+
+/// No such point is a negative answer; no line is nobody's fault here, and neither is what the target says.
+fn judge_line(error: &LineError) -> (bool, Option<String>) {
+    match error {
+        LineError::Refused(_) => (true, Some("cdp-source points lists them".into())),
+        LineError::Connect(error) => (false, error.hint().map(str::to_owned)),
+        LineError::Lost(_) => (false, Some("see that the target runs, and give the same command again".into())),
+        LineError::Failed(_) => (false, Some("the target's log says more".into())),
+        LineError::Answer(_) => (false, Some("see that both sides are of the same version".into())),
+        LineError::Runtime(_) => (false, None),
+    }
 }

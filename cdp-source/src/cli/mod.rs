@@ -4,6 +4,7 @@
 
 pub mod failure;
 mod protect;
+mod restore;
 mod run;
 mod show;
 
@@ -44,6 +45,8 @@ enum Command {
     Point(PointArgs),
     /// The recovery points that the target holds, oldest first.
     Points(PointsArgs),
+    /// Put a volume back to a recovery point, moving only what differs.
+    Restore(RestoreArgs),
     /// What works on this machine, what not, and what to do.
     Doctor(JsonArgs),
     /// Beside a file system that the agent freezes; the agent starts it.
@@ -135,6 +138,30 @@ struct PointsArgs {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// The volume's group.
+    #[arg(long, default_value = "main")]
+    group: String,
+    /// The volume.
+    volume: String,
+    /// The point: its number, `latest`, a label, a time, or an age as 10m, 2h or 3d.
+    #[arg(long, value_name = "POINT")]
+    at: String,
+    /// Restore to this device instead of the volume's own, which is read where it can be.
+    #[arg(long, value_name = "DEVICE")]
+    to: Option<PathBuf>,
+    /// Say what would be moved and how long that takes on this line; change nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Overwrite what is kept in no point.
+    #[arg(long)]
+    discard_current: bool,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Reads the command line, does what it says, and gives the exit status: 0 done, 1 the user's mistake, 2 our fault.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -152,6 +179,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => show::status(&state, args.json),
         Command::Point(args) => show::point(&state, args),
         Command::Points(args) => show::points(&state, args),
+        Command::Restore(args) => restore::restore(&state, args),
         Command::Doctor(args) => show::doctor(&state, args.json),
         Command::ThawWatchdog { deadline_ms } => run::thaw_watchdog(Duration::from_millis(*deadline_ms)),
     };

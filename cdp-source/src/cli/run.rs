@@ -25,7 +25,7 @@ pub(super) fn identity(state: &StateFolder) -> Result<JoinedTarget> {
     Ok(load(state)?.target)
 }
 
-fn load(state: &StateFolder) -> Result<Identity> {
+pub(super) fn load(state: &StateFolder) -> Result<Identity> {
     match Identity::load(&**state.storage(), state.root()) {
         Err(error @ IdentityError::NotJoined(_)) => Err(UserError::new(error.to_string())
             .hint("get a bundle with `cdp-target enroll OFFICE`, then: cdp-source join BUNDLE")

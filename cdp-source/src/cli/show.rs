@@ -9,6 +9,7 @@ use crate::agent::status::{
 use crate::control::{self, ControlError, PointReply, Reply, Request};
 use crate::doctor::{self, Finding, Grade};
 use crate::hooks::HookRun;
+use crate::restore::marker::Restoring;
 use crate::state::StateFolder;
 use crate::tracker::TrustReport;
 use crate::unprotected::Unprotected;
@@ -34,7 +35,7 @@ pub(super) fn print_json(value: &Value) -> Result<()> {
 }
 
 /// Asks the agent; a refusal is the user's to handle.
-fn ask(state: &StateFolder, request: &Request) -> Result<Reply> {
+pub(super) fn ask(state: &StateFolder, request: &Request) -> Result<Reply> {
     match control::ask(state, request)? {
         Reply::Failed { message, hint } => {
             let error = UserError::new(message);
@@ -71,6 +72,10 @@ fn stopped(state: &StateFolder, is_json: bool) -> Result<ExitCode> {
     } else {
         let mut lines = vec!["no agent is running".to_owned()];
         lines.extend(volumes.map(|(group, v)| format!("configured: {group}/{} on {}", v.name, v.device.display())));
+        lines.extend(config.groups.keys().filter_map(|group| {
+            let restoring = Restoring::load(state, group).ok().flatten()?;
+            Some(format!("{}; to go on: {}", restoring.describe(), restoring.command(group)))
+        }));
         print(&lines.join("\n"))?;
         eprintln!("hint: start it: cdp-source run");
     }
@@ -329,8 +334,14 @@ fn point_text(point: &PointReply) -> String {
 }
 
 pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode> {
-    let Reply::Points { points } = ask(state, &Request::Points { group: args.group.clone() })? else {
-        bail!("the agent did not answer with points")
+    let points = match ask(state, &Request::Points { group: args.group.clone() }) {
+        Ok(Reply::Points { points }) => points,
+        Ok(_) => bail!("the agent did not answer with points"),
+        // Who restores a machine may have no agent to ask.
+        Err(error) if matches!(error.downcast_ref(), Some(ControlError::NotRunning(_))) => {
+            super::restore::points(state, &args.group)?
+        }
+        Err(error) => return Err(error),
     };
     if args.json {
         print_json(&json!({ "group": args.group, "points": points.iter().map(summary_json).collect::<Vec<_>>() }))?;
@@ -349,7 +360,7 @@ pub(super) fn points(state: &StateFolder, args: &PointsArgs) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-fn class_name(class: Class) -> String {
+pub(super) fn class_name(class: Class) -> String {
     serde_json::to_value(class).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 

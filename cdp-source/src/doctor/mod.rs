@@ -70,6 +70,7 @@ pub fn examine(state: &StateFolder) -> Vec<Finding> {
         Ok(config) => {
             findings.push(machine::memory_finding(storage, volumes::tracking_memory_bytes(storage, &config)));
             findings.extend(volumes::protected(state, &config));
+            findings.extend(volumes::restoring(state, &config));
             findings.extend(volumes::unprotected(storage, &config));
         }
         Err(error) => {

@@ -6,6 +6,7 @@
 use super::{Finding, SCAN_WORKS, ebpf_obstacle, tracker_for};
 use crate::config::{Config, TrackerChoice, VolumeConfig};
 use crate::probe::{self, Probe};
+use crate::restore::marker::Restoring;
 use crate::state::StateFolder;
 use crate::tracker::device::Device;
 use crate::tracker::memory::kernel_memory_bytes;
@@ -40,6 +41,21 @@ pub(super) fn tracking_memory_bytes(storage: &dyn Storage, config: &Config) -> u
 
 fn volumes(config: &Config) -> impl Iterator<Item = (&String, &VolumeConfig)> {
     config.groups.iter().flat_map(|(group, config)| config.volumes.iter().map(move |volume| (group, volume)))
+}
+
+/// Restores that were begun and are not over.
+pub(super) fn restoring(state: &StateFolder, config: &Config) -> Vec<Finding> {
+    let found = config.groups.keys().filter_map(|group| {
+        let subject = format!("restore in group {group}");
+        match Restoring::load(state, group) {
+            Ok(restoring) => restoring.map(|restoring| {
+                let found = format!("{}; it is neither old nor new", restoring.describe());
+                Finding::warn(&subject, found, &format!("unless it runs just now: {}", restoring.command(group)))
+            }),
+            Err(error) => Some(Finding::fail(&subject, error.to_string(), "restore the volume once more")),
+        }
+    });
+    found.collect()
 }
 
 fn volume_finding(state: &StateFolder, group: &str, volume: &VolumeConfig) -> Finding {

@@ -16,6 +16,7 @@ use crate::checkpoint::index::ImageIndex;
 use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
 use crate::scrub::ScrubRecord;
+use cdp_protocol::message::PointSummary;
 use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::record::{Commit, Meters, Volume};
 use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp, VolumeSlot};
@@ -86,6 +87,22 @@ pub struct Point {
     pub after_rollback_to: Option<Epoch>,
     /// What is damaged that it needs.
     pub damaged: Option<String>,
+}
+
+impl Point {
+    /// As its source may list it.
+    #[must_use]
+    pub fn summary(self) -> PointSummary {
+        PointSummary {
+            epoch: self.epoch,
+            cut_time: self.cut_time,
+            class: self.class,
+            label: self.label,
+            bytes: self.bytes,
+            cut_us: self.meters.cut_us,
+            cut_rounds: self.meters.cut_rounds,
+        }
+    }
 }
 
 /// What became of a volume since the point before.

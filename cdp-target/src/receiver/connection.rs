@@ -1,6 +1,7 @@
 //! One connection: the hello, its control messages, its streams of frames.
 //!
-//! Holds the connection's groups and the numbers of their sessions. Reads no more of a stream than its group has room for.
+//! Holds the connection's groups and the numbers of their sessions. Reads no more of a stream than its group has room for. What is read
+//! of a point for its source is `recall`'s, and waits for everything else that is to be said.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,6 +22,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::group::{Command, Outbox, Session};
+use super::recall::Recall;
 use super::{FRAME_CHARGE_MIN, GroupHandle, Receiver};
 use crate::points::CLOCKS_APART_MS;
 
@@ -73,6 +75,7 @@ struct Connection {
     number: u64,
     outbox: Outbox,
     open: Mutex<HashMap<GroupId, Held>>,
+    recall: Recall,
 }
 
 #[derive(Clone)]
@@ -102,11 +105,12 @@ pub(super) async fn serve(receiver: Arc<Receiver>, line: Arc<dyn Line>, office: 
     }
 
     let (messages, answers) = mpsc::channel(OUTBOX_MESSAGES);
+    let (recall, recalled) = Recall::new();
     let outbox = Outbox { messages, ending: watch::Sender::new(None) };
     let mut ending = outbox.ending.subscribe();
     let number = receiver.number();
-    let connection = Arc::new(Connection { receiver, office, number, outbox, open: Mutex::default() });
-    let writing = write_messages(send, answers, connection.outbox.ending.subscribe(), &*line);
+    let connection = Arc::new(Connection { receiver, office, number, outbox, open: Mutex::default(), recall });
+    let writing = write_messages(send, (answers, recalled), connection.outbox.ending.subscribe(), &*line);
     tokio::pin!(writing);
     let error = tokio::select! {
         error = connection.read_messages(session, receive) => error,
@@ -166,7 +170,7 @@ async fn wait_for_end(ending: &mut watch::Receiver<Option<String>>) -> String {
 /// Writes answers until the connection is ended; then those that were given before, and waits for the peer to go.
 async fn write_messages(
     mut send: SendStream,
-    mut answers: mpsc::Receiver<TargetMessage>,
+    (mut answers, mut recalled): (mpsc::Receiver<TargetMessage>, mpsc::Receiver<TargetMessage>),
     mut ending: watch::Receiver<Option<String>>,
     line: &dyn Line,
 ) -> ConnectionError {
@@ -174,6 +178,7 @@ async fn write_messages(
         let answer = tokio::select! {
             biased;
             answer = answers.recv() => answer,
+            Some(answer) = recalled.recv() => Some(answer),
             reason = wait_for_end(&mut ending) => break reason,
         };
         let Some(answer) = answer else { break String::new() };
@@ -204,6 +209,10 @@ impl Connection {
     async fn act(&self, action: TargetAction) {
         let (group, command) = match action {
             TargetAction::Reply(reply) => return self.outbox.send(reply),
+            TargetAction::OpenPoint { group, at } => {
+                return self.recall.open(&self.receiver, &self.office, group, at, &self.outbox).await;
+            }
+            TargetAction::AskPoint(asked) => return self.recall.ask(asked, &self.outbox),
             TargetAction::Open(request) => {
                 let group = request.group;
                 let held = Held { session: self.receiver.number(), handle: self.receiver.group(&self.office, group) };

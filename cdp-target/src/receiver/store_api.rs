@@ -8,6 +8,7 @@ use crate::journal::file::FileId;
 use crate::journal::{Damage, Fork};
 use cdp_protocol::holding::Holding;
 use cdp_protocol::message::{OpenGroup, PointSummary};
+use cdp_protocol::recall::{Answer, OpenedPoint, Question};
 use cdp_protocol::session::chain::{Chain, ChainError, Step};
 use cdp_protocol::session::lineage::{Line, Lineage};
 use cdp_protocol::session::target::{Claim, Ruling};
@@ -30,6 +31,32 @@ pub trait GroupStore: Send + Sync {
     /// # Errors
     /// Where it is not there or cannot be opened.
     fn open(&self, office: &str, group: GroupId) -> Result<Box<dyn GroupWriter>, StoreError>;
+
+    /// Whether the office has the group, as far as can be told: nothing is started for one that it has not.
+    fn has(&self, _office: &str, _group: GroupId) -> bool {
+        true
+    }
+}
+
+/// Reads one point for its source. Used on a thread of its own, beside the group's.
+pub trait PointReader: Send {
+    /// Opens the point that `at` names, by the clock `now`; or says why not, in a line. Once.
+    ///
+    /// # Errors
+    /// Where there is no such point, or it cannot be read.
+    fn open(&mut self, at: &str, now: Timestamp) -> Result<OpenedPoint, String>;
+
+    /// Answers a question about a volume of the open point, but for the end of the answer. `tell` gives `false` where nobody listens
+    /// any more.
+    ///
+    /// # Errors
+    /// Where the answer is not whole: why, in a line.
+    fn answer(
+        &mut self,
+        slot: VolumeSlot,
+        question: &Question,
+        tell: &mut dyn FnMut(Answer) -> bool,
+    ) -> Result<(), String>;
 }
 
 /// The one writer of a group's history.
@@ -108,6 +135,11 @@ pub trait GroupWriter: Send {
     /// Where the history cannot be read.
     fn holdings(&self, _head: Head, _slot: VolumeSlot, _blocks: Extent) -> Result<Option<Vec<Holding>>, StoreError> {
         Ok(None)
+    }
+
+    /// Reads one of the durable points, whatever is written meanwhile; `None` where this store reads none.
+    fn reader(&self) -> Option<Box<dyn PointReader>> {
+        None
     }
 
     /// Names a point, or takes its name away.

@@ -4,3 +4,4 @@ pub mod image;
 pub mod keyring;
 pub mod output;
 pub mod point;
+pub mod recalled;

@@ -262,6 +262,11 @@ impl Source {
         within(write_packet(&mut *self.control.send, &message::encode(message))).await.expect("sent");
     }
 
+    /// The same on a connection that may be closed by now.
+    pub(crate) async fn try_say(&mut self, message: &SourceMessage) -> std::io::Result<()> {
+        within(write_packet(&mut *self.control.send, &message::encode(message))).await
+    }
+
     pub(crate) async fn next(&mut self) -> TargetMessage {
         let bytes = within(read_packet(&mut *self.control.receive, MESSAGE_BYTES_MAX)).await.expect("an answer");
         message::decode(&bytes).expect("a message")

@@ -401,6 +401,9 @@ impl SourceSession {
             TargetMessage::Welcome { .. }
             | TargetMessage::Refused { .. }
             | TargetMessage::Points { .. }
+            | TargetMessage::PointOpened(_)
+            | TargetMessage::PointRefused { .. }
+            | TargetMessage::Answer { .. }
             | TargetMessage::Pong => {}
         }
         Ok(events)

@@ -14,6 +14,7 @@ use crate::limits::{VOLUMES_MAX, is_name};
 use crate::message::{
     self, MessageError, OpenGroup, PROTOCOL_VERSION, RefusalReason, SourceMessage, TargetMessage, Verdict,
 };
+use crate::recall::{self, Asked};
 use crate::record::PartChain;
 use crate::units::{Epoch, Extent, Generation, GroupId, Head, Timestamp, VOLUME_BYTES_MAX, VolumeSlot};
 
@@ -67,6 +68,15 @@ pub enum TargetAction {
         /// The blocks.
         blocks: Extent,
     },
+    /// Open a point to be read, and answer with how that went.
+    OpenPoint {
+        /// The group, which need not be open; whether it is one of the office's is not looked at here.
+        group: GroupId,
+        /// The point's name.
+        at: String,
+    },
+    /// Answer a question about that point.
+    AskPoint(Asked),
 }
 
 /// Why a connection ends.
@@ -109,13 +119,14 @@ pub struct TargetSession {
     software: String,
     greeted: bool,
     groups: BTreeSet<GroupId>,
+    has_point: bool,
 }
 
 impl TargetSession {
     /// A connection nobody has spoken on; `software` is what the source is told about this program.
     #[must_use]
     pub fn new(software: impl Into<String>) -> Self {
-        Self { software: software.into(), greeted: false, groups: BTreeSet::new() }
+        Self { software: software.into(), greeted: false, groups: BTreeSet::new(), has_point: false }
     }
 
     /// Follows one message.
@@ -152,6 +163,15 @@ impl TargetSession {
                 let blocks = Extent::new(start, count).filter(|blocks| blocks.count <= QUESTION_BLOCKS_MAX);
                 let blocks = blocks.ok_or(TargetRefusal::Field("blocks whose digests are asked for"))?;
                 Ok(TargetAction::ListDigests { group, head, volume, blocks })
+            }
+            SourceMessage::OpenPoint { group, at } => {
+                let is_first = !std::mem::replace(&mut self.has_point, true);
+                let fits = is_first && at.len() <= recall::NAME_BYTES_MAX;
+                fits.then_some(TargetAction::OpenPoint { group, at }).ok_or(TargetRefusal::Field("point to be read"))
+            }
+            SourceMessage::AskPoint(asked) => {
+                let fits = self.has_point && asked.question.extents().is_some();
+                fits.then_some(TargetAction::AskPoint(asked)).ok_or(TargetRefusal::Field("question about a point"))
             }
         }
     }

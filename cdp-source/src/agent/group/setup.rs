@@ -54,6 +54,8 @@ pub enum Input {
     Encoded(Encoded),
     /// A point is wanted now.
     Point(PointRequest),
+    /// Whether a volume is being restored has changed; answered with why no points are made, if so.
+    Restoring(oneshot::Sender<Option<String>>),
     /// The hooks around a point have got further.
     Hook(HookEvent),
     /// The end. The tracking goes on in the kernel.
@@ -93,6 +95,8 @@ pub struct Devices {
 pub type Opener = Box<dyn FnMut() -> Result<Devices, String> + Send>;
 /// Makes the way to the target, for a group that remembers this.
 pub type Connect = Box<dyn FnOnce(Memo) -> Box<dyn Link> + Send>;
+/// Tells in a line which volume of the group is being restored, if one is: it is neither old nor new, and no point is made of it.
+pub type IsRestoring = Box<dyn Fn() -> Option<String> + Send>;
 
 /// The memo beside the tracker's own, for when that is gone with a reboot: told on a new generation and at a clean end, never
 /// for an epoch. Without it a source that lost its tracking would not even know that it had points.
@@ -135,6 +139,8 @@ pub struct GroupSetup {
     pub saver: Option<Saver>,
     /// Which volumes are to be gone through soon.
     pub proofs: Option<Proofs>,
+    /// Which volume of it is being restored.
+    pub restoring: IsRestoring,
     /// Told when the volumes were opened for the first time.
     pub opened: Option<oneshot::Sender<()>>,
     /// Encodes.

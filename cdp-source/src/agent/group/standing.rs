@@ -15,6 +15,7 @@ impl Group {
         let mut status = lock(&self.setup.status);
         status.state = state;
         status.reason = reason;
+        status.restoring.clone_from(&self.restoring);
         status.captured_epoch = self.captured_epoch;
         status.sent_epoch = self.memo.sent.first().or(self.memo.acked.first()).map(|head| head.epoch);
         status.acked_epoch = self.memo.head().map(|head| head.epoch);
@@ -97,7 +98,7 @@ impl Group {
     pub(super) fn state(&self) -> (GroupPhase, Option<String>) {
         let many_failed = self.failed_cuts >= FAILED_CUTS_MAX;
         let has_point = self.open.is_some_and(|open| open.has_point);
-        if let Some(reason) = self.trouble.as_ref().or(self.refused.as_ref()) {
+        if let Some(reason) = self.no_points_because() {
             (GroupPhase::Stalled, Some(reason.clone()))
         } else if self.open.is_none() || !self.link.is_connected() {
             (GroupPhase::Disconnected, None)

@@ -332,6 +332,7 @@ impl Bench {
             kept_memo: Box::new(NothingKept),
             saver: None,
             proofs: None,
+            restoring: Box::new(|| None),
             opened: None,
             encoder: Arc::new(Encoder::new(2)),
             digests: Digests::open(

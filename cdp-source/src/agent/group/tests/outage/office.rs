@@ -307,6 +307,7 @@ impl Office {
             kept_memo: Box::new(KeptBefore(self.kept.clone())),
             saver: None,
             proofs: None,
+            restoring: Box::new(|| None),
             opened: None,
             encoder: Arc::new(Encoder::inline()),
             digests,

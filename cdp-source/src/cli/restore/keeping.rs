@@ -1,0 +1,163 @@
+//! What is overwritten is kept first, and the agent holds its points meanwhile.
+//!
+//! In place: a running agent makes a point of what is there, and no other until the restore is over; where none runs, nothing may be
+//! overwritten that no point has, and none is started meanwhile. The marker is there before the first byte is written, so that whoever
+//! looks knows that the volume is neither old nor new. `--discard-current` says that what is there may be lost.
+
+use crate::cli::RestoreArgs;
+use crate::cli::failure::UserError;
+use crate::cli::show;
+use crate::control::{self, ControlError, Reply, Request};
+use crate::probe::Probe;
+use crate::restore::Plan;
+use crate::restore::marker::{self, Restoring};
+use crate::state::{Lock, StateError, StateFolder};
+use anyhow::{Result, bail};
+use cdp_protocol::units::{BLOCK_BYTES, Epoch, Timestamp, VolumeSlot};
+
+/// For the agent to make a point, in milliseconds.
+const POINT_WAIT_MS: u64 = 120_000;
+
+/// What is done around a restore.
+pub(super) struct Keeping<'a> {
+    args: &'a RestoreArgs,
+    /// Held where no agent runs, so that none is started.
+    agent: Option<Lock>,
+    begun: Option<Restoring>,
+    kept: Option<Epoch>,
+    is_marked: bool,
+}
+
+impl<'a> Keeping<'a> {
+    pub(super) fn new(state: &StateFolder, args: &'a RestoreArgs, begun: Option<Restoring>) -> Result<Self> {
+        let agent = match state.lock_agent() {
+            // Another device is nothing to the agent.
+            Ok(_) if args.to.is_some() => None,
+            Ok(lock) => Some(lock),
+            Err(StateError::Locked { .. }) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let (kept, is_marked) = (begun.as_ref().and_then(|begun| begun.kept), begun.is_some());
+        Ok(Self { args, agent, begun, kept, is_marked })
+    }
+
+    /// Another device with something on it is not overwritten unasked, unless it is what was begun with.
+    pub(super) fn refuse_content(&self, probe: &Probe) -> Result<()> {
+        let Some(content) = probe.content.filter(|_| self.begun.is_none() && !self.args.discard_current) else {
+            return Ok(());
+        };
+        let error = UserError::new(format!("{} holds {content}", probe.device.display()));
+        Err(error.hint("--discard-current overwrites it").into())
+    }
+
+    pub(super) fn marker(&self, slot: VolumeSlot, epoch: Epoch, now_ms: i64) -> Restoring {
+        let RestoreArgs { volume, to, at, .. } = self.args;
+        let begun = self.begun.as_ref().map_or(Timestamp(now_ms), |begun| begun.begun);
+        let mut marker = Restoring::new(volume, slot, to.as_deref(), (epoch, at), begun);
+        marker.kept = self.kept;
+        marker
+    }
+
+    /// Makes sure that what the plan overwrites may be overwritten, and that no point is made from here on.
+    pub(super) fn keep(&mut self, state: &StateFolder, group: &str, plan: &Plan, mut marker: Restoring) -> Result<()> {
+        if self.agent.is_some() {
+            self.refuse_unkept(plan)?;
+        } else if !self.is_held(state, group)? {
+            self.kept = if self.args.discard_current { None } else { Some(point(state, group, marker.epoch)?) };
+            marker.kept = self.kept;
+        }
+        self.begin(state, group, &marker)?;
+        if self.agent.is_none() && look_again(state, group)?.is_none() {
+            bail!("the agent does not hold its points, although it was told to");
+        }
+        Ok(())
+    }
+
+    /// The marker, before the first byte is written. What the last stop left of the tracking is not of this volume any more.
+    pub(super) fn begin(&mut self, state: &StateFolder, group: &str, marker: &Restoring) -> Result<()> {
+        if marker.holds_points() {
+            marker::forget_saved(state, group)?;
+        }
+        marker.store(state, group)?;
+        self.is_marked = true;
+        Ok(())
+    }
+
+    /// It is over: points are made again.
+    pub(super) fn end(&mut self, state: &StateFolder, group: &str) -> Result<()> {
+        if !self.is_marked {
+            return Ok(());
+        }
+        Restoring::remove(state, group)?;
+        self.is_marked = false;
+        match look_again(state, group) {
+            Ok(_) => Ok(()),
+            // One that ended meanwhile, or is just starting, reads what is there now.
+            Err(error) if matches!(error.downcast_ref(), Some(ControlError::NotRunning(_))) => Ok(()),
+            Err(error) => {
+                Err(error.context("the volume is restored, but the agent was not told that it may make points again"))
+            }
+        }
+    }
+
+    /// The point that what was overwritten was kept as.
+    pub(super) const fn kept(&self) -> Option<Epoch> {
+        self.kept
+    }
+
+    /// What an error means for the volume.
+    pub(super) fn cut_off(&self) -> String {
+        if self.is_marked {
+            "the restore is not over, and the volume neither old nor new: the same command goes on".to_owned()
+        } else {
+            "nothing was changed".to_owned()
+        }
+    }
+
+    /// Whether a running agent holds its points already: then what is there is half restored, and nothing to keep.
+    fn is_held(&self, state: &StateFolder, group: &str) -> Result<bool> {
+        if self.begun.is_none() {
+            return Ok(false);
+        }
+        // As it stood before this command: a marker that the agent was never told of has held nothing.
+        match show::ask(state, &Request::Status)? {
+            Reply::Status(status) => {
+                Ok(status.groups.iter().any(|status| status.group == group && status.restoring.is_some()))
+            }
+            other => bail!("the agent answered status with {other:?}"),
+        }
+    }
+
+    fn refuse_unkept(&self, plan: &Plan) -> Result<()> {
+        if plan.unkept_blocks == 0 || self.args.discard_current {
+            return Ok(());
+        }
+        let bytes = plan.unkept_blocks * BLOCK_BYTES as u64;
+        let text =
+            format!("{bytes} bytes that would be overwritten are not known to be in any point, and no agent runs");
+        let hint = "start the agent, which makes a point of them first; or --discard-current";
+        Err(UserError::new(text).hint(hint).into())
+    }
+}
+
+/// Has the agent make a point of what is there. It is captured when this returns, and on its way.
+fn point(state: &StateFolder, group: &str, to: Epoch) -> Result<Epoch> {
+    let label = Some(format!("before-restore-to-{to}"));
+    let request = Request::Point { group: group.to_owned(), label, wait: false, timeout_ms: Some(POINT_WAIT_MS) };
+    match control::ask(state, &request)? {
+        Reply::Point(point) => Ok(point.epoch),
+        Reply::Failed { message, .. } => {
+            let error = UserError::new(format!("what is there cannot be kept as a point first: {message}"));
+            Err(error.hint("cdp-source status says more; --discard-current does without that point").into())
+        }
+        other => bail!("the agent answered the wish for a point with {other:?}"),
+    }
+}
+
+/// Has the agent look whether a volume is being restored; gives why it makes no points, if so.
+fn look_again(state: &StateFolder, group: &str) -> Result<Option<String>> {
+    match show::ask(state, &Request::Restoring { group: group.to_owned() })? {
+        Reply::Restoring { held } => Ok(held),
+        other => bail!("the agent answered the word of a restore with {other:?}"),
+    }
+}

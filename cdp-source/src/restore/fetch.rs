@@ -1,0 +1,209 @@
+//! Content over the line to the device.
+//!
+//! Invariant: a block is done with once a frame that holds it was opened with the group's key, its content written, and read back. Which
+//! frame is the newest of a block is the target's word, as everywhere. What is left to do is what the plan still names, so a line that is
+//! lost costs what was under way.
+
+use super::compare::{RestoreError, Subject};
+use super::disk::{Disk, DiskError};
+use super::line::{LineError, PointLine};
+use super::{OnProgress, Plan, Progress};
+use crate::reader::runs;
+use cdp_protocol::codec::open_content;
+use cdp_protocol::frame::{self, Encoding, FRAME_BYTES_MAX};
+use cdp_protocol::recall::{Answer, QUESTION_EXTENTS_MAX, Question, named, to_extents};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Extent};
+use roaring::RoaringBitmap;
+use std::collections::VecDeque;
+
+/// Blocks that one question is about: 2 MiB, so that some progress is kept whatever happens to a thin line.
+const QUESTION_BLOCKS: u32 = 512;
+/// Blocks of zeros that are written, and read back, at a time.
+const ZERO_BLOCKS: u32 = 16 * 1024;
+
+/// Makes zeros what the point has as zeros.
+///
+/// # Errors
+/// Where the device fails.
+pub fn write_zeros(disk: &mut Disk, plan: &mut Plan, on_progress: &mut OnProgress<'_>) -> Result<(), DiskError> {
+    let all = plan.zero.len();
+    for extent in runs(plan.zero.clone(), ZERO_BLOCKS) {
+        disk.zero(extent)?;
+        plan.zero.remove_range(extent.start.0..=(extent.end() - 1) as u32);
+        on_progress(Progress::Writing(all - plan.zero.len(), all + plan.fetch.len()));
+    }
+    Ok(())
+}
+
+/// Fetches what the plan names, and writes it. `before`: blocks that were written before, for the progress.
+///
+/// # Errors
+/// Where the line is lost or the device fails; what the plan names then is left.
+pub fn fetch(
+    disk: &mut Disk,
+    plan: &mut Plan,
+    before: u64,
+    line: &mut PointLine,
+    subject: &Subject<'_>,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<(), RestoreError> {
+    let all = before + plan.fetch.len();
+    let mut left = questions(&plan.fetch.clone()).into_iter();
+    let mut under_way: VecDeque<Vec<Extent>> = VecDeque::new();
+    loop {
+        while line.may_ask()
+            && let Some(extents) = left.next()
+        {
+            line.ask(subject.slot, Question::Content { extents: named(&extents) })?;
+            under_way.push_back(extents);
+        }
+        let Some(extents) = under_way.pop_front() else { return Ok(()) };
+        let Fetched { mut blocks, lost } = fetched(line, subject)?;
+        blocks.sort_unstable_by_key(|(block, _)| *block);
+        blocks.dedup_by_key(|(block, _)| *block);
+        let asked: RoaringBitmap = extents.iter().flat_map(|extent| extent.blocks()).map(|block| block.0).collect();
+        blocks.retain(|(block, _)| asked.contains(block.0));
+        write_blocks(disk, &blocks)?;
+        plan.fetch -= &asked;
+        let mut missing = asked;
+        for (block, _) in &blocks {
+            missing.remove(block.0);
+        }
+        for block in missing {
+            let told = lost.iter().find(|(extent, _)| extent.start.0 <= block && u64::from(block) < extent.end());
+            plan.lose(Block(block), told.map_or("the target gave nothing for them", |(_, reason)| reason));
+        }
+        on_progress(Progress::Writing(all - plan.fetch.len(), all));
+    }
+}
+
+/// What came over the line for the blocks of these extents, and how many bytes: a sample, to tell what all of it would take.
+///
+/// # Errors
+/// Where the line is lost.
+pub fn sample(line: &mut PointLine, subject: &Subject<'_>, blocks: &RoaringBitmap) -> Result<u64, LineError> {
+    let before = line.received_bytes();
+    for extents in questions(blocks) {
+        line.ask(subject.slot, Question::Content { extents: named(&extents) })?;
+        fetched(line, subject)?;
+    }
+    Ok(line.received_bytes() - before)
+}
+
+/// Writes blocks, in their order, and reads them back.
+///
+/// # Errors
+/// Where the device fails.
+pub fn write_blocks(disk: &mut Disk, blocks: &[(Block, Vec<u8>)]) -> Result<(), DiskError> {
+    let mut left = blocks;
+    while let Some((first, _)) = left.first() {
+        let follows = |(at, (block, _)): (usize, &(Block, Vec<u8>))| {
+            u64::from(block.0) == u64::from(first.0) + at as u64 && at < QUESTION_BLOCKS as usize
+        };
+        let count = left.iter().enumerate().take_while(|entry| follows(*entry)).count();
+        let (run, rest) = left.split_at(count);
+        let content: Vec<u8> = run.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
+        disk.write(Extent { start: *first, count: count as u32 }, &content)?;
+        left = rest;
+    }
+    Ok(())
+}
+
+/// Blocks as questions about their content.
+fn questions(blocks: &RoaringBitmap) -> Vec<Vec<Extent>> {
+    const { assert!(QUESTION_BLOCKS as usize <= QUESTION_EXTENTS_MAX, "each block may be an extent of its own") };
+    let all: Vec<u32> = blocks.iter().collect();
+    all.chunks(QUESTION_BLOCKS as usize).map(|blocks| runs(blocks.iter().copied(), u32::MAX)).collect()
+}
+
+/// The answer to a question about content.
+#[derive(Default)]
+struct Fetched {
+    blocks: Vec<(Block, Vec<u8>)>,
+    lost: Vec<(Extent, String)>,
+}
+
+fn fetched(line: &mut PointLine, subject: &Subject<'_>) -> Result<Fetched, LineError> {
+    let (mut fetched, mut frame, mut of) = (Fetched::default(), Vec::new(), Vec::new());
+    while let Some(piece) = line.next_piece()? {
+        match piece {
+            Answer::Frame { blocks, bytes, more } => {
+                if frame.is_empty() {
+                    of = to_extents(&blocks).ok_or(LineError::Answer("it names what are no blocks"))?;
+                }
+                if bytes.is_empty() || frame.len() + bytes.len() > FRAME_BYTES_MAX {
+                    return Err(LineError::Answer("a frame of no length that there is"));
+                }
+                frame.extend_from_slice(&bytes);
+                if !more {
+                    fetched.take(&std::mem::take(&mut frame), &of, subject);
+                }
+            }
+            Answer::Lost { start, count, reason } => {
+                let extent = Extent::new(start, count).ok_or(LineError::Answer("it names what are no blocks"))?;
+                fetched.lost.push((extent, reason));
+            }
+            _ => return Err(LineError::Answer("it is of something else")),
+        }
+    }
+    if frame.is_empty() { Ok(fetched) } else { Err(LineError::Answer("a frame without its end")) }
+}
+
+impl Fetched {
+    /// Takes these blocks from a frame; what it does not have, or what does not open, is lost, and why.
+    fn take(&mut self, bytes: &[u8], of: &[Extent], subject: &Subject<'_>) {
+        let opened = opened(bytes, subject);
+        for extent in of {
+            let why = match &opened {
+                Ok((extents, Some(content))) => match of_blocks(extents, content, *extent) {
+                    Some(content) => {
+                        let blocks = extent.blocks().zip(content.chunks(BLOCK_BYTES));
+                        self.blocks.extend(blocks.map(|(block, bytes)| (block, bytes.to_vec())));
+                        continue;
+                    }
+                    None => "the frame that the target gave does not have them".to_owned(),
+                },
+                Ok((extents, None))
+                    if extents.iter().any(|held| held.start <= extent.start && extent.end() <= held.end()) =>
+                {
+                    self.blocks.extend(extent.blocks().map(|block| (block, vec![0; BLOCK_BYTES])));
+                    continue;
+                }
+                Ok((_, None)) => "the frame that the target gave does not have them".to_owned(),
+                Err(why) => why.clone(),
+            };
+            self.lost.push((*extent, why));
+        }
+    }
+}
+
+/// A frame's extents and content; no content where its blocks are zeros.
+fn opened(bytes: &[u8], subject: &Subject<'_>) -> Result<(Vec<Extent>, Option<Vec<u8>>), String> {
+    let frame = frame::decode(&subject.group, bytes).map_err(|error| format!("the target gave no frame: {error}"))?;
+    if frame.header.volume != subject.slot {
+        return Err("the target gave another volume's frame".to_owned());
+    }
+    let key = subject.key.attempt_key(&frame.header.attempt);
+    let content = open_content(&frame, &key).map_err(|error| {
+        format!("the frame does not open with this machine's key ({error}): `cdp-target export` may have an older one")
+    })?;
+    match frame.header.encoding {
+        Encoding::Hole => Ok((frame.header.extents, None)),
+        encoding if encoding.has_content() => Ok((frame.header.extents, Some(content))),
+        Encoding::Unreadable => Err("the source's device could not read them when the point was made".to_owned()),
+        _ => Err("the target has lost them".to_owned()),
+    }
+}
+
+/// The content of blocks that lie within one of the extents.
+fn of_blocks<'a>(extents: &[Extent], content: &'a [u8], wanted: Extent) -> Option<&'a [u8]> {
+    let mut before = 0;
+    for extent in extents {
+        if extent.start <= wanted.start && wanted.end() <= extent.end() {
+            let from = before + (wanted.start.0 - extent.start.0) as usize;
+            return content.get(from * BLOCK_BYTES..(from + wanted.count as usize) * BLOCK_BYTES);
+        }
+        before += extent.count as usize;
+    }
+    None
+}
