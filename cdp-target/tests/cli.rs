@@ -43,7 +43,7 @@ fn a_command_line_that_is_wrong_is_said_in_two_lines() {
         (&["points", "paris"], "OFFICE/GROUP"),
         (&["points", "paris/main/root"], "without a volume"),
         (&["export", "paris/main", "--at", "latest"], "--output"),
-        (&["export", "paris/main", "--at", "latest", "--output", "x", "--format", "qcow2"], "raw"),
+        (&["export", "paris/main", "--at", "latest", "--output", "x", "--format", "vmdk"], "qcow2"),
         (&["enroll", "paris", "--output", "x", "--expires", "soon"], "24h"),
         (&["init", "--listen", "here"], "here"),
         (&["init", "--name", "a b"], "a host name"),

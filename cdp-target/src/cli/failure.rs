@@ -217,6 +217,10 @@ fn output(error: &OutputError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some("give a file's name; a whole group (OFFICE/GROUP) goes into a folder"))
         }
         OutputError::Kind(_) => (Fault::User, Some("give a file, a block device or - for stdout")),
+        OutputError::Busy(_) => (Fault::User, Some("wait for it, or give another name")),
+        OutputError::OtherImage { .. } => {
+            (Fault::User, Some("name that point by its number to go on, or leave out --resume to begin anew"))
+        }
         OutputError::InUse { .. } => {
             (Fault::User, Some("unmount it and end whatever uses it; --force does not help here"))
         }
@@ -246,7 +250,7 @@ fn export(error: &ExportError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some(hint))
         }
         ExportError::Interrupted => (Fault::User, None),
-        ExportError::Write { .. } | ExportError::Sync(_) => (Fault::Ours, None),
+        ExportError::Write { .. } | ExportError::Sync(_) | ExportError::Packer(_) => (Fault::Ours, None),
     }
 }
 

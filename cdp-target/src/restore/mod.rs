@@ -4,3 +4,7 @@ pub mod image;
 pub mod keyring;
 pub mod output;
 pub mod point;
+pub mod progress;
+pub(crate) mod proof;
+pub(crate) mod qcow2;
+mod tree_hash;

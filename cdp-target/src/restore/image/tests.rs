@@ -1,8 +1,8 @@
 //! Images of a made-up point: compared byte by byte, to files, streams and, where there are the rights, a loop device.
 
 use super::{BlockSource, Export, ExportError, Exported, Piece, SourceError};
-use crate::restore::output::{self, Needs, Output, OutputError};
-use cdp_protocol::units::{BLOCK_BYTES, Extent, VolumeSlot, blocks_in};
+use crate::restore::output::{self, Allowed, Needs, Output, OutputError};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Extent, VolumeSlot, blocks_in};
 use cdp_seams::storage::{Storage, SystemStorage};
 use proptest::prelude::{ProptestConfig, Strategy as _, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use std::path::Path;
@@ -38,6 +38,12 @@ impl BlockSource for Made {
         }
         Ok(())
     }
+
+    fn content(&self, _slot: VolumeSlot, extent: Extent, out: &mut dyn FnMut(Extent)) -> Result<(), SourceError> {
+        let is_hole = |block: &Block| self.0[block.0 as usize] == Is::Zero;
+        extent.blocks().filter(|block| !is_hole(block)).for_each(|block| out(Extent::new(block, 1).expect("one")));
+        Ok(())
+    }
 }
 
 impl Made {
@@ -66,6 +72,9 @@ impl Made {
 fn storage() -> Arc<dyn Storage> {
     Arc::new(SystemStorage)
 }
+
+const NEW: Allowed = Allowed { force: false, going_on: false };
+const FORCE: Allowed = Allowed { force: true, going_on: false };
 
 const fn needs(size_bytes: u64) -> Needs {
     Needs { size_bytes, content_bytes_max: size_bytes }
@@ -98,7 +107,7 @@ proptest! {
         let size_bytes = (made.0.len() * BLOCK_BYTES) as u64 - short;
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("image.raw");
-        let mut output = output::open(&storage(), &path, needs(size_bytes), false).expect("new");
+        let mut output = output::open(&storage(), &path, needs(size_bytes), NEW).expect("new");
         let exported = made.export(size_bytes, output.as_mut(), true).expect("damage allowed");
         output.publish().expect("published");
         let expected = made.bytes(size_bytes);
@@ -123,7 +132,7 @@ fn damage_is_refused_unless_allowed_and_leaves_nothing() {
         let size_bytes = 311 * BLOCK_BYTES as u64;
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("image.raw");
-        let mut output = output::open(&storage(), &path, needs(size_bytes), false).expect("new");
+        let mut output = output::open(&storage(), &path, needs(size_bytes), NEW).expect("new");
         let error = made.export(size_bytes, output.as_mut(), false).expect_err("damaged");
         assert!(matches!(error, ExportError::Damaged { offset, .. } if offset == 300 * BLOCK_BYTES as u64), "{error}");
         drop(output);
@@ -139,14 +148,14 @@ fn holes_take_no_space_and_an_end_comes_at_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("image.raw");
     let size_bytes = 16 << 20;
-    let mut output = output::open(&storage(), &path, needs(size_bytes), false).expect("new");
+    let mut output = output::open(&storage(), &path, needs(size_bytes), NEW).expect("new");
     let exported = made.export(size_bytes, output.as_mut(), false).expect("whole");
     output.publish().expect("published");
     assert_eq!(exported.content_bytes, BLOCK_BYTES as u64);
     let allocated = rustix::fs::stat(&path).expect("there").st_blocks * 512;
     assert!(allocated <= 64 * 1024, "{allocated} bytes allocated");
 
-    let mut output = output::open(&storage(), &path, needs(size_bytes), true).expect("forced");
+    let mut output = output::open(&storage(), &path, needs(size_bytes), FORCE).expect("forced");
     let stop = AtomicBool::new(true);
     let export = Export {
         sources: &[&made],
@@ -167,18 +176,18 @@ fn what_exists_is_not_overwritten() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("image.raw");
     let made = Made(vec![Is::Bytes(9)]);
-    let mut output = output::open(&storage(), &path, needs(4096), false).expect("new");
+    let mut output = output::open(&storage(), &path, needs(4096), NEW).expect("new");
     made.export(4096, output.as_mut(), false).expect("whole");
     put(&path, b"came meanwhile");
     assert!(output.publish().is_err(), "the name was taken meanwhile");
     assert_eq!(content(&path), b"came meanwhile");
 
-    assert!(matches!(output::open(&storage(), &path, needs(4096), false), Err(OutputError::Exists(_))));
-    assert!(matches!(output::open(&storage(), folder.path(), needs(4096), true), Err(OutputError::IsFolder(_))));
-    let huge = output::open(&storage(), &folder.path().join("x"), needs(1 << 60), false);
+    assert!(matches!(output::open(&storage(), &path, needs(4096), NEW), Err(OutputError::Exists(_))));
+    assert!(matches!(output::open(&storage(), folder.path(), needs(4096), FORCE), Err(OutputError::IsFolder(_))));
+    let huge = output::open(&storage(), &folder.path().join("x"), needs(1 << 60), NEW);
     assert!(matches!(huge, Err(OutputError::TooSmall { .. })));
 
-    let mut output = output::open(&storage(), &path, needs(4096), true).expect("forced");
+    let mut output = output::open(&storage(), &path, needs(4096), FORCE).expect("forced");
     made.export(4096, output.as_mut(), false).expect("whole");
     output.publish().expect("replaced");
     assert_eq!(content(&path), [9; 4096]);
@@ -216,10 +225,10 @@ fn on_a_device_holes_replace_what_was_there() {
     blocks[299] = Is::Bytes(2);
     let made = Made(blocks);
     let size_bytes = 300 * BLOCK_BYTES as u64 - 512;
-    assert!(matches!(output::open(&storage(), path, needs(size_bytes), false), Err(OutputError::NotBlank(_))));
-    assert!(matches!(output::open(&storage(), path, needs(4 << 20), true), Err(OutputError::TooSmall { .. })));
-    let mut output = output::open(&storage(), path, needs(size_bytes), true).expect("forced");
-    let in_use = output::open(&storage(), path, needs(size_bytes), true);
+    assert!(matches!(output::open(&storage(), path, needs(size_bytes), NEW), Err(OutputError::NotBlank(_))));
+    assert!(matches!(output::open(&storage(), path, needs(4 << 20), FORCE), Err(OutputError::TooSmall { .. })));
+    let mut output = output::open(&storage(), path, needs(size_bytes), FORCE).expect("forced");
+    let in_use = output::open(&storage(), path, needs(size_bytes), FORCE);
     assert!(matches!(in_use, Err(OutputError::InUse { mounted_at: None, .. })));
     made.export(size_bytes, output.as_mut(), false).expect("whole");
     output.publish().expect("published");
