@@ -7,6 +7,7 @@ use crate::authority::AuthorityError;
 use crate::catalog::CatalogError;
 use crate::config::ConfigError;
 use crate::control::ControlError;
+use crate::drill::DrillError;
 use crate::enroll::EnrollError;
 use crate::journal::JournalError;
 use crate::maintenance::ClockError;
@@ -147,6 +148,12 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
     if let Some(error) = error.downcast_ref::<AuthorityError>() {
         let name = matches!(error, AuthorityError::Name(_));
         return (if name { Fault::User } else { Fault::Ours }, None);
+    }
+    match error.downcast_ref::<DrillError>() {
+        Some(DrillError::Output(error)) => return output(error),
+        Some(DrillError::Export(error)) => return export(error),
+        Some(DrillError::Journal(_)) => return (Fault::Ours, None),
+        None => {}
     }
     match error.downcast_ref::<JournalError>() {
         Some(JournalError::NotForked) => {

@@ -241,6 +241,13 @@ mod tests {
     }
 
     #[test]
+    fn the_format_is_what_it_was() {
+        let frozen = include_bytes!("../../../tests/testdata/progress/1/qcow2.record");
+        assert_eq!(encode(&id(), &lines()), frozen);
+        assert_eq!(decode(frozen), Some((id(), lines())));
+    }
+
+    #[test]
     fn the_lines_before_what_is_damaged_or_torn_are_read() {
         let bytes = encode(&id(), &lines());
         assert_eq!(decode(&bytes), Some((id(), lines())));
