@@ -257,7 +257,9 @@ fn export(error: &ExportError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some(hint))
         }
         ExportError::Interrupted => (Fault::User, None),
-        ExportError::Write { .. } | ExportError::Sync(_) | ExportError::Packer(_) => (Fault::Ours, None),
+        ExportError::Write { .. } | ExportError::Sync(_) | ExportError::ReadAgain(_) | ExportError::Packer(_) => {
+            (Fault::Ours, None)
+        }
     }
 }
 

@@ -127,6 +127,9 @@ pub enum ExportError {
         /// Why, in one line.
         reason: String,
     },
+    /// What was written cannot be read again.
+    #[error("read again what was written")]
+    ReadAgain(#[source] io::Error),
     /// A thread could not begin.
     #[error("prepare to compress")]
     Packer(#[source] io::Error),

@@ -12,7 +12,6 @@ use crate::cli::output::bytes;
 use crate::restore::image::{Begun, BlockSource, Export, ExportError, Exported, SourceError, content_bytes, one_line};
 use crate::restore::keyring::Keyring;
 use crate::restore::output::{self, Allowed, Kind, Needs, Output, OutputError};
-use crate::restore::point::PointImage;
 use crate::restore::progress::{self, Form, ImageId, Line, Progress};
 use crate::restore::proof::Stored;
 use crate::restore::qcow2::packed::{PackedQcow2, front_bytes};
@@ -76,9 +75,9 @@ pub(super) struct Job<'a> {
 impl Job<'_> {
     /// All images, published together once all are whole.
     pub(super) fn run(&self, targets: &[Target]) -> Result<Vec<Made>, Failure> {
-        let readers = (0..threads()).map(|_| self.group.view().image(self.head.epoch, &self.keys));
-        let readers: Vec<PointImage> = readers.collect::<Result<_, _>>()?;
-        let sources: Vec<&dyn BlockSource> = readers.iter().map(|reader| reader as &dyn BlockSource).collect();
+        // One for all threads: what one has decoded the next may need.
+        let reader = self.group.view().image(self.head.epoch, &self.keys)?;
+        let sources = vec![&reader as &dyn BlockSource; threads()];
         let folder = FolderGuard::prepare(self.arguments)?;
         let shapes = targets.iter().map(|target| self.shape(sources[0], target)).collect::<Result<Vec<_>, _>>()?;
         let needs = needs(sources[0], targets, &shapes)?;
@@ -94,8 +93,9 @@ impl Job<'_> {
         }
         let mut images = Vec::new();
         for (at, (target, shape)) in targets.iter().zip(&shapes).enumerate() {
-            match self.one(&sources, target, &mut going[at]) {
-                Ok(exported) => images.push(self.made(target, shape, going[at].output.as_ref(), exported)?),
+            let exported = self.one(&sources, target, &mut going[at]);
+            match exported.and_then(|exported| self.made(target, shape, going[at].output.as_ref(), exported)) {
+                Ok(image) => images.push(image),
                 Err(error) => return Err(broken_off(error, &target.volume.name, &mut going)),
             }
         }
@@ -228,7 +228,13 @@ impl Job<'_> {
     }
 
     /// What is told of an image; a file that is more than the image is read again for its own hash.
-    fn made(&self, target: &Target, shape: &Shape, output: &dyn Output, exported: Exported) -> Result<Made, Failure> {
+    fn made(
+        &self,
+        target: &Target,
+        shape: &Shape,
+        output: &dyn Output,
+        exported: Exported,
+    ) -> Result<Made, ExportError> {
         let file = match (shape, target.kind) {
             (Shape::Raw, _) => Some((target.volume.size_bytes, exported.hash)),
             (_, Kind::Stream) => None,
@@ -245,7 +251,7 @@ impl Job<'_> {
         })
     }
 
-    fn file_hash(&self, target: &Target, output: &dyn Output) -> Result<blake3::Hash, Failure> {
+    fn file_hash(&self, target: &Target, output: &dyn Output) -> Result<blake3::Hash, ExportError> {
         let bar = progress_bar(target, "hash of the file");
         bar.set_length(output.file_bytes());
         let stored = Stored {
@@ -257,8 +263,8 @@ impl Job<'_> {
         let hash = stored.hash(&|bytes| bar.inc(bytes));
         bar.finish_and_clear();
         hash.map_err(|error| match error.kind() {
-            io::ErrorKind::Interrupted => ExportError::Interrupted.into(),
-            _ => OutputError::system("read again", &target.path)(error).into(),
+            io::ErrorKind::Interrupted => ExportError::Interrupted,
+            _ => ExportError::ReadAgain(error),
         })
     }
 }
