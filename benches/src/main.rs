@@ -7,6 +7,7 @@
 
 mod cut;
 mod drain;
+mod export;
 mod first_copy;
 mod log_file;
 mod machine;
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 type Benchmark = fn(&Path) -> Result<()>;
 
 /// All there are, in the order they run.
-const BENCHMARKS: [(&str, Benchmark); 7] = [
+const BENCHMARKS: [(&str, Benchmark); 8] = [
     ("tracker", tracker::run),
     ("drain", drain::run),
     ("cut", cut::run),
@@ -31,6 +32,7 @@ const BENCHMARKS: [(&str, Benchmark); 7] = [
     ("packing", packing::run),
     ("workloads", workloads::run),
     ("scale", scale::run),
+    ("export", export::run),
 ];
 
 fn main() -> Result<()> {

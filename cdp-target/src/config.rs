@@ -7,6 +7,7 @@ use crate::retention::Ladder;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 /// Name of the file within the store's folder.
@@ -28,6 +29,8 @@ const CHECKPOINT_SHARE_RANGE: RangeInclusive<f64> = 0.05..=10.0;
 const PRUNE_INTERVAL_DEFAULT_S: u64 = 3600;
 const MAINTENANCE_BYTES_PER_S_DEFAULT: u64 = 16 << 20;
 const MAINTENANCE_BYTES_PER_S_MIN: u64 = 64 << 10;
+/// An hour.
+const DRILL_SCRIPT_TIMEOUT_DEFAULT_S: u64 = 3600;
 /// Ten years.
 const INTERVAL_MAX_S: u64 = 10 * 366 * 24 * 3600;
 /// A hundred years.
@@ -63,6 +66,18 @@ pub struct Config {
     /// Address and TCP port of the metrics exporter; none runs unless set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
+    /// How often each group's newest point is drilled, in seconds; 0: only by command.
+    #[serde(default)]
+    pub drill_interval_s: u64,
+    /// Where a drill has room for its images; `scratch` in the store unless set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drill_folder: Option<PathBuf>,
+    /// The program that checks a drill's images; none unless set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drill_script: Option<PathBuf>,
+    /// How long it may take, in seconds.
+    #[serde(default = "drill_script_timeout_default")]
+    pub drill_script_timeout_s: u64,
     /// How long points are kept.
     #[serde(default)]
     pub retention: Ladder,
@@ -71,7 +86,7 @@ pub struct Config {
 /// The key that is a table.
 const RETENTION: &str = "retention";
 /// All others, for the error about one that is not among them.
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 17] = [
     "listen",
     "names",
     "segment_bytes_max",
@@ -81,6 +96,10 @@ const KEYS: [&str; 13] = [
     "prune_interval_s",
     "maintenance_bytes_per_s",
     "metrics_listen",
+    "drill_interval_s",
+    "drill_folder",
+    "drill_script",
+    "drill_script_timeout_s",
     "retention.every_s",
     "retention.hourly_s",
     "retention.daily_s",
@@ -149,6 +168,10 @@ const fn prune_interval_default() -> u64 {
     PRUNE_INTERVAL_DEFAULT_S
 }
 
+const fn drill_script_timeout_default() -> u64 {
+    DRILL_SCRIPT_TIMEOUT_DEFAULT_S
+}
+
 const fn maintenance_default() -> u64 {
     MAINTENANCE_BYTES_PER_S_DEFAULT
 }
@@ -167,6 +190,10 @@ impl Config {
             prune_interval_s: PRUNE_INTERVAL_DEFAULT_S,
             maintenance_bytes_per_s: MAINTENANCE_BYTES_PER_S_DEFAULT,
             metrics_listen: None,
+            drill_interval_s: 0,
+            drill_folder: None,
+            drill_script: None,
+            drill_script_timeout_s: DRILL_SCRIPT_TIMEOUT_DEFAULT_S,
             retention: Ladder::DEFAULT,
         }
     }
@@ -218,6 +245,11 @@ impl Config {
             let allowed = format!("at least {MAINTENANCE_BYTES_PER_S_MIN} bytes per second");
             return wrong("maintenance_bytes_per_s", self.maintenance_bytes_per_s.to_string(), &allowed);
         }
+        let paths = [("drill_folder", &self.drill_folder), ("drill_script", &self.drill_script)];
+        let relative = |(_, path): &(_, &Option<PathBuf>)| path.as_ref().is_some_and(|path| !path.is_absolute());
+        if let Some((key, Some(path))) = paths.into_iter().find(relative) {
+            return wrong(key, path.display().to_string(), "an absolute path");
+        }
         if self.names.len() > NAMES_MAX {
             return wrong("names", format!("{} names", self.names.len()), "at most 32 names");
         }
@@ -231,11 +263,13 @@ impl Config {
     }
 
     /// Every length of time: its key, its value and the most it may be, in seconds.
-    const fn lengths_of_time(&self) -> [(&'static str, u64, u64); 7] {
+    const fn lengths_of_time(&self) -> [(&'static str, u64, u64); 9] {
         [
             ("scrub_interval_s", self.scrub_interval_s, INTERVAL_MAX_S),
             ("checkpoint_interval_s", self.checkpoint_interval_s, INTERVAL_MAX_S),
             ("prune_interval_s", self.prune_interval_s, INTERVAL_MAX_S),
+            ("drill_interval_s", self.drill_interval_s, INTERVAL_MAX_S),
+            ("drill_script_timeout_s", self.drill_script_timeout_s, INTERVAL_MAX_S),
             ("retention.every_s", self.retention.every_s, RUNG_MAX_S),
             ("retention.hourly_s", self.retention.hourly_s, RUNG_MAX_S),
             ("retention.daily_s", self.retention.daily_s, RUNG_MAX_S),
@@ -277,6 +311,13 @@ impl Config {
              prune_interval_s = {}\n\n\
              # Bytes per second that the server's own upkeep may read and write.\n\
              maintenance_bytes_per_s = {}\n\n\
+             # How often each group's newest point is restored for real and checked, in seconds; 0: only by `cdp-target drill`.\n\
+             drill_interval_s = {}\n\n\
+             # A folder with room for the images of a drill, which are gone at its end; `scratch` in the store unless set.\n\
+             {}\n\n\
+             # A program that checks them, and how long it may take, in seconds.\n\
+             {}\n\
+             drill_script_timeout_s = {}\n\n\
              # Up to which age, in seconds, points are kept: every one, the first of an hour, of a day, of a week; 0: none.\n\
              retention.every_s = {}\n\
              retention.hourly_s = {}\n\
@@ -292,6 +333,10 @@ impl Config {
             self.checkpoint_share,
             self.prune_interval_s,
             self.maintenance_bytes_per_s,
+            self.drill_interval_s,
+            path_line("drill_folder", self.drill_folder.as_deref(), "/var/tmp"),
+            path_line("drill_script", self.drill_script.as_deref(), "/usr/local/sbin/check-images"),
+            self.drill_script_timeout_s,
             self.retention.every_s,
             self.retention.hourly_s,
             self.retention.daily_s,
@@ -301,6 +346,14 @@ impl Config {
                 |listen| format!("metrics_listen = \"{listen}\"")
             ),
         )
+    }
+}
+
+/// The line of a key that is a path; commented out where it is not set.
+fn path_line(key: &str, path: Option<&Path>, example: &str) -> String {
+    match path {
+        Some(path) => format!("{key} = {:?}", path.to_string_lossy()),
+        None => format!("# {key} = {example:?}"),
     }
 }
 
@@ -353,6 +406,10 @@ mod tests {
         assert_eq!(Config::parse(config.to_text().as_bytes()), Ok(config.clone()));
         config.metrics_listen = Some(([127, 0, 0, 1], 9743).into());
         config.checkpoint_interval_s = 1;
+        config.drill_interval_s = 8;
+        config.drill_folder = Some("/var/tmp/a b\"c".into());
+        config.drill_script = Some("/x".into());
+        config.drill_script_timeout_s = 9;
         config.checkpoint_share = 2.0;
         config.prune_interval_s = 3;
         config.maintenance_bytes_per_s = 1 << 32;
@@ -379,6 +436,8 @@ mod tests {
     fn every_key_is_written_once_and_known() {
         let mut config = Config::new(LISTEN_DEFAULT, Vec::new());
         config.metrics_listen = Some(LISTEN_DEFAULT);
+        config.drill_folder = Some("/x".into());
+        config.drill_script = Some("/y".into());
         let text = config.to_text();
         let table = DeTable::parse(&text).expect("TOML");
         let written: Vec<String> = keys_of(table.get_ref()).into_iter().map(|(key, _)| key).collect();
@@ -408,6 +467,7 @@ mod tests {
             ("scrub_interval_s = 400000000", "line 1: scrub_interval_s = 400000000: 0 to 316224000 seconds"),
             ("checkpoint_interval_s = 400000000", "line 1: checkpoint_interval_s = 400000000: 0 to 316224000 seconds"),
             ("prune_interval_s = 400000000", "line 1: prune_interval_s = 400000000: 0 to 316224000 seconds"),
+            ("drill_script = \"x\"", "line 1: drill_script = x: an absolute path"),
             ("checkpoint_share = 0.04", "line 1: checkpoint_share = 0.04: 0.05 to 10"),
             ("checkpoint_share = 11", "line 1: checkpoint_share = 11: 0.05 to 10"),
             ("checkpoint_share = nan", "line 1: checkpoint_share = NaN: 0.05 to 10"),

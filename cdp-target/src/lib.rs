@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod drill;
 pub mod enroll;
 pub(crate) mod errand;
 pub mod forecast;

@@ -22,6 +22,12 @@ pub const USED_BYTES: &str = "cdp_target_used_bytes";
 pub const CONNECTED: &str = "cdp_target_connected";
 /// Whether a group needs a person: 0 or 1.
 pub const ALARM: &str = "cdp_target_alarm";
+/// Seconds since the last drill of a group was over.
+pub const DRILL_AGE_SECONDS: &str = "cdp_target_drill_age_seconds";
+/// Whether it passed: 0 or 1.
+pub const DRILL_PASSED: &str = "cdp_target_drill_passed";
+/// Whether another should have been over long since: 0 or 1.
+pub const DRILL_OVERDUE: &str = "cdp_target_drill_overdue";
 /// Bytes that can still be written to the store.
 pub const FREE_BYTES: &str = "cdp_target_free_bytes";
 /// Connections of offices.
@@ -134,8 +140,14 @@ pub fn record(report: &StatusReport, connections: usize) {
             gauge!(POINTS, &labels).set(group.points as f64);
             gauge!(USED_BYTES, &labels).set(group.used_bytes as f64);
             gauge!(CONNECTED, &labels).set(flag(group.state == GroupState::Connected));
-            gauge!(ALARM, &labels)
-                .set(flag(matches!(group.state, GroupState::Frozen | GroupState::Refused | GroupState::Failed)));
+            let is_bad = matches!(group.state, GroupState::Frozen | GroupState::Refused | GroupState::Failed);
+            let has_failed = group.last_drill.as_ref().is_some_and(|drill| !drill.passed);
+            gauge!(ALARM, &labels).set(flag(is_bad || has_failed || group.drill_overdue));
+            gauge!(DRILL_OVERDUE, &labels).set(flag(group.drill_overdue));
+            if let Some(drill) = &group.last_drill {
+                gauge!(DRILL_AGE_SECONDS, &labels).set(seconds(drill.age_ms));
+                gauge!(DRILL_PASSED, &labels).set(flag(drill.passed));
+            }
             if let Some(ms) = group.live_rpo_ms {
                 gauge!(LIVE_RPO_SECONDS, &labels).set(seconds(ms));
             }

@@ -8,6 +8,7 @@ use crate::authority::{Authority, AuthorityError};
 use crate::catalog::{Catalog, CatalogError, Group, open_group};
 use crate::cli::failure_reply;
 use crate::control::{ControlSocket, Handler, Reply, ReplyFuture, Request};
+use crate::drill::schedule::Schedule;
 use crate::enroll::{Admitted, Invite};
 use crate::errand::errand;
 use crate::groups::StoreGroups;
@@ -138,6 +139,7 @@ impl Server {
         let end_scrub = Arc::clone(&desk).start_scrub();
         let end_maintenance = Arc::clone(&desk).start_maintenance();
         let end_healer = Arc::clone(&desk).start_healer();
+        let end_drills = Arc::clone(&desk).start_drills();
         eprintln!("listening on {address}");
         tell_systemd(service::READY);
         tokio::select! {
@@ -148,7 +150,7 @@ impl Server {
             name = signals.next() => tracing::info!(signal = name, "ending"),
         }
         tell_systemd(service::STOPPING);
-        drop((control, end_scrub, end_maintenance, end_healer));
+        drop((control, end_scrub, end_maintenance, end_healer, end_drills));
         desk.end(running).await;
         Ok(())
     }
@@ -432,6 +434,19 @@ impl Desk {
             maintenance.run(&ended);
         });
         end
+    }
+
+    /// Has groups drilled when that is due, until what is given back is dropped; nothing where no drills are wanted.
+    fn start_drills(self: Arc<Self>) -> Option<mpsc::Sender<()>> {
+        if self.store.config().drill_interval_s == 0 {
+            return None;
+        }
+        let (end, ended) = mpsc::channel();
+        tokio::task::spawn_blocking(move || {
+            let (store, clock) = (&self.store, &*self.clock);
+            Schedule { store, catalog: &|| self.catalog(), clock }.run(&ended);
+        });
+        Some(end)
     }
 
     /// Keeps what the scrub found in a file; whether it is kept.

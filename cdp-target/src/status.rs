@@ -4,6 +4,8 @@
 //! target's clock at most, so that a source whose clock runs ahead cannot look fresher than it is.
 
 use crate::catalog::{Catalog, CatalogError, Group, open_group};
+use crate::drill::report::newest as newest_drill;
+use crate::drill::schedule::is_overdue;
 use crate::journal::{GroupView, JournalError, Manifest, Overview, segment, short_claim};
 use crate::points::Instant;
 use crate::restore::image::one_line;
@@ -91,8 +93,26 @@ pub struct GroupStatus {
     pub watermarks: Option<Watermarks>,
     /// Its quota; none is set yet.
     pub quota_bytes: Option<u64>,
-    /// Its last drill; none runs yet.
-    pub last_drill: Option<String>,
+    /// Its last drill.
+    pub last_drill: Option<DrillStatus>,
+    /// Whether one should have been over long since.
+    #[serde(default)]
+    pub drill_overdue: bool,
+}
+
+/// A drill of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrillStatus {
+    /// The point.
+    pub epoch: Epoch,
+    /// When it was over.
+    pub finished: String,
+    /// The same, in milliseconds ago.
+    pub age_ms: i64,
+    /// Whether everything that was checked is well.
+    pub passed: bool,
+    /// The first thing that is not.
+    pub failure: Option<String>,
 }
 
 /// One of the histories of a forked group.
@@ -166,6 +186,8 @@ pub struct GroupFacts {
     pub histories: Vec<HistoryStatus>,
     /// Its points in short.
     pub overview: Overview,
+    /// When the oldest of them came.
+    pub oldest_received: Option<Timestamp>,
 }
 
 impl GroupFacts {
@@ -177,6 +199,7 @@ impl GroupFacts {
             chosen: manifest.ruling.chosen,
             histories: histories(group),
             overview: group.overview()?,
+            oldest_received: group.view().points().next().transpose()?.map(|point| point.received),
         })
     }
 }
@@ -251,7 +274,11 @@ pub fn report(
                 None => known.facts(store, place),
             };
             groups.push(match facts {
-                Ok(facts) => group_status(place, facts, live, used_bytes, now),
+                Ok(facts) => {
+                    let (last, overdue) = drills(store, place, facts.oldest_received, now);
+                    let status = group_status(place, facts, live, used_bytes, now);
+                    GroupStatus { last_drill: last, drill_overdue: overdue, ..status }
+                }
                 Err((name, error)) => unreadable(place, &name, &error, used_bytes),
             });
         }
@@ -279,7 +306,7 @@ fn group_status(
     used_bytes: u64,
     now: Timestamp,
 ) -> GroupStatus {
-    let GroupFacts { name, frozen, chosen, histories, overview: Overview { points, newest } } = facts;
+    let GroupFacts { name, frozen, chosen, histories, overview: Overview { points, newest }, .. } = facts;
     let newest = newest.map(|(point, time)| NewestTimes { epoch: point.epoch, time, received: point.received });
     let unchanged = live.as_ref().and_then(|live| live.unchanged);
     let chosen = chosen.map(|claim| format!("waits for the source at {}", short_claim(claim)));
@@ -310,7 +337,24 @@ fn group_status(
         watermarks: live.map(|live| live.watermarks),
         quota_bytes: None,
         last_drill: None,
+        drill_overdue: false,
     }
+}
+
+/// What the last drill of a group said, and whether another should have been over long since: where there was none, since the oldest point
+/// came.
+fn drills(store: &Store, place: GroupPlace, oldest: Option<Timestamp>, now: Timestamp) -> (Option<DrillStatus>, bool) {
+    let last = newest_drill(store, place);
+    let since = last.as_ref().map(|last| Timestamp(last.finished_ms)).or(oldest);
+    let overdue = since.is_some_and(|since| is_overdue(store.config().drill_interval_s, since, now));
+    let last = last.map(|last| DrillStatus {
+        epoch: last.epoch,
+        age_ms: now.0.saturating_sub(last.finished_ms).max(0),
+        finished: last.finished,
+        passed: last.passed,
+        failure: last.failures.into_iter().next(),
+    });
+    (last, overdue)
 }
 
 fn histories(group: &Group) -> Vec<HistoryStatus> {
@@ -344,6 +388,7 @@ fn unreadable(place: GroupPlace, name: &str, error: &JournalError, used_bytes: u
         watermarks: None,
         quota_bytes: None,
         last_drill: None,
+        drill_overdue: false,
     }
 }
 

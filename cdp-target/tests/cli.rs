@@ -43,7 +43,7 @@ fn a_command_line_that_is_wrong_is_said_in_two_lines() {
         (&["points", "paris"], "OFFICE/GROUP"),
         (&["points", "paris/main/root"], "without a volume"),
         (&["export", "paris/main", "--at", "latest"], "--output"),
-        (&["export", "paris/main", "--at", "latest", "--output", "x", "--format", "qcow2"], "raw"),
+        (&["export", "paris/main", "--at", "latest", "--output", "x", "--format", "vmdk"], "qcow2"),
         (&["enroll", "paris", "--output", "x", "--expires", "soon"], "24h"),
         (&["init", "--listen", "here"], "here"),
         (&["init", "--name", "a b"], "a host name"),
@@ -67,7 +67,7 @@ fn a_store_is_not_made_over_anything_and_not_opened_when_it_is_newer() {
     let config = store.data().join("target.toml");
     let text = std::fs::read_to_string(&config).expect("configured");
     std::fs::write(&config, format!("{text}segment_byte_max = 5\n")).expect("written");
-    store.refused(&["status"], &["target.toml: line 35: unknown key `segment_byte_max`", "`segment_bytes_max`"]);
+    store.refused(&["status"], &["target.toml: line 45: unknown key `segment_byte_max`", "`segment_bytes_max`"]);
     std::fs::write(&config, text).expect("written");
 
     let marker = store.data().join("store.json");

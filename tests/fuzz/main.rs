@@ -12,6 +12,7 @@
 
 mod allocation;
 mod edits;
+mod exports;
 mod history;
 mod images;
 mod recovery;
@@ -89,6 +90,7 @@ targets! {
     spool_index: words::SpoolIndex,
     group_state: words::GroupStateText,
     saved_record: words::SavedRecord,
+    export_record: exports::ExportRecord,
 }
 
 /// Time for random inputs, a target.

@@ -189,8 +189,16 @@ impl Site {
     /// Exports `volume` at `epoch` into a new file.
     pub fn export(&self, volume: &str, epoch: u64, output: &Path) -> Result<()> {
         let (volume, epoch) = (format!("office/main/{volume}"), epoch.to_string());
-        self.target(&["export", &volume, "--at", &epoch, "--output", output.to_str().context("a path of text")?])
-            .map(drop)
+        self.target(&[
+            "export",
+            &volume,
+            "--at",
+            &epoch,
+            "--output",
+            output.to_str().context("a path of text")?,
+            "--no-manifest",
+        ])
+        .map(drop)
     }
 
     /// The group's entry in the agent's status.

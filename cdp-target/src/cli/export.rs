@@ -1,27 +1,24 @@
-//! `export`: a recovery point's volumes as raw images.
+//! `export`: a recovery point's volumes as images.
+//!
+//! What is asked for, and what goes where; the work is `job`'s, what is said of it `document`'s.
+
+mod document;
+mod folder;
+mod job;
 
 use super::arguments::{DataFolder, GroupPath};
+use super::context;
 use super::failure::Failure;
-use super::output::{bytes, json};
-use super::{context, print};
-use crate::catalog::{Catalog, CatalogError, Group};
-use crate::points::{Instant, PointInfo, PointName};
-use crate::restore::image::{BadRange, BlockSource, Export, ExportError, Exported};
-use crate::restore::keyring::Keyring;
-use crate::restore::output::{self, Count, Needs, Output, OutputError};
-use crate::restore::point::PointImage;
+use crate::catalog::{Catalog, CatalogError};
+use crate::points::PointName;
+use crate::restore::image::ExportError;
+use crate::restore::output::{self, Kind};
 use cdp_protocol::record::Volume;
-use cdp_protocol::units::Epoch;
-use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
-use std::io::{IsTerminal, Write};
+use document::{Document, Sheet};
+use job::{Job, Target};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
-/// Threads that read and decode.
-const THREADS: usize = 2;
 
 /// Arguments of `export`.
 #[derive(Debug, clap::Args)]
@@ -38,6 +35,19 @@ pub(super) struct Arguments {
     /// The image's format.
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     format: Format,
+    /// Compress the clusters of a qcow2 image (zstd: QEMU 5.1 or newer reads it).
+    #[arg(long)]
+    compress: bool,
+    /// Go on with an export of the same point that was broken off. What is there is read again and proved first.
+    #[arg(long)]
+    resume: bool,
+    /// Where the manifest goes: JSON that says what the image is of, with its hash. By default PATH.json, `manifest.json` in a folder;
+    /// none for a device or stdout.
+    #[arg(long, value_name = "FILE", conflicts_with = "no_manifest")]
+    manifest: Option<PathBuf>,
+    /// No manifest.
+    #[arg(long)]
+    no_manifest: bool,
     /// Replace files that exist, overwrite a device that is not blank. A device in use is refused all the same.
     #[arg(long)]
     force: bool,
@@ -51,35 +61,21 @@ pub(super) struct Arguments {
     data: DataFolder,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Format {
     /// Byte by byte, sparse where the image has holes.
     Raw,
+    /// QEMU's own, version 3; without what is zeros.
+    Qcow2,
 }
 
-#[derive(Serialize)]
-struct Document<'a> {
-    office: &'a str,
-    group: &'a str,
-    epoch: Epoch,
-    time: Instant,
-    images: Vec<Image>,
-}
-
-#[derive(Serialize)]
-struct Image {
-    volume: String,
-    path: String,
-    bytes: u64,
-    content_bytes: u64,
-    blake3: String,
-    bad: Vec<BadRange>,
-}
-
-/// A volume and where it goes.
-struct Target {
-    volume: Volume,
-    path: PathBuf,
+impl Format {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
@@ -90,7 +86,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 }
 
 fn export(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let Format::Raw = arguments.format;
+    check(arguments)?;
     let name = PointName::parse(&arguments.at, context::now())?;
     let store = context::open(&arguments.data)?;
     let catalog = Catalog::new(&store, context::authority(&store)?);
@@ -104,10 +100,35 @@ fn export(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     let keys = catalog.keys(&group)?;
     let targets = targets(arguments, group.view().volumes(point.epoch)?)?;
-    let job = Job { arguments, group: &group, keys, point, stop: context::stop_on_signal(&arguments.output) };
+    let sheet = Sheet::prepare(arguments)?;
+    let stop = context::stop_on_signal(&arguments.output);
+    let head = group.view().image(point.epoch, &keys)?.head();
+    let job = Job { arguments, store: &store, group: &group, keys, head, stop };
     let images = job.run(&targets)?;
-    report(arguments, point, images)?;
+    let document = Document::new(&arguments.group, point, head.hash, images);
+    sheet.write(&document)?;
+    document.report(arguments)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What does not go together.
+fn check(arguments: &Arguments) -> Result<(), Failure> {
+    let to_stdout = is_stdout(&arguments.output);
+    if arguments.compress && arguments.format == Format::Raw {
+        return Err(Failure::mistake("--compress is of qcow2 images").hint("say --format qcow2, or pipe `-` into zstd"));
+    }
+    if arguments.compress && to_stdout {
+        return Err(Failure::mistake("a compressed qcow2 image is written last at its beginning: not to stdout")
+            .hint("leave out --compress, or give a file"));
+    }
+    if arguments.resume && arguments.compress {
+        return Err(Failure::mistake("a compressed image cannot be gone on with")
+            .hint("leave out --resume to begin anew, or --compress"));
+    }
+    if arguments.resume && to_stdout {
+        return Err(Failure::mistake("what went to stdout is not there to be gone on with").hint("give a file"));
+    }
+    Ok(())
 }
 
 /// What goes where.
@@ -118,7 +139,11 @@ fn targets(arguments: &Arguments, volumes: Vec<Volume>) -> Result<Vec<Target>, F
             return Err(Failure::mistake("a whole group does not go to stdout")
                 .hint("name one volume: OFFICE/GROUP/VOLUME; `--output DIR` takes them all"));
         }
-        let target = |volume: Volume| Target { path: output.join(format!("{}.raw", volume.name)), volume };
+        let ending = arguments.format.name();
+        let target = |volume: Volume| {
+            let path = output.join(format!("{}.{ending}", volume.name));
+            Target { path, kind: Kind::File, volume }
+        };
         return Ok(volumes.into_iter().map(target).collect());
     };
     if is_stdout(output) && std::io::stdout().is_terminal() {
@@ -127,177 +152,17 @@ fn targets(arguments: &Arguments, volumes: Vec<Volume>) -> Result<Vec<Target>, F
     let known = volumes.iter().map(|volume| volume.name.clone()).collect();
     let volume = volumes.into_iter().find(|volume| volume.name == *name);
     let volume = volume.ok_or_else(|| CatalogError::NoVolume { name: name.clone(), known })?;
-    Ok(vec![Target { volume, path: output.clone() }])
+    let kind = if is_stdout(output) { Kind::Stream } else { output::kind_of(output)? };
+    if kind == Kind::Stream && arguments.compress {
+        return Err(Failure::mistake(format!(
+            "{} takes no compressed image: it cannot be gone back in",
+            output.display()
+        ))
+        .hint("leave out --compress, or give a file"));
+    }
+    Ok(vec![Target { volume, kind, path: output.clone() }])
 }
 
 fn is_stdout(path: &Path) -> bool {
     path.as_os_str() == "-"
-}
-
-struct Job<'a> {
-    arguments: &'a Arguments,
-    group: &'a Group,
-    keys: Keyring,
-    point: &'a PointInfo,
-    stop: Arc<AtomicBool>,
-}
-
-impl Job<'_> {
-    /// All images, published together once all are whole.
-    fn run(&self, targets: &[Target]) -> Result<Vec<Image>, Failure> {
-        let readers = (0..THREADS).map(|_| self.group.view().image(self.point.epoch, &self.keys));
-        let readers: Vec<PointImage> = readers.collect::<Result<_, _>>()?;
-        let sources: Vec<&dyn BlockSource> = readers.iter().map(|reader| reader as &dyn BlockSource).collect();
-        let folder = FolderGuard::prepare(self.arguments)?;
-        let needs = self.needs(&sources, targets)?;
-        let mut outputs = Vec::new();
-        for (target, needs) in targets.iter().zip(needs) {
-            outputs.push(self.open(target, needs)?);
-        }
-        let mut images = Vec::new();
-        for (target, output) in targets.iter().zip(&mut outputs) {
-            let exported = self.one(&sources, target, output.as_mut())?;
-            images.push(image(target, exported));
-        }
-        for (target, output) in targets.iter().zip(outputs) {
-            let path = target.path.clone();
-            output.publish().map_err(|source| OutputError::System { verb: "name", path, source })?;
-        }
-        folder.keep();
-        Ok(images)
-    }
-
-    fn open(&self, target: &Target, needs: Needs) -> Result<Box<dyn Output>, Failure> {
-        if is_stdout(&target.path) {
-            return Ok(output::stdout());
-        }
-        Ok(output::open(&context::storage(), &target.path, needs, self.arguments.force)?)
-    }
-
-    /// What the images take. Where the whole of them does not fit, they are read once to see what is in their holes.
-    fn needs(&self, sources: &[&dyn BlockSource], targets: &[Target]) -> Result<Vec<Needs>, Failure> {
-        let whole = |target: &Target| {
-            let size_bytes = target.volume.size_bytes;
-            Needs { size_bytes, content_bytes_max: size_bytes }
-        };
-        let needs: Vec<Needs> = targets.iter().map(whole).collect();
-        let Some(folder) = file_folder(targets) else { return Ok(needs) };
-        let total = |needs: &[Needs]| needs.iter().map(|needs| needs.content_bytes_max).sum::<u64>();
-        let free = context::storage().free_bytes(&folder);
-        let room = free.map_err(|source| OutputError::System { verb: "look at", path: folder.clone(), source })?;
-        if total(&needs) <= room {
-            return Ok(needs);
-        }
-        let mut counted = Vec::new();
-        for target in targets {
-            let exported = self.one(sources, target, &mut Count)?;
-            counted.push(Needs { content_bytes_max: exported.content_bytes, ..whole(target) });
-        }
-        let needed = total(&counted);
-        if needed > room { Err(OutputError::TooSmall { path: folder, room, needed }.into()) } else { Ok(counted) }
-    }
-
-    fn one(&self, sources: &[&dyn BlockSource], target: &Target, output: &mut dyn Output) -> Result<Exported, Failure> {
-        let bar = progress(&target.volume);
-        let export = Export {
-            sources,
-            slot: target.volume.slot,
-            size_bytes: target.volume.size_bytes,
-            allow_damaged: self.arguments.allow_damaged,
-            stop: &self.stop,
-            progress: &|bytes| bar.inc(bytes),
-        };
-        let exported = export.run(output);
-        bar.finish_and_clear();
-        exported.map_err(|error| Failure::from(error).context(format!("volume {}", target.volume.name)))
-    }
-}
-
-/// The folder that new files go to; `None` where the output is something else.
-fn file_folder(targets: &[Target]) -> Option<PathBuf> {
-    let path = &targets.first()?.path;
-    let other = is_stdout(path) || rustix::fs::stat(path).is_ok_and(|stat| !is_regular(stat.st_mode));
-    (!other).then(|| output::folder_of(path).to_owned())
-}
-
-fn is_regular(mode: u32) -> bool {
-    rustix::fs::FileType::from_raw_mode(mode) == rustix::fs::FileType::RegularFile
-}
-
-/// Shows rate and time left, where stderr is a terminal.
-fn progress(volume: &Volume) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left")
-        .expect("the template is constant");
-    ProgressBar::new(volume.size_bytes).with_style(style).with_message(volume.name.clone())
-}
-
-/// The folder of a whole group's images: goes again where it was made for an export that failed.
-struct FolderGuard(Option<PathBuf>);
-
-impl FolderGuard {
-    fn prepare(arguments: &Arguments) -> Result<Self, Failure> {
-        let folder = &arguments.output;
-        if arguments.group.volume.is_some() {
-            return Ok(Self(None));
-        }
-        match rustix::fs::stat(folder) {
-            Ok(stat) if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir() => return Ok(Self(None)),
-            Ok(_) => {
-                return Err(Failure::mistake(format!("{} is no folder", folder.display()))
-                    .hint("a whole group goes into a folder; OFFICE/GROUP/VOLUME names one volume"));
-            }
-            Err(_) => {}
-        }
-        let made = context::storage().create_dir_all(folder);
-        made.map_err(|source| OutputError::System { verb: "make folder", path: folder.clone(), source })?;
-        Ok(Self(Some(folder.clone())))
-    }
-
-    fn keep(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for FolderGuard {
-    fn drop(&mut self) {
-        if let Some(folder) = &self.0 {
-            // Refused where something is in it, which is right.
-            let _ = rustix::fs::rmdir(folder);
-        }
-    }
-}
-
-fn image(target: &Target, exported: Exported) -> Image {
-    Image {
-        volume: target.volume.name.clone(),
-        path: target.path.display().to_string(),
-        bytes: target.volume.size_bytes,
-        content_bytes: exported.content_bytes,
-        blake3: exported.hash.to_hex().to_string(),
-        bad: exported.bad,
-    }
-}
-
-fn report(arguments: &Arguments, point: &PointInfo, images: Vec<Image>) -> Result<(), Failure> {
-    let GroupPath { office, group, .. } = &arguments.group;
-    for image in &images {
-        for bad in &image.bad {
-            eprintln!("bad: {} offset={} len={}: {}", image.volume, bad.offset, bad.len, bad.reason);
-        }
-    }
-    let text = if arguments.json {
-        json(&Document { office, group, epoch: point.epoch, time: Instant(point.time), images })
-    } else {
-        let line = |image: &Image| {
-            let (size, content) = (bytes(image.bytes), bytes(image.content_bytes));
-            format!("{}: {size}, {content} of it content, blake3 {}\n", image.path, image.blake3)
-        };
-        let point = format!("point {} of {office}/{group}, {}\n", point.epoch, Instant(point.time));
-        point + &images.iter().map(line).collect::<String>()
-    };
-    if is_stdout(&arguments.output) {
-        std::io::stderr().write_all(text.as_bytes())?;
-        return Ok(());
-    }
-    print(&text)
 }

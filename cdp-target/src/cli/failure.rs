@@ -7,6 +7,7 @@ use crate::authority::AuthorityError;
 use crate::catalog::CatalogError;
 use crate::config::ConfigError;
 use crate::control::ControlError;
+use crate::drill::DrillError;
 use crate::enroll::EnrollError;
 use crate::journal::JournalError;
 use crate::maintenance::ClockError;
@@ -148,6 +149,12 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
         let name = matches!(error, AuthorityError::Name(_));
         return (if name { Fault::User } else { Fault::Ours }, None);
     }
+    match error.downcast_ref::<DrillError>() {
+        Some(DrillError::Output(error)) => return output(error),
+        Some(DrillError::Export(error)) => return export(error),
+        Some(DrillError::Journal(_)) => return (Fault::Ours, None),
+        None => {}
+    }
     match error.downcast_ref::<JournalError>() {
         Some(JournalError::NotForked) => {
             return (Fault::User, Some("`cdp-target status` shows how the groups stand"));
@@ -217,6 +224,10 @@ fn output(error: &OutputError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some("give a file's name; a whole group (OFFICE/GROUP) goes into a folder"))
         }
         OutputError::Kind(_) => (Fault::User, Some("give a file, a block device or - for stdout")),
+        OutputError::Busy(_) => (Fault::User, Some("wait for it, or give another name")),
+        OutputError::OtherImage { .. } => {
+            (Fault::User, Some("name that point by its number to go on, or leave out --resume to begin anew"))
+        }
         OutputError::InUse { .. } => {
             (Fault::User, Some("unmount it and end whatever uses it; --force does not help here"))
         }
@@ -246,7 +257,9 @@ fn export(error: &ExportError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some(hint))
         }
         ExportError::Interrupted => (Fault::User, None),
-        ExportError::Write { .. } | ExportError::Sync(_) => (Fault::Ours, None),
+        ExportError::Write { .. } | ExportError::Sync(_) | ExportError::ReadAgain(_) | ExportError::Packer(_) => {
+            (Fault::Ours, None)
+        }
     }
 }
 

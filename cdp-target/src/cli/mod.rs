@@ -5,6 +5,7 @@
 mod arguments;
 mod checkpoint;
 mod context;
+mod drill;
 mod enroll;
 mod export;
 mod failure;
@@ -61,6 +62,8 @@ enum Command {
     Prune(prune::Arguments),
     /// Ends a fork: says which history goes on. The other one stays readable.
     Resolve(resolve::Arguments),
+    /// Restores a point for real, checks what is in it and keeps the report; exit 1 if anything is wrong.
+    Drill(drill::Arguments),
     /// Re-reads and proves what the points stand on; exit 1 and the damaged points if anything is wrong.
     Verify(verify::Arguments),
     /// Shows what is in a segment or manifest, without a server.
@@ -106,6 +109,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Prune(arguments) => prune::run(&arguments),
         Command::Resolve(arguments) => resolve::run(&arguments),
+        Command::Drill(arguments) => drill::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
     }

@@ -6,7 +6,7 @@ use super::output::{Table, bytes, duration_ms, json};
 use super::{context, print};
 use crate::catalog::Catalog;
 use crate::control::Request;
-use crate::status::{GroupState, StatusReport, report};
+use crate::status::{DrillStatus, GroupState, GroupStatus, StatusReport, report};
 use std::process::ExitCode;
 
 /// Arguments of `status`.
@@ -55,8 +55,11 @@ fn text(report: &StatusReport) -> String {
                     .map_or_else(|| "-".to_owned(), |newest| format!("{} {}", newest.epoch, newest.time)),
                 bytes(group.used_bytes),
                 "-".to_owned(),
-                "-".to_owned(),
+                drill_cell(group),
             ]);
+            if let Some(DrillStatus { epoch, failure: Some(failure), .. }) = &group.last_drill {
+                table.note(format!("  {}/{}: drill of point {epoch}: {failure}", office.name, group.name));
+            }
             if let Some(reason) = &group.reason {
                 table.note(format!("  {}/{}: {reason}", office.name, group.name));
             }
@@ -76,6 +79,20 @@ fn text(report: &StatusReport) -> String {
     }
     text.push_str(&table.render());
     text
+}
+
+/// How the last drill came out, and how long ago; whether the next should have been.
+fn drill_cell(group: &GroupStatus) -> String {
+    let last = group.last_drill.as_ref().map(|drill| {
+        let result = if drill.passed { "passed" } else { "FAILED" };
+        format!("{result} {} ago", duration_ms(drill.age_ms))
+    });
+    match (last, group.drill_overdue) {
+        (None, false) => "-".to_owned(),
+        (None, true) => "OVERDUE, never".to_owned(),
+        (Some(last), false) => last,
+        (Some(last), true) => format!("OVERDUE, {last}"),
+    }
 }
 
 const fn state_name(state: GroupState) -> &'static str {

@@ -1,19 +1,23 @@
-//! Export: a recovery point's volume as a raw image.
+//! Export: a recovery point's volume as an image.
 //!
 //! Invariant: the image has exactly the volume's size and content; what cannot be read is an error, or, where damage was
-//! allowed, a bad range in the report, never silent zeros. A thread a source reads and decodes, the caller writes in order and
-//! hashes; between them at most `QUEUE_CHUNKS + 2` chunks of 1 MiB a thread.
+//! allowed, a bad range in the report, never silent zeros. A thread a source reads, decodes, hashes and, where that is wanted, compresses
+//! (`lane`); the caller writes in order; between them at most `QUEUE_CHUNKS + 2` chunks of 1 MiB a thread.
+
+mod lane;
 
 use super::output::Output;
 use super::point::{Content, PointImage};
+use super::progress::Line;
+use super::tree_hash::{STRIDE_LEAVES, TreeHash};
 use cdp_protocol::units::{Block, Extent, VolumeSlot, blocks_in};
+use lane::{Chunk, Kind, Lane};
 use serde::Serialize;
 use std::error::Error;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 
-const CHUNK_BLOCKS: u64 = 256;
 const QUEUE_CHUNKS: usize = 3;
 
 /// What a run of blocks holds.
@@ -38,6 +42,12 @@ pub trait BlockSource: Sync {
     /// Where any of them cannot be had; what was given before counts for nothing.
     fn read(&self, slot: VolumeSlot, extent: Extent, out: &mut dyn FnMut(Extent, Piece<'_>))
     -> Result<(), SourceError>;
+
+    /// Gives the runs of `extent` that may hold anything but zeros, in order: by the index, without reading them.
+    ///
+    /// # Errors
+    /// Where the index cannot be read.
+    fn content(&self, slot: VolumeSlot, extent: Extent, out: &mut dyn FnMut(Extent)) -> Result<(), SourceError>;
 }
 
 impl BlockSource for PointImage {
@@ -54,6 +64,23 @@ impl BlockSource for PointImage {
         };
         Ok(self.read_blocks(slot, extent, &mut give)?)
     }
+
+    fn content(&self, slot: VolumeSlot, extent: Extent, out: &mut dyn FnMut(Extent)) -> Result<(), SourceError> {
+        Ok(self.content_of(slot, extent, out)?)
+    }
+}
+
+/// Bytes of a volume that may be other than zeros, by the index.
+///
+/// # Errors
+/// Where the index cannot be read.
+pub(crate) fn content_bytes(source: &dyn BlockSource, slot: VolumeSlot, size_bytes: u64) -> Result<u64, SourceError> {
+    let mut bytes = 0;
+    let all = u32::try_from(blocks_in(size_bytes)).ok().and_then(|count| Extent::new(Block(0), count));
+    if let Some(all) = all {
+        source.content(slot, all, &mut |run| bytes += run.to_bytes())?;
+    }
+    Ok(bytes)
 }
 
 /// A run of bytes that the image does not have. It reads as zeros there.
@@ -100,6 +127,12 @@ pub enum ExportError {
         /// Why, in one line.
         reason: String,
     },
+    /// What was written cannot be read again.
+    #[error("read again what was written")]
+    ReadAgain(#[source] io::Error),
+    /// A thread could not begin.
+    #[error("prepare to compress")]
+    Packer(#[source] io::Error),
     /// The operator ended it.
     #[error("interrupted")]
     Interrupted,
@@ -121,39 +154,62 @@ pub struct Export<'a> {
     pub progress: &'a (dyn Fn(u64) + Sync),
 }
 
-/// A run within a chunk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Kind {
-    Bytes,
-    Zero,
-    Bad(String),
+/// What of an image is there already, proved.
+#[derive(Clone, Debug, Default)]
+pub struct Begun {
+    /// The hash so far, of whole strides.
+    pub(crate) hash: TreeHash,
+    /// Bytes of it that are no zeros by the point's index.
+    pub(crate) content_bytes: u64,
 }
 
-#[derive(Default)]
-struct Chunk {
-    content: Vec<u8>,
-    runs: Vec<(u64, Kind)>,
+impl Begun {
+    /// How many strides, the last one of the image being short or not.
+    pub(crate) fn strides(&self) -> usize {
+        self.hash.count().div_ceil(STRIDE_LEAVES) as usize
+    }
+
+    /// Bytes; more than the image has where its last stride is short.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.hash.count() * lane::CHUNK_BYTES
+    }
 }
 
-impl<'b> Export<'b> {
+impl Export<'_> {
     /// Writes the image to `output` and syncs it; to publish it is the caller's.
     ///
     /// # Errors
     /// Where the point cannot be read, the output fails or the operator ends it.
     pub fn run(&self, output: &mut dyn Output) -> Result<Exported, ExportError> {
-        let chunks = blocks_in(self.size_bytes).div_ceil(CHUNK_BLOCKS);
-        let threads = self.sources.len() as u64;
-        let mut writer = Writer::new(self, output);
+        self.go_on(output, Begun::default(), &mut |_| ())
+    }
+
+    /// The same behind what has begun. Tells `note` of each stride that was handed to the output, up to the first bad range.
+    ///
+    /// # Errors
+    /// As [`Export::run`].
+    pub fn go_on(
+        &self,
+        output: &mut dyn Output,
+        begun: Begun,
+        note: &mut dyn FnMut(Line),
+    ) -> Result<Exported, ExportError> {
+        let chunks = lane::chunks_in(self.size_bytes);
+        let (first, threads) = (begun.hash.count(), self.sources.len() as u64);
+        let packs = output.is_packed();
+        output.begin().map_err(|source| ExportError::Write { offset: 0, source })?;
+        let mut writer = Writer::new(self, output, begun, note);
         std::thread::scope(|scope| {
-            let lane = |(lane, source): (usize, &&'b dyn BlockSource)| {
+            let mut lanes: Vec<Receiver<Chunk>> = Vec::new();
+            for (number, source) in self.sources.iter().enumerate() {
                 let (sender, receiver) = sync_channel(QUEUE_CHUNKS);
-                let (reader, mine) = (Reader { export: self, source: *source }, lane as u64..chunks);
-                scope.spawn(move || reader.run(mine.step_by(threads as usize), &sender));
-                receiver
-            };
-            let lanes: Vec<Receiver<Chunk>> = self.sources.iter().enumerate().map(lane).collect();
-            for chunk in 0..chunks {
-                let lane = &lanes[(chunk % threads) as usize];
+                let mut lane = Lane::new(self, *source, packs).map_err(ExportError::Packer)?;
+                let mine = (first + number as u64..chunks).step_by(threads as usize);
+                scope.spawn(move || lane.run(mine, &sender));
+                lanes.push(receiver);
+            }
+            for chunk in first..chunks {
+                let lane = &lanes[((chunk - first) % threads) as usize];
                 let chunk = lane.recv().expect("a lane ends after its last chunk");
                 writer.take(&chunk)?;
             }
@@ -163,128 +219,75 @@ impl<'b> Export<'b> {
     }
 }
 
-/// One reading thread.
-struct Reader<'a> {
-    export: &'a Export<'a>,
-    source: &'a dyn BlockSource,
-}
-
-impl Reader<'_> {
-    /// Reads these chunks, until the writer is gone.
-    fn run(&self, chunks: impl Iterator<Item = u64>, sender: &SyncSender<Chunk>) {
-        for chunk in chunks {
-            if sender.send(self.read_chunk(chunk)).is_err() {
-                return;
-            }
-        }
-    }
-
-    fn read_chunk(&self, chunk: u64) -> Chunk {
-        let first = chunk * CHUNK_BLOCKS;
-        let count = CHUNK_BLOCKS.min(blocks_in(self.export.size_bytes) - first);
-        let extent = Extent::new(Block(first as u32), count as u32).expect("volumes are bounded");
-        self.read_extent(extent).unwrap_or_else(|_| {
-            // Something in it is bad: block by block, to know what.
-            let mut parts = Chunk::default();
-            for block in extent.blocks() {
-                let one = Extent::new(block, 1).expect("one block of the volume");
-                match self.read_extent(one) {
-                    Ok(part) => parts.append(part),
-                    Err(error) => parts.push(one, Kind::Bad(one_line(error.as_ref()))),
-                }
-            }
-            parts
-        })
-    }
-
-    fn read_extent(&self, extent: Extent) -> Result<Chunk, SourceError> {
-        let mut chunk = Chunk::default();
-        let mut next = u64::from(extent.start.0);
-        let mut in_order = true;
-        self.source.read(self.export.slot, extent, &mut |run, piece| {
-            in_order &= u64::from(run.start.0) == next;
-            next = run.end();
-            match piece {
-                Piece::Bytes(bytes) => {
-                    in_order &= bytes.len() as u64 == run.to_bytes();
-                    chunk.content.extend_from_slice(bytes);
-                    chunk.push(run, Kind::Bytes);
-                }
-                Piece::Zero => chunk.push(run, Kind::Zero),
-                Piece::Unreadable => chunk.push(run, Kind::Bad("the source could not read it".to_owned())),
-            }
-        })?;
-        assert!(in_order && next == extent.end(), "a point gives all blocks in order: {extent:?} ended at {next}");
-        Ok(chunk)
-    }
-}
-
-impl Chunk {
-    fn push(&mut self, run: Extent, kind: Kind) {
-        match self.runs.last_mut() {
-            Some((len, last)) if *last == kind => *len += run.to_bytes(),
-            _ => self.runs.push((run.to_bytes(), kind)),
-        }
-    }
-
-    fn append(&mut self, other: Self) {
-        self.content.extend_from_slice(&other.content);
-        self.runs.extend(other.runs);
-    }
-}
-
-/// The end of the pipeline that writes, hashes and counts.
+/// The end of the pipeline that writes and counts.
 struct Writer<'a, 'b> {
     export: &'a Export<'b>,
     output: &'a mut dyn Output,
-    hasher: blake3::Hasher,
+    note: &'a mut dyn FnMut(Line),
+    hash: TreeHash,
     offset: u64,
     content_bytes: u64,
+    /// Of the stride that is under way.
+    stride_bytes: u64,
     bad: Vec<BadRange>,
 }
 
 impl<'a, 'b> Writer<'a, 'b> {
-    fn new(export: &'a Export<'b>, output: &'a mut dyn Output) -> Self {
-        Self { export, output, hasher: blake3::Hasher::new(), offset: 0, content_bytes: 0, bad: Vec::new() }
+    fn new(export: &'a Export<'b>, output: &'a mut dyn Output, begun: Begun, note: &'a mut dyn FnMut(Line)) -> Self {
+        let offset = export.size_bytes.min(begun.bytes());
+        let (hash, content_bytes) = (begun.hash, begun.content_bytes);
+        Self { export, output, note, hash, offset, content_bytes, stride_bytes: 0, bad: Vec::new() }
     }
 
     fn take(&mut self, chunk: &Chunk) -> Result<(), ExportError> {
         if self.export.stop.load(Ordering::Relaxed) {
             return Err(ExportError::Interrupted);
         }
+        let packs = self.output.is_packed();
+        let start = self.offset;
         let mut content = chunk.content.as_slice();
         for (len, kind) in &chunk.runs {
-            // The last block of a volume may be there in part only.
-            let kept = (*len).min(self.export.size_bytes - self.offset);
             match kind {
                 Kind::Bytes => {
                     let (bytes, rest) = content.split_at(*len as usize);
                     content = rest;
-                    self.bytes(&bytes[..kept as usize])?;
+                    self.stride_bytes += len;
+                    if !packs {
+                        self.output.write(self.offset, bytes).map_err(self.failed())?;
+                    }
                 }
-                Kind::Zero => self.zeros(kept)?,
-                Kind::Bad(reason) => self.bad(kept, reason)?,
+                Kind::Zero => self.zeros(*len)?,
+                Kind::Bad(reason) => self.bad(*len, reason)?,
             }
-            self.offset += kept;
-            (self.export.progress)(kept);
+            self.offset += len;
+            (self.export.progress)(*len);
+        }
+        for cluster in &chunk.clusters {
+            self.output.cluster(cluster).map_err(|source| ExportError::Write { offset: start, source })?;
+        }
+        self.hash.push(chunk.hash);
+        if self.hash.count().is_multiple_of(STRIDE_LEAVES) || self.offset == self.export.size_bytes {
+            self.end_stride();
         }
         Ok(())
     }
 
-    fn bytes(&mut self, bytes: &[u8]) -> Result<(), ExportError> {
-        self.hasher.update(bytes);
-        self.content_bytes += bytes.len() as u64;
-        self.output.write(self.offset, bytes).map_err(|source| ExportError::Write { offset: self.offset, source })
+    fn end_stride(&mut self) {
+        let content_bytes = std::mem::take(&mut self.stride_bytes);
+        self.content_bytes += content_bytes;
+        // What is bad is to be reported again when this is gone on with.
+        if self.bad.is_empty() {
+            (self.note)(Line { value: self.hash.stride(), content_bytes });
+        }
+    }
+
+    fn failed(&self) -> impl FnOnce(io::Error) -> ExportError + use<> {
+        let offset = self.offset;
+        move |source| ExportError::Write { offset, source }
     }
 
     fn zeros(&mut self, len: u64) -> Result<(), ExportError> {
-        let mut left = len;
-        while left > 0 {
-            let piece = left.min(ZEROS.len() as u64);
-            self.hasher.update(&ZEROS[..piece as usize]);
-            left -= piece;
-        }
-        self.output.zero(self.offset, len).map_err(|source| ExportError::Write { offset: self.offset, source })
+        if self.output.is_packed() { Ok(()) } else { self.output.zero(self.offset, len).map_err(self.failed()) }
     }
 
     fn bad(&mut self, len: u64, reason: &str) -> Result<(), ExportError> {
@@ -301,11 +304,9 @@ impl<'a, 'b> Writer<'a, 'b> {
     fn finish(self) -> Result<Exported, ExportError> {
         assert_eq!(self.offset, self.export.size_bytes, "the image has the volume's size");
         self.output.sync().map_err(ExportError::Sync)?;
-        Ok(Exported { content_bytes: self.content_bytes, hash: self.hasher.finalize(), bad: self.bad })
+        Ok(Exported { content_bytes: self.content_bytes, hash: self.hash.root(), bad: self.bad })
     }
 }
-
-static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// An error and its causes, in one line.
 #[must_use]

@@ -11,7 +11,7 @@ use crate::journal::{GroupView, JournalError};
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, Frame};
 use cdp_protocol::record::Volume;
-use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, VolumeSlot};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, Head, VolumeSlot};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -135,6 +135,12 @@ impl PointImage {
         self.commit.head.epoch
     }
 
+    /// The point, with the hash of its commit.
+    #[must_use]
+    pub const fn head(&self) -> Head {
+        self.commit.head
+    }
+
     /// Its volumes.
     #[must_use]
     pub fn volumes(&self) -> &[Volume] {
@@ -161,6 +167,30 @@ impl PointImage {
             let window = Extent::new(Block(start as u32), count).expect("a part of an extent");
             for piece in self.view.resolve(&self.commit, slot, window)? {
                 self.read_or_go_round(slot, &piece, out)?;
+            }
+            start += u64::from(count);
+        }
+        Ok(())
+    }
+
+    /// Hands out the runs of `extent` that may hold anything but zeros, in order, by the index alone.
+    ///
+    /// # Errors
+    /// Where the index cannot be read.
+    pub fn content_of(&self, slot: VolumeSlot, extent: Extent, out: &mut dyn FnMut(Extent)) -> Result<(), ReadError> {
+        let mut start = u64::from(extent.start.0);
+        while start < extent.end() {
+            let count = (extent.end() - start).min(u64::from(WINDOW_BLOCKS)) as u32;
+            let window = Extent::new(Block(start as u32), count).expect("a part of an extent");
+            for piece in self.view.resolve(&self.commit, slot, window)? {
+                let is_hole = match &piece.place {
+                    PiecePlace::Frame { entry, .. } => entry.kind == EntryKind::Hole,
+                    PiecePlace::Zero => true,
+                    PiecePlace::Damaged(_) | PiecePlace::NotCovered => false,
+                };
+                if !is_hole {
+                    out(piece.extent);
+                }
             }
             start += u64::from(count);
         }

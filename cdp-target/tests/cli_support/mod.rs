@@ -150,6 +150,29 @@ impl Store {
         }
     }
 
+    /// The same with a point for each list of volumes, whole: `(name, content)`, in slots of their order. Blocks of zeros are holes.
+    pub(crate) fn fill_with_volumes(&self, points: &[Vec<(&str, &[u8])>]) {
+        let mut journal = self.journal(JournalLimits::default());
+        for (epoch, volumes) in (1..).zip(points) {
+            let sealer = Sealer::new(GROUP, Epoch(epoch.into()), Generation(1), AttemptId([epoch; 16]), &KEY);
+            let slots = || (0..).map(VolumeSlot).zip(volumes);
+            let named = |(slot, (name, content)): (VolumeSlot, &(&str, &[u8]))| Volume {
+                slot,
+                size_bytes: content.len() as u64,
+                name: (*name).into(),
+            };
+            let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes: slots().map(named).collect() })];
+            for (slot, (_, content)) in slots() {
+                for (at, blocks) in content.chunks(32 * BLOCK_BYTES).enumerate() {
+                    volume_frame(&sealer, &mut frames, slot, at as u32 * 32, blocks);
+                }
+            }
+            let predecessor = journal.chain().head().map(|(head, attempt)| Predecessor { head, attempt });
+            end(&mut frames, &sealer, epoch, predecessor, cut_time(epoch));
+            take(&mut journal, &frames, epoch);
+        }
+    }
+
     pub(crate) fn fill_within(&self, limits: JournalLimits) -> Vec<Vec<u8>> {
         let key = KEY;
         let mut journal = self.journal(limits);
@@ -165,6 +188,40 @@ impl Store {
         }
         images
     }
+}
+
+/// Adds frames of up to 32 blocks from `first` on: a content frame, and one of the holes.
+fn volume_frame(sealer: &Sealer, frames: &mut Vec<Vec<u8>>, slot: VolumeSlot, first: u32, content: &[u8]) {
+    let (mut extents, mut holes, mut whole) = (Vec::new(), Vec::new(), Vec::new());
+    for (block, bytes) in (first..).zip(content.chunks(BLOCK_BYTES)) {
+        let one = Extent::new(Block(block), 1).expect("an extent");
+        if bytes.iter().all(|byte| *byte == 0) {
+            holes.push(one);
+        } else {
+            extents.push(one);
+            whole.extend_from_slice(bytes);
+            whole.resize(whole.len().next_multiple_of(BLOCK_BYTES), 0);
+        }
+    }
+    let sequence = |frames: &[Vec<u8>]| Sequence(frames.len() as u64);
+    if !extents.is_empty() {
+        frames.push(sealer.content(slot, sequence(frames), merged(extents), &whole));
+    }
+    if !holes.is_empty() {
+        frames.push(sealer.bare(Encoding::Hole, slot, sequence(frames), merged(holes)));
+    }
+}
+
+/// Runs of single blocks as extents.
+fn merged(blocks: Vec<Extent>) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for block in blocks {
+        match extents.last_mut() {
+            Some(last) if last.end() == u64::from(block.start.0) => last.count += 1,
+            _ => extents.push(block),
+        }
+    }
+    extents
 }
 
 /// One epoch: 20 blocks from ten times its number, and the last block; the first epoch covers all, as holes.
