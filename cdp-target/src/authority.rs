@@ -274,6 +274,8 @@ impl Authority {
         let now = Timestamp(self.clock.wall_ms());
         let mut params = leaf("cdp reader of points", now, ExtendedKeyUsagePurpose::ClientAuth, &*self.random);
         params.not_after = params.not_before + BACKDATED + DAY * READER_DAYS;
+        // QEMU takes no certificate without it, though TLS 1.3 has no use for it.
+        params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
         let certificate = params.signed_by(&key, &self.issuer).map_err(making("sign client certificate"))?;
         Ok((Zeroizing::new(key.serialize_pem()), certificate.pem()))
     }

@@ -177,9 +177,10 @@ impl<'a> Connection<'a> {
         if !self.agreed.structured {
             return self.channel.send(&reply::simple(request.cookie, Err(error.errno)));
         }
-        // Only content is missing from somewhere on; whatever else failed did so as a whole.
+        // Content is missing from somewhere on; whatever else failed did so as a whole.
         let within = request.offset..request.offset.saturating_add(u64::from(request.len));
-        let offset = Some(error.offset).filter(|offset| request.kind == Kind::Read && within.contains(offset));
+        let offset = Some(error.offset)
+            .filter(|offset| error.errno == Errno::Io && request.kind == Kind::Read && within.contains(offset));
         reply::failed(buffer, request.cookie, error.errno, &error.reason, offset);
         self.channel.send(buffer)
     }

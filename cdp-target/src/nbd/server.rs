@@ -27,7 +27,7 @@ const REFUSED_MAX: usize = 16;
 /// How often the server looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
 /// Time for requests that were taken, at the end.
-const END_TIME: Duration = Duration::from_secs(10);
+const END_TIME: Duration = Duration::from_secs(3);
 
 /// What all connections share.
 pub(super) struct Shared {

@@ -143,7 +143,7 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Result<Base, HeaderError> {
     if version > VERSION {
         return Err(HeaderError::Newer(version));
     }
-    if crc != crc32fast::hash(content).to_le_bytes() {
+    if version == 0 || crc != crc32fast::hash(content).to_le_bytes() {
         return Err(HeaderError::Damaged);
     }
     decode_fields(content).ok_or(HeaderError::Damaged)
