@@ -38,6 +38,8 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const BACKDATED: Duration = Duration::from_secs(30 * 24 * 3600);
 const AUTHORITY_DAYS: u32 = 30 * 365;
 const CERTIFICATE_DAYS: u32 = 10 * 365;
+/// An emergency takes days, not years.
+const READER_DAYS: u32 = 30;
 /// What is made once and stays.
 const FILES: [&str; 5] = ["ca.key", "ca.pem", "server.key", "server.pem", "escrow.key"];
 const FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -263,6 +265,19 @@ impl Authority {
         let identity = format!("cdp:office:{office}").try_into().map_err(making("make office certificate"))?;
         params.subject_alt_names = vec![SanType::URI(identity)];
         params.signed_by(&request.public_key, &self.issuer).map_err(making("sign office certificate"))
+    }
+
+    /// A key, and a certificate over it, for somebody who is to read a point over the line: PEM both. It admits nobody by itself; who it
+    /// is shown to has to know it.
+    pub(crate) fn sign_reader(&self) -> Result<(Zeroizing<String>, String), AuthorityError> {
+        let key = KeyPair::generate().map_err(making("make client key"))?;
+        let now = Timestamp(self.clock.wall_ms());
+        let mut params = leaf("cdp reader of points", now, ExtendedKeyUsagePurpose::ClientAuth, &*self.random);
+        params.not_after = params.not_before + BACKDATED + DAY * READER_DAYS;
+        // QEMU takes no certificate without it, though TLS 1.3 has no use for it.
+        params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
+        let certificate = params.signed_by(&key, &self.issuer).map_err(making("sign client certificate"))?;
+        Ok((Zeroizing::new(key.serialize_pem()), certificate.pem()))
     }
 }
 

@@ -18,6 +18,7 @@ pub mod kept;
 pub mod listener;
 pub mod maintenance;
 pub mod metrics;
+pub mod nbd;
 pub mod open_files;
 pub(crate) mod pace;
 pub mod points;

@@ -11,6 +11,10 @@ use crate::drill::DrillError;
 use crate::enroll::EnrollError;
 use crate::journal::JournalError;
 use crate::maintenance::ClockError;
+use crate::nbd::overlay::OverlayError;
+use crate::nbd::overlay::format::HeaderError;
+use crate::nbd::socket::ListenError;
+use crate::nbd::tls::CredentialsError;
 use crate::points::{NoSuchPoint, PointNameError};
 use crate::prune::PruneError;
 use crate::restore::image::{ExportError, one_line};
@@ -145,6 +149,15 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
     if let Some(error) = error.downcast_ref::<CatalogError>() {
         return catalog(error);
     }
+    if let Some(error) = error.downcast_ref::<OverlayError>() {
+        return overlay(error);
+    }
+    if let Some(error) = error.downcast_ref::<ListenError>() {
+        return listen(error);
+    }
+    if let Some(CredentialsError::NotEmpty(_)) = error.downcast_ref::<CredentialsError>() {
+        return (Fault::User, Some("give a folder that does not exist yet, or one that this command made"));
+    }
     if let Some(error) = error.downcast_ref::<AuthorityError>() {
         let name = matches!(error, AuthorityError::Name(_));
         return (if name { Fault::User } else { Fault::Ours }, None);
@@ -271,5 +284,48 @@ fn catalog(error: &CatalogError) -> (Fault, Option<&'static str>) {
         CatalogError::NoVolume { .. } => (Fault::User, Some("name one of those, or none for the whole group")),
         CatalogError::Store(error) => store(error),
         CatalogError::Authority(_) | CatalogError::Journal { .. } | CatalogError::Key { .. } => (Fault::Ours, None),
+    }
+}
+
+fn overlay(error: &OverlayError) -> (Fault, Option<&'static str>) {
+    let other = "give another file for this point: what was written over one point makes no sense over another";
+    match error {
+        OverlayError::Other { .. } => (Fault::User, Some(other)),
+        OverlayError::InUse(_) => (Fault::User, Some("end the other server first, or give another file")),
+        OverlayError::Header { source: HeaderError::Newer(_), .. } => {
+            (Fault::User, Some("use the version of cdp-target that wrote it, or a newer one"))
+        }
+        OverlayError::Header { source: HeaderError::NotAnOverlay, .. } => {
+            (Fault::User, Some("give a file that does not exist yet, or one that this command made"))
+        }
+        OverlayError::System { source, .. } => match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::IsADirectory | io::ErrorKind::NotADirectory => {
+                (Fault::User, Some("give a file's name in a folder that exists"))
+            }
+            io::ErrorKind::PermissionDenied => (Fault::User, Some("run it as a user that may write there")),
+            io::ErrorKind::StorageFull => (Fault::User, Some("give a file where there is more room")),
+            io::ErrorKind::FileTooLarge => {
+                (Fault::User, Some("the file is as long as the volumes are, sparse: give one on XFS or btrfs"))
+            }
+            _ => (Fault::Ours, None),
+        },
+        OverlayError::Header { .. } | OverlayError::Map { .. } | OverlayError::Failed(_) => {
+            (Fault::Ours, Some("what was written cannot be told any more: begin with another file"))
+        }
+    }
+}
+
+fn listen(error: &ListenError) -> (Fault, Option<&'static str>) {
+    let another = "give another address with --listen, or end the other server";
+    match error {
+        ListenError::InUse(_) => (Fault::User, Some(another)),
+        ListenError::NotASocket(_) => (Fault::User, Some("give another path with --listen")),
+        ListenError::TooLong(_) => (Fault::User, Some("give a shorter one, as in --listen unix:/run/nbd.sock")),
+        ListenError::System { source, .. } => match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::AddrNotAvailable | io::ErrorKind::PermissionDenied => {
+                (Fault::User, Some("give an address of this machine, or a path in a folder that exists and is yours"))
+            }
+            _ => (Fault::Ours, None),
+        },
     }
 }

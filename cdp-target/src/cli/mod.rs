@@ -12,6 +12,7 @@ mod failure;
 mod init;
 mod inspect;
 mod label;
+mod nbd;
 mod output;
 mod owner;
 mod pin;
@@ -56,6 +57,8 @@ enum Command {
     Unpin(pin::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
+    /// Serves a group's volumes as of a recovery point, and of any other, as disks to NBD clients.
+    Nbd(nbd::Arguments),
     /// Makes a full image of a recovery point now.
     Checkpoint(checkpoint::Arguments),
     /// Applies the retention ladder now; prints what goes and what comes back.
@@ -106,6 +109,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Pin(arguments) => pin::run(&arguments, true),
         Command::Unpin(arguments) => pin::run(&arguments, false),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Nbd(arguments) => nbd::run(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Prune(arguments) => prune::run(&arguments),
         Command::Resolve(arguments) => resolve::run(&arguments),

@@ -8,41 +8,17 @@ use crate::journal::file::FileId;
 use crate::journal::index::{CommitEntry, Entry, EntryKind, Run};
 use crate::journal::pieces::{Piece, PiecePlace};
 use crate::journal::{GroupView, JournalError};
+use crate::restore::frames::FrameCache;
 use crate::restore::keyring::Keyring;
 use cdp_protocol::frame::{self, Frame};
 use cdp_protocol::record::Volume;
 use cdp_protocol::units::{BLOCK_BYTES, Block, Epoch, Extent, Head, VolumeSlot};
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-/// Decoded frames kept: 64 of at most 128 KiB.
-const FRAMES_MAX: usize = 64;
+/// Memory for the decoded frames of a point that is opened alone: 64 of 128 KiB.
+const FRAMES_BYTES_MAX: usize = 8 << 20;
 /// Blocks that are looked up at once: 32 MiB.
 const WINDOW_BLOCKS: u32 = 8192;
-
-/// Decoded frames by file and offset, the oldest first. Locked to look and to keep, not to read: readers do not wait for each other,
-/// and a frame that two of them want at once is read twice.
-#[derive(Default)]
-struct Frames(Mutex<VecDeque<(FileId, u64, Arc<Opened>)>>);
-
-impl Frames {
-    fn find(&self, file: FileId, offset: u64) -> Option<Arc<Opened>> {
-        let frames = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = frames.iter().find(|(of, at, _)| (*of, *at) == (file, offset));
-        known.map(|(_, _, opened)| Arc::clone(opened))
-    }
-
-    fn keep(&self, file: FileId, offset: u64, opened: &Arc<Opened>) {
-        let mut frames = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if frames.iter().any(|(of, at, _)| (*of, *at) == (file, offset)) {
-            return;
-        }
-        if frames.len() >= FRAMES_MAX {
-            frames.pop_front();
-        }
-        frames.push_back((file, offset, Arc::clone(opened)));
-    }
-}
 
 /// What a frame holds, verified.
 #[derive(Default)]
@@ -53,6 +29,16 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
+    #[cfg(test)]
+    pub(super) const fn of(extents: Vec<Extent>, content: Vec<u8>) -> Self {
+        Self { extents, content }
+    }
+
+    /// Memory that it takes, about.
+    pub(super) fn bytes(&self) -> usize {
+        size_of::<Self>() + self.extents.capacity() * size_of::<Extent>() + self.content.capacity()
+    }
+
     /// The content of blocks that lie within one of its extents.
     pub(crate) fn blocks(&self, wanted: Extent) -> Option<&[u8]> {
         let mut before = 0;
@@ -72,7 +58,9 @@ pub struct PointImage {
     view: Arc<GroupView>,
     commit: CommitEntry,
     keys: Keyring,
-    frames: Frames,
+    frames: Arc<FrameCache>,
+    /// Whose files are meant in `frames`.
+    owner: u64,
 }
 
 /// What some blocks hold.
@@ -126,7 +114,13 @@ pub enum ReadError {
 
 impl PointImage {
     pub(crate) fn new(view: Arc<GroupView>, commit: CommitEntry, keys: Keyring) -> Self {
-        Self { view, commit, keys, frames: Frames::default() }
+        Self { view, commit, keys, frames: Arc::new(FrameCache::new(FRAMES_BYTES_MAX)), owner: 0 }
+    }
+
+    /// The same with decoded frames that other points keep theirs in, too. Only points of one view may have one `owner`.
+    #[must_use]
+    pub fn sharing(self, frames: &Arc<FrameCache>, owner: u64) -> Self {
+        Self { frames: Arc::clone(frames), owner, ..self }
     }
 
     /// The point.
@@ -157,17 +151,46 @@ impl PointImage {
         extent: Extent,
         out: &mut dyn FnMut(Extent, Content<'_>),
     ) -> Result<(), ReadError> {
-        let epoch = self.epoch();
+        self.resolve_windows(slot, extent, &mut |piece| self.read_or_go_round(slot, piece, out))
+    }
+
+    /// Tells of the blocks of `extent` in order, all of them, which are known to be zeros; reads none of them. The others may be
+    /// anything, damaged too.
+    ///
+    /// # Errors
+    /// Where there is no such volume, or the indexes cannot be read.
+    pub fn map_blocks(
+        &self,
+        slot: VolumeSlot,
+        extent: Extent,
+        out: &mut dyn FnMut(Extent, bool),
+    ) -> Result<(), ReadError> {
+        self.resolve_windows(slot, extent, &mut |piece| {
+            let is_zero = match &piece.place {
+                PiecePlace::Zero => true,
+                PiecePlace::Frame { entry, .. } => entry.kind == EntryKind::Hole,
+                PiecePlace::Damaged(_) | PiecePlace::NotCovered => false,
+            };
+            out(piece.extent, is_zero);
+            Ok(())
+        })
+    }
+
+    /// Where the blocks of `extent` are, piece by piece, looked up a window at a time.
+    fn resolve_windows(
+        &self,
+        slot: VolumeSlot,
+        extent: Extent,
+        take: &mut dyn FnMut(&Piece) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
         if !self.commit.volumes.iter().any(|volume| volume.slot == slot) {
-            return Err(ReadError::NoVolume { epoch, slot });
+            return Err(ReadError::NoVolume { epoch: self.epoch(), slot });
         }
         let mut start = u64::from(extent.start.0);
         while start < extent.end() {
             let count = (extent.end() - start).min(u64::from(WINDOW_BLOCKS)) as u32;
             let window = Extent::new(Block(start as u32), count).expect("a part of an extent");
-            for piece in self.view.resolve(&self.commit, slot, window)? {
-                self.read_or_go_round(slot, &piece, out)?;
-            }
+            self.view.resolve(&self.commit, slot, window)?.iter().try_for_each(&mut *take)?;
             start += u64::from(count);
         }
         Ok(())
@@ -281,10 +304,8 @@ impl PointImage {
         let PiecePlace::Frame { file, entry, run } = &piece.place else {
             return Ok(Arc::default());
         };
-        if let Some(opened) = self.frames.find(*file, entry.frame_offset) {
-            return Ok(opened);
-        }
-        let opened = Arc::new(read_frame(&self.view, &self.keys, *file, entry, run).map_err(|error| match error {
+        let place = (self.owner, *file, entry.frame_offset);
+        self.frames.find(place, || read_frame(&self.view, &self.keys, *file, entry, run)).map_err(|error| match error {
             LoadError::Journal(error) => ReadError::Journal(error),
             LoadError::Damaged(what) => ReadError::Damaged {
                 epoch: self.epoch(),
@@ -292,9 +313,7 @@ impl PointImage {
                 extent: piece.extent,
                 what: format!("{file} at offset {}: {what}", entry.frame_offset),
             },
-        })?);
-        self.frames.keep(*file, entry.frame_offset, &opened);
-        Ok(opened)
+        })
     }
 }
 

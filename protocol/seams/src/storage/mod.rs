@@ -14,6 +14,9 @@ use std::path::{Path, PathBuf};
 
 pub use system::SystemStorage;
 
+/// Zeros that are written at once where a file system does not know how to discard, in bytes.
+const ZEROS_BYTES_MAX: u64 = 1 << 20;
+
 /// A file system, or what plays one.
 pub trait Storage: Send + Sync {
     /// Makes a new file, mode 0600, and opens it to read and write. Fails where the name exists. Not durable before `sync_dir`.
@@ -92,6 +95,13 @@ pub trait StorageFile: Send + Sync {
     fn allocate(&self, len: u64) -> io::Result<()> {
         self.set_len(len)
     }
+    /// Makes `len` bytes from `offset` on zeros, and gives back the room that they take where the file system can. The length stays.
+    ///
+    /// # Errors
+    /// As the file system says. After an error any part may have been done.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        write_zeros(self, offset, len)
+    }
     /// Makes content and length durable. An error is final for this file.
     ///
     /// # Errors
@@ -109,6 +119,18 @@ pub trait StorageFile: Send + Sync {
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
+}
+
+/// Writes zeros, a part at a time.
+fn write_zeros<F: StorageFile + ?Sized>(file: &F, offset: u64, len: u64) -> io::Result<()> {
+    let zeros = vec![0; len.min(ZEROS_BYTES_MAX) as usize];
+    let mut done = 0;
+    while done < len {
+        let part = &zeros[..(len - done).min(ZEROS_BYTES_MAX) as usize];
+        file.write_at(part, offset + done)?;
+        done += part.len() as u64;
+    }
+    Ok(())
 }
 
 /// Reads a whole file that must not be longer than `bytes_max`.

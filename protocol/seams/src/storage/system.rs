@@ -2,7 +2,7 @@
 
 #![expect(clippy::disallowed_methods, reason = "this is the seam")]
 
-use super::{Storage, StorageFile};
+use super::{Storage, StorageFile, write_zeros};
 use crate::pulse;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -117,6 +117,14 @@ impl StorageFile for SystemFile {
     fn allocate(&self, len: u64) -> io::Result<()> {
         // Where there is no room for all of it, some of it may do.
         rustix::fs::fallocate(&self.0, rustix::fs::FallocateFlags::empty(), 0, len).or_else(|_| self.0.set_len(len))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        use rustix::fs::FallocateFlags;
+        match rustix::fs::fallocate(&self.0, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(self, offset, len),
+            other => Ok(other?),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -1,0 +1,187 @@
+//! The server: who is let in, how many, and how it ends.
+//!
+//! Invariant: at most `CONNECTIONS_MAX` clients are served at once. A few more hear that there is no room, and further ones find the
+//! connection closed. At the end nobody new is let in, requests that were taken are answered, and what was written is flushed.
+
+use super::ahead::Ahead;
+use super::channel::Channel;
+use super::connection::Connection;
+use super::exports::Exports;
+use super::handshake::Handshake;
+use super::overlay::OverlayError;
+use super::socket::{Listener, Socket};
+use super::tls::Tls;
+use cdp_seams::clock::Clock;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashMap;
+use std::io;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Clients that are served at once.
+pub const CONNECTIONS_MAX: usize = 64;
+/// Clients beyond them that hear why they are not.
+const REFUSED_MAX: usize = 16;
+/// How often the server looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
+/// Time for requests that were taken, at the end.
+const END_TIME: Duration = Duration::from_secs(3);
+
+/// What all connections share.
+pub(super) struct Shared {
+    pub(super) exports: Exports,
+    /// Where connections have to be encrypted.
+    pub(super) tls: Option<Tls>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) ahead: Ahead,
+    stop: Arc<AtomicBool>,
+    clients: Mutex<Clients>,
+    /// One has gone.
+    gone: Condvar,
+}
+
+#[derive(Default)]
+struct Clients {
+    sockets: HashMap<u64, Socket>,
+    count: u64,
+}
+
+/// A server that listens.
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+}
+
+impl Shared {
+    pub(super) fn is_ending(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn clients(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Server {
+    /// A server of `exports`, until `stop` turns true.
+    #[must_use]
+    pub fn new(
+        listener: Listener,
+        exports: Exports,
+        tls: Option<Tls>,
+        clock: Arc<dyn Clock>,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        let (ahead, clients) = (Ahead::start(), Mutex::default());
+        Self { listener, shared: Arc::new(Shared { exports, tls, clock, ahead, stop, clients, gone: Condvar::new() }) }
+    }
+
+    /// Serves; gives once all has ended.
+    ///
+    /// # Errors
+    /// Where what was written could not be made durable at the end.
+    pub fn run(self) -> Result<(), OverlayError> {
+        while !self.shared.is_ending() {
+            match self.next() {
+                Ok(Some(socket)) => self.admit(socket),
+                Ok(None) => {}
+                // Among others: too many open files. It is looked at again when the time of a look is over.
+                Err(error) => {
+                    tracing::warn!(%error, "a client cannot be let in");
+                    wait(&[], LOOK);
+                }
+            }
+        }
+        drop(self.listener);
+        end(&self.shared);
+        self.shared.exports.flush()
+    }
+
+    /// The next client, or nobody for a while.
+    fn next(&self) -> io::Result<Option<Socket>> {
+        wait(&[PollFd::new(&self.listener, PollFlags::IN)], LOOK);
+        match self.listener.accept() {
+            Ok(socket) => Ok(Some(socket)),
+            Err(error) if is_nobody(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn admit(&self, socket: Socket) {
+        let mut clients = self.shared.clients();
+        let there = clients.sockets.len();
+        let refusal = (there >= CONNECTIONS_MAX).then_some("there are as many connections as this server takes");
+        if there >= CONNECTIONS_MAX + REFUSED_MAX {
+            tracing::debug!("a client is turned away: too many connections");
+            return;
+        }
+        let Ok(another) = socket.another() else { return };
+        clients.count += 1;
+        let number = clients.count;
+        clients.sockets.insert(number, another);
+        drop(clients);
+        let shared = Arc::clone(&self.shared);
+        let serve = move || {
+            let _place = PlaceOf { shared: &shared, number };
+            serve(&shared, socket, refusal);
+        };
+        if let Err(error) = std::thread::Builder::new().name("nbd".into()).spawn(serve) {
+            tracing::warn!(%error, "a client is turned away: no thread for it");
+            self.shared.clients().sockets.remove(&number);
+        }
+    }
+}
+
+/// A client's place among the others, until dropped.
+struct PlaceOf<'a> {
+    shared: &'a Shared,
+    number: u64,
+}
+
+impl Drop for PlaceOf<'_> {
+    fn drop(&mut self) {
+        self.shared.clients().sockets.remove(&self.number);
+        self.shared.gone.notify_all();
+    }
+}
+
+/// One client, from the greeting to the end.
+fn serve(shared: &Shared, socket: Socket, refusal: Option<&'static str>) {
+    let channel = Arc::new(Channel::new(socket));
+    match Handshake::new(shared, Arc::clone(&channel), refusal).run() {
+        Ok(Some(served)) => Connection::new(shared, &channel, served).run(),
+        Ok(None) => {}
+        Err(error) => tracing::debug!(%error, "a handshake ends"),
+    }
+    channel.close();
+}
+
+/// Ends the connections: what was taken is answered first, as far as clients take the answers in time.
+fn end(shared: &Shared) {
+    let mut clients = shared.clients();
+    clients.sockets.values().for_each(|socket| socket.shut(Shutdown::Read));
+    let deadline = shared.clock.monotonic() + END_TIME;
+    while !clients.sockets.is_empty() {
+        let left = deadline.saturating_sub(shared.clock.monotonic());
+        if left.is_zero() {
+            break;
+        }
+        let waited = shared.gone.wait_timeout(clients, left);
+        clients = waited.unwrap_or_else(PoisonError::into_inner).0;
+    }
+    clients.sockets.values().for_each(|socket| socket.shut(Shutdown::Both));
+}
+
+/// Waits for something to come, for a while.
+fn wait(fds: &[PollFd<'_>], timeout: Duration) {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.subsec_nanos().into() };
+    // A signal ends it early, which is as well.
+    let _ = poll(&mut fds.to_vec(), Some(&timeout));
+}
+
+fn is_nobody(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
+}
