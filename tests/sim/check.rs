@@ -54,7 +54,11 @@ pub(crate) fn check(
     let missing: Vec<Head> = missing.into_iter().filter(|head| !may_be_gone(head)).collect();
     // Rot in the newest epoch, before anything proves that it was durable, looks like a torn tail: the source has to notice.
     let is_suffix = model.acked.ends_with(&missing);
-    if let Some(lost) = missing.first().filter(|_| !is_hurt || view.damages().is_empty() && !is_suffix) {
+    // That a segment's points cannot all be listed is told as well, with the points it had.
+    let unlisted = view.unlisted();
+    let is_told = |head: &Head| unlisted.iter().any(|(_, had)| (had.first..=had.last).contains(&head.epoch));
+    let is_lost = |head: &&Head| !is_hurt || view.damages().is_empty() && !is_suffix && !is_told(head);
+    if let Some(lost) = missing.iter().find(is_lost) {
         return Err(format!("point {} was acked and is lost", lost.epoch));
     }
     if !is_hurt {
