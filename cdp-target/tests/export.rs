@@ -237,13 +237,13 @@ fn a_killed_qcow2_export_is_gone_on_with() {
     }
     let (store, bytes) = large();
     let (image, raw) = (store.path("root.qcow2"), store.path("raw"));
-    let (_, record) = record_of(&image);
+    let (partial, record) = record_of(&image);
     let export = ["export", "paris/main/root", "--at", "1", "--format", "qcow2", "--output", text(&image), "--resume"];
     let ended = broken_off(&store, &export, &record, 9, rustix::process::Signal::KILL);
     assert_eq!(ended.status.signal(), Some(9), "{ended:?}");
-    // Its tables, and whatever stands behind 24 MiB of it, zeros among them.
+    // Its tables, five clusters of them, and whatever stands behind 24 MiB of it, zeros among them.
     let file = std::fs::OpenOptions::new().write(true).open(&partial).expect("there");
-    for (at, len) in [(0, MIB / 2), (24 * MIB, 40 * MIB)] {
+    for (at, len) in [(0, 5 << 16), (24 * MIB, 40 * MIB)] {
         std::os::unix::fs::FileExt::write_all_at(&file, &vec![0xee; len], at as u64).expect("written");
     }
     let ended = store.run(&export);
