@@ -214,7 +214,11 @@ fn a_killed_export_is_gone_on_with_and_only_what_is_proved_is_kept() {
     assert!(partial.exists() && record.exists());
     // What is there and was changed is not believed.
     let file = std::fs::OpenOptions::new().write(true).open(&partial).expect("there");
-    std::os::unix::fs::FileExt::write_all_at(&file, &[0xee; 5], 20 * MIB as u64).expect("written");
+    let hole = 242 * 96 * 1024;
+    assert_eq!(bytes[hole..hole + 96 * 1024], [0; 96 * 1024]);
+    for at in [20 * MIB, hole + 7] {
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xee; 5], at as u64).expect("written");
+    }
     let ended = store.run(&export);
     let said = String::from_utf8_lossy(&ended.stderr);
     assert!(ended.status.success() && said.contains("going on behind 16.0 MiB"), "{said}");
@@ -233,10 +237,15 @@ fn a_killed_qcow2_export_is_gone_on_with() {
     }
     let (store, bytes) = large();
     let (image, raw) = (store.path("root.qcow2"), store.path("raw"));
-    let (_, record) = record_of(&image);
+    let (partial, record) = record_of(&image);
     let export = ["export", "paris/main/root", "--at", "1", "--format", "qcow2", "--output", text(&image), "--resume"];
     let ended = broken_off(&store, &export, &record, 9, rustix::process::Signal::KILL);
     assert_eq!(ended.status.signal(), Some(9), "{ended:?}");
+    // Its tables, five clusters of them, and whatever stands behind 24 MiB of it, zeros among them.
+    let file = std::fs::OpenOptions::new().write(true).open(&partial).expect("there");
+    for (at, len) in [(0, 5 << 16), (24 * MIB, 40 * MIB)] {
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![0xee; len], at as u64).expect("written");
+    }
     let ended = store.run(&export);
     assert!(ended.status.success() && String::from_utf8_lossy(&ended.stderr).contains("going on behind"), "{ended:?}");
     std::fs::write(&raw, &bytes).expect("written");

@@ -197,7 +197,8 @@ impl Export<'_> {
         let chunks = lane::chunks_in(self.size_bytes);
         let (first, threads) = (begun.hash.count(), self.sources.len() as u64);
         let packs = output.is_packed();
-        output.begin().map_err(|source| ExportError::Write { offset: 0, source })?;
+        let from = begun.bytes().min(self.size_bytes);
+        output.cut(from).and_then(|()| output.begin()).map_err(|source| ExportError::Write { offset: from, source })?;
         let mut writer = Writer::new(self, output, begun, note);
         std::thread::scope(|scope| {
             let mut lanes: Vec<Receiver<Chunk>> = Vec::new();

@@ -22,6 +22,13 @@ static ZEROS: [u8; ZERO_BYTES] = [0; ZERO_BYTES];
 
 /// Takes an image, in rising offsets; without gaps, but for what stands there already from an export that was broken off.
 pub trait Output: Sync {
+    /// Forgets what stands at `offset` and behind it, where zeros are what nothing was written to: what was broken off may hold anything there.
+    ///
+    /// # Errors
+    /// As the system says; the output is then worth nothing.
+    fn cut(&mut self, _offset: u64) -> io::Result<()> {
+        Ok(())
+    }
     /// Writes what stands before all else; called once, first.
     ///
     /// # Errors

@@ -212,7 +212,7 @@ fn what_was_broken_off_anywhere_is_gone_on_with_as_far_as_it_is_proved() {
     {
         let path = folder.path().join(format!("{number}.raw"));
         let mut output = output::open(&storage(), &path, needs(size_bytes), NEW).expect("new");
-        let lines = broken_off(&made, output.as_mut(), Begun::default(), (mib << 20) + 1);
+        let lines = broken_off(&made, output.as_mut(), Begun::default(), mib << 20);
         if let Some(at) = spoilt {
             output.write(at << 20, &[0xee]).expect("written");
         }

@@ -87,6 +87,12 @@ struct FileOutput {
 }
 
 impl Output for FileOutput {
+    fn cut(&mut self, offset: u64) -> io::Result<()> {
+        // A crash between the two leaves a file that is too short: what is missing does not prove itself.
+        self.file.set_len(offset)?;
+        self.file.set_len(self.file_bytes)
+    }
+
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.write_at(bytes, offset)
     }

@@ -29,6 +29,10 @@ impl PlainQcow2 {
 }
 
 impl Output for PlainQcow2 {
+    fn cut(&mut self, offset: u64) -> io::Result<()> {
+        self.inner.cut(self.plan.offset_behind(offset))
+    }
+
     fn begin(&mut self) -> io::Result<()> {
         let Self { inner, plan } = self;
         plan.front(&mut |offset, bytes| inner.write(offset, bytes))

@@ -80,6 +80,12 @@ impl Plan {
         Some((self.front_clusters() + self.held.rank(cluster) - 1) * CLUSTER_BYTES)
     }
 
+    /// Where in the file the clusters stand that begin at `offset` of the disk or behind it.
+    pub(super) fn offset_behind(&self, offset: u64) -> u64 {
+        let first = u32::try_from(offset.div_ceil(CLUSTER_BYTES)).unwrap_or(u32::MAX);
+        (self.front_clusters() + self.held.range_cardinality(..first)) * CLUSTER_BYTES
+    }
+
     const fn l1_entries(&self) -> u64 {
         clusters_in(self.size_bytes).div_ceil(ENTRIES)
     }
