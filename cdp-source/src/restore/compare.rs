@@ -190,7 +190,7 @@ pub fn plan(
 ) -> Result<Plan, RestoreError> {
     let digester = Digester::new(subject.key);
     let (mut plan, all) = (Plan::default(), candidates.len());
-    let mut left = questions(candidates);
+    let mut left = questions(candidates, WINDOW_BLOCKS);
     let mut under_way: VecDeque<Vec<Extent>> = VecDeque::new();
     loop {
         while line.may_ask()
@@ -240,16 +240,16 @@ impl Side<'_> {
     }
 }
 
-/// Candidates as questions: bounded in blocks, in extents, and in what is read for one.
-fn questions(candidates: &RoaringBitmap) -> impl Iterator<Item = Vec<Extent>> {
-    const { assert!(WINDOW_BLOCKS as u64 <= QUESTION_BLOCKS_MAX, "a question has room for a window") };
-    let mut blocks = candidates.iter().peekable();
+/// Blocks as questions, one after the other: bounded in blocks and in extents.
+pub(super) fn questions(all: &RoaringBitmap, blocks_max: u32) -> impl Iterator<Item = Vec<Extent>> {
+    assert!(u64::from(blocks_max) <= QUESTION_BLOCKS_MAX, "a question has room for so many");
+    let mut blocks = all.iter().peekable();
     std::iter::from_fn(move || {
         let mut extents: Vec<Extent> = Vec::new();
         let mut count = 0;
         while let Some(block) = blocks.peek().copied() {
             let goes_on = extents.last().is_some_and(|last| last.end() == u64::from(block));
-            if count == WINDOW_BLOCKS || !goes_on && extents.len() == QUESTION_EXTENTS_MAX {
+            if count == blocks_max || !goes_on && extents.len() == QUESTION_EXTENTS_MAX {
                 break;
             }
             match extents.last_mut() {
@@ -363,7 +363,7 @@ mod tests {
             for (start, count) in runs {
                 candidates.insert_range(start..start + count);
             }
-            let asked: Vec<Vec<Extent>> = questions(&candidates).collect();
+            let asked: Vec<Vec<Extent>> = questions(&candidates, WINDOW_BLOCKS).collect();
             for extents in &asked {
                 let question = Question::Holdings { extents: named(extents) };
                 prop_assert!(question.extents().as_ref() == Some(extents));

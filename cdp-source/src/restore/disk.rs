@@ -267,3 +267,56 @@ fn loop_on(storage: &dyn Storage, file: &Path) -> Option<String> {
         Path::new(String::from_utf8_lossy(&bytes).trim_end()) == file
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_seams::storage::SystemStorage;
+
+    /// An image whose last block is there in part.
+    const SIZE_BYTES: u64 = 70 * 4096 + 512;
+
+    fn image(folder: &Path) -> PathBuf {
+        let path = folder.join("disk.img");
+        let file = SystemStorage.create_new(&path).expect("made");
+        file.write_at(&vec![9; SIZE_BYTES as usize + 4096], 0).expect("written");
+        path
+    }
+
+    fn bytes(path: &Path) -> Vec<u8> {
+        read_all(&SystemStorage, path, 1 << 20).expect("read")
+    }
+
+    #[test]
+    fn what_is_written_is_there_and_nothing_beside_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = image(folder.path());
+        let probe = crate::probe::probe(&SystemStorage, &path).expect("an image");
+        let mut disk = Disk::open(&SystemStorage, &probe, SIZE_BYTES).expect("opened");
+        assert_eq!((disk.blocks(), disk.is_block()), (71, false));
+        let mut expected = bytes(&path);
+        let content = vec![5; 40 * BLOCK_BYTES];
+        disk.write(Extent { start: Block(3), count: 40 }, &content).expect("written");
+        expected[3 * BLOCK_BYTES..43 * BLOCK_BYTES].copy_from_slice(&content);
+        disk.write(Extent { start: Block(69), count: 2 }, &content[..2 * BLOCK_BYTES]).expect("written");
+        expected[69 * BLOCK_BYTES..SIZE_BYTES as usize].fill(5);
+        disk.zero(Extent { start: Block(50), count: 7 }).expect("zeros");
+        expected[50 * BLOCK_BYTES..57 * BLOCK_BYTES].fill(0);
+        disk.sync().expect("synced");
+        assert_eq!(bytes(&path), expected);
+        // Of the last block as much as is there; the byte behind the volume is nobody's.
+        disk.zero(Extent { start: Block(70), count: 1 }).expect("zeros");
+        expected[70 * BLOCK_BYTES..SIZE_BYTES as usize].fill(0);
+        disk.write_zeros(0, 2 * BLOCK_BYTES as u64).expect("zeros, where no room can be given back");
+        expected[..2 * BLOCK_BYTES].fill(0);
+        assert_eq!(bytes(&path), expected);
+    }
+
+    #[test]
+    fn a_device_with_too_little_room_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let probe = crate::probe::probe(&SystemStorage, &image(folder.path())).expect("an image");
+        let refused = Disk::open(&SystemStorage, &probe, SIZE_BYTES + 4097).err().expect("refused");
+        assert!(matches!(refused, DiskError::TooSmall { .. }) && refused.is_users() && refused.hint().is_some());
+    }
+}

@@ -4,14 +4,13 @@
 //! frame is the newest of a block is the target's word, as everywhere. What is left to do is what the plan still names, so a line that is
 //! lost costs what was under way.
 
-use super::compare::{RestoreError, Subject};
+use super::compare::{RestoreError, Subject, questions};
 use super::disk::{Disk, DiskError};
 use super::line::{LineError, PointLine};
 use super::{OnProgress, Plan, Progress};
-use crate::reader::runs;
 use cdp_protocol::codec::open_content;
 use cdp_protocol::frame::{self, Encoding, FRAME_BYTES_MAX};
-use cdp_protocol::recall::{Answer, QUESTION_EXTENTS_MAX, Question, named, to_extents};
+use cdp_protocol::recall::{Answer, Question, named, to_extents};
 use cdp_protocol::units::{BLOCK_BYTES, Block, Extent};
 use roaring::RoaringBitmap;
 use std::collections::VecDeque;
@@ -27,9 +26,12 @@ const ZERO_BLOCKS: u32 = 16 * 1024;
 /// Where the device fails.
 pub fn write_zeros(disk: &mut Disk, plan: &mut Plan, on_progress: &mut OnProgress<'_>) -> Result<(), DiskError> {
     let all = plan.zero.len();
-    for extent in runs(plan.zero.clone(), ZERO_BLOCKS) {
-        disk.zero(extent)?;
-        plan.zero.remove_range(extent.start.0..=(extent.end() - 1) as u32);
+    let wanted = plan.zero.clone();
+    for extents in questions(&wanted, ZERO_BLOCKS) {
+        for extent in extents {
+            disk.zero(extent)?;
+            plan.zero.remove_range(extent.start.0..=(extent.end() - 1) as u32);
+        }
         on_progress(Progress::Writing(all - plan.zero.len(), all + plan.fetch.len()));
     }
     Ok(())
@@ -48,7 +50,8 @@ pub fn fetch(
     on_progress: &mut OnProgress<'_>,
 ) -> Result<(), RestoreError> {
     let all = before + plan.fetch.len();
-    let mut left = questions(&plan.fetch.clone()).into_iter();
+    let wanted = plan.fetch.clone();
+    let mut left = questions(&wanted, QUESTION_BLOCKS);
     let mut under_way: VecDeque<Vec<Extent>> = VecDeque::new();
     loop {
         while line.may_ask()
@@ -83,7 +86,7 @@ pub fn fetch(
 /// Where the line is lost.
 pub fn sample(line: &mut PointLine, subject: &Subject<'_>, blocks: &RoaringBitmap) -> Result<u64, LineError> {
     let before = line.received_bytes();
-    for extents in questions(blocks) {
+    for extents in questions(blocks, QUESTION_BLOCKS) {
         line.ask(subject.slot, Question::Content { extents: named(&extents) })?;
         fetched(line, subject)?;
     }
@@ -107,13 +110,6 @@ pub fn write_blocks(disk: &mut Disk, blocks: &[(Block, Vec<u8>)]) -> Result<(), 
         left = rest;
     }
     Ok(())
-}
-
-/// Blocks as questions about their content.
-fn questions(blocks: &RoaringBitmap) -> Vec<Vec<Extent>> {
-    const { assert!(QUESTION_BLOCKS as usize <= QUESTION_EXTENTS_MAX, "each block may be an extent of its own") };
-    let all: Vec<u32> = blocks.iter().collect();
-    all.chunks(QUESTION_BLOCKS as usize).map(|blocks| runs(blocks.iter().copied(), u32::MAX)).collect()
 }
 
 /// The answer to a question about content.
@@ -206,4 +202,69 @@ fn of_blocks<'a>(extents: &[Extent], content: &'a [u8], wanted: Extent) -> Optio
         before += extent.count as usize;
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_protocol::codec::Sealer;
+    use cdp_protocol::seal::DataKey;
+    use cdp_protocol::units::{AttemptId, Epoch, Generation, GroupId, Sequence, VolumeSlot};
+
+    const GROUP: GroupId = GroupId([3; 16]);
+    const SLOT: VolumeSlot = VolumeSlot(4);
+
+    fn extent(start: u32, count: u32) -> Extent {
+        Extent { start: Block(start), count }
+    }
+
+    fn sealer(key: &DataKey) -> Sealer {
+        Sealer::new(GROUP, Epoch(5), Generation(1), AttemptId([6; 16]), key)
+    }
+
+    fn taken(bytes: &[u8], of: &[Extent], key: &DataKey, slot: VolumeSlot) -> Fetched {
+        let mut fetched = Fetched::default();
+        fetched.take(bytes, of, &Subject { group: GROUP, slot, key });
+        fetched
+    }
+
+    #[test]
+    fn a_frame_gives_the_blocks_that_are_to_be_taken_from_it_and_no_other() {
+        let key = DataKey::new([8; 32]);
+        let content: Vec<u8> = (0..5 * BLOCK_BYTES).map(|at| (at / BLOCK_BYTES) as u8 + 1).collect();
+        let frame = sealer(&key).content(SLOT, Sequence(1), vec![extent(7, 2), extent(20, 3)], &content);
+        let fetched = taken(&frame, &[extent(8, 1), extent(21, 2)], &key, SLOT);
+        let blocks: Vec<(u32, u8)> = fetched.blocks.iter().map(|(block, bytes)| (block.0, bytes[0])).collect();
+        assert_eq!((blocks, fetched.lost), (vec![(8, 2), (21, 4), (22, 5)], vec![]));
+        let hole = sealer(&key).bare(Encoding::Hole, SLOT, Sequence(2), vec![extent(7, 9)]);
+        let fetched = taken(&hole, &[extent(8, 2)], &key, SLOT);
+        assert!(
+            fetched.blocks.len() == 2 && fetched.blocks.iter().all(|(_, bytes)| bytes.iter().all(|byte| *byte == 0))
+        );
+    }
+
+    #[test]
+    fn what_does_not_open_or_is_of_other_blocks_is_lost_and_never_zeros() {
+        let (key, other) = (DataKey::new([8; 32]), DataKey::new([9; 32]));
+        let frame = sealer(&key).content(SLOT, Sequence(1), vec![extent(7, 2)], &[1; 2 * BLOCK_BYTES]);
+        let unreadable = sealer(&key).bare(Encoding::Unreadable, SLOT, Sequence(2), vec![extent(7, 2)]);
+        let hole = sealer(&key).bare(Encoding::Hole, SLOT, Sequence(2), vec![extent(7, 2)]);
+        let mut damaged = frame.clone();
+        *damaged.last_mut().expect("bytes") ^= 1;
+        let (wanted, beyond) = ([extent(7, 1)], [extent(8, 2)]);
+        for (bytes, of, key, slot) in [
+            (&frame, &wanted, &other, SLOT),
+            (&frame, &wanted, &key, VolumeSlot(5)),
+            (&frame, &beyond, &key, SLOT),
+            (&hole, &beyond, &key, SLOT),
+            (&hole, &wanted, &other, SLOT),
+            (&unreadable, &wanted, &key, SLOT),
+            (&damaged, &wanted, &key, SLOT),
+            (&vec![], &wanted, &key, SLOT),
+        ] {
+            let fetched = taken(bytes, of, key, slot);
+            assert!(fetched.blocks.is_empty(), "nothing is taken");
+            assert!(fetched.lost.len() == 1 && fetched.lost[0].0 == of[0] && !fetched.lost[0].1.is_empty());
+        }
+    }
 }

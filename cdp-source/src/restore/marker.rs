@@ -127,3 +127,34 @@ fn remove_durably(storage: &dyn Storage, path: &Path) -> io::Result<()> {
 fn path(state: &StateFolder, group: &str) -> PathBuf {
     state.root().join("groups").join(group).join("restoring.json")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cdp_seams::storage::SystemStorage;
+    use std::sync::Arc;
+
+    #[test]
+    fn what_is_under_way_is_told_until_it_is_over_and_garbage_is_no_sign_that_nothing_is() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let state = StateFolder::new(Arc::new(SystemStorage), folder.path());
+        state.make(&folder.path().join("groups/main")).expect("made");
+        assert_eq!(Restoring::load(&state, "main").expect("readable"), None);
+        let begun = Restoring::new("data", VolumeSlot(3), None, (Epoch(7), "2h"), Timestamp(0));
+        begun.store(&state, "main").expect("stored");
+        assert_eq!(Restoring::load(&state, "main").expect("readable"), Some(begun.clone()));
+        assert!(begun.holds_points());
+        assert_eq!(begun.command("main"), "cdp-source restore --group main data --at 7");
+        let to = Restoring::new("data", VolumeSlot(3), Some(Path::new("/dev/vdb")), (Epoch(7), "2h"), Timestamp(0));
+        assert!(!to.holds_points() && to.command("main").ends_with(" --to /dev/vdb"));
+        Restoring::remove(&state, "main").expect("removed");
+        Restoring::remove(&state, "main").expect("nothing to remove");
+        assert_eq!(Restoring::load(&state, "main").expect("readable"), None);
+        let path = path(&state, "main");
+        let newer = serde_json::to_string(&Restoring { version: VERSION + 1, ..begun }).expect("JSON");
+        for garbage in ["", "{}", "null", newer.as_str()] {
+            storage::replace(&SystemStorage, &path, garbage.as_bytes()).expect("written");
+            assert!(Restoring::load(&state, "main").is_err(), "{garbage}");
+        }
+    }
+}
