@@ -10,6 +10,7 @@ mod drain;
 mod first_copy;
 mod log_file;
 mod machine;
+mod nbd;
 mod packing;
 mod programs;
 mod scale;
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 type Benchmark = fn(&Path) -> Result<()>;
 
 /// All there are, in the order they run.
-const BENCHMARKS: [(&str, Benchmark); 7] = [
+const BENCHMARKS: [(&str, Benchmark); 8] = [
     ("tracker", tracker::run),
     ("drain", drain::run),
     ("cut", cut::run),
@@ -31,6 +32,7 @@ const BENCHMARKS: [(&str, Benchmark); 7] = [
     ("packing", packing::run),
     ("workloads", workloads::run),
     ("scale", scale::run),
+    ("nbd", nbd::run),
 ];
 
 fn main() -> Result<()> {

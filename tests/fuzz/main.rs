@@ -14,6 +14,7 @@ mod allocation;
 mod edits;
 mod history;
 mod images;
+mod nbd;
 mod recovery;
 mod store;
 mod words;
@@ -89,6 +90,10 @@ targets! {
     spool_index: words::SpoolIndex,
     group_state: words::GroupStateText,
     saved_record: words::SavedRecord,
+    nbd_option: nbd::OptionWords,
+    nbd_request: nbd::RequestWords,
+    overlay_header: nbd::OverlayHeader,
+    overlay_page: nbd::OverlayPage,
 }
 
 /// Time for random inputs, a target.
