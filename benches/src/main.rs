@@ -11,6 +11,7 @@ mod export;
 mod first_copy;
 mod log_file;
 mod machine;
+mod nbd;
 mod packing;
 mod programs;
 mod scale;
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 type Benchmark = fn(&Path) -> Result<()>;
 
 /// All there are, in the order they run.
-const BENCHMARKS: [(&str, Benchmark); 8] = [
+const BENCHMARKS: [(&str, Benchmark); 9] = [
     ("tracker", tracker::run),
     ("drain", drain::run),
     ("cut", cut::run),
@@ -33,6 +34,7 @@ const BENCHMARKS: [(&str, Benchmark); 8] = [
     ("workloads", workloads::run),
     ("scale", scale::run),
     ("export", export::run),
+    ("nbd", nbd::run),
 ];
 
 fn main() -> Result<()> {

@@ -15,6 +15,7 @@ mod edits;
 mod exports;
 mod history;
 mod images;
+mod nbd;
 mod recovery;
 mod store;
 mod words;
@@ -91,6 +92,10 @@ targets! {
     group_state: words::GroupStateText,
     saved_record: words::SavedRecord,
     export_record: exports::ExportRecord,
+    nbd_option: nbd::OptionWords,
+    nbd_request: nbd::RequestWords,
+    overlay_header: nbd::OverlayHeader,
+    overlay_page: nbd::OverlayPage,
 }
 
 /// Time for random inputs, a target.

@@ -104,12 +104,14 @@ pub(super) fn stop_on_signal(output: &Path) -> Arc<AtomicBool> {
         return stop;
     }
     let flag = Arc::clone(&stop);
+    let (handled, is_handled) = std::sync::mpsc::channel::<()>();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
         let waited = runtime.and_then(|runtime| {
             runtime.block_on(async {
                 let mut interrupt = signal(SignalKind::interrupt())?;
                 let mut terminate = signal(SignalKind::terminate())?;
+                drop(handled);
                 tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
                 Ok(())
             })
@@ -119,5 +121,7 @@ pub(super) fn stop_on_signal(output: &Path) -> Arc<AtomicBool> {
             Err(error) => tracing::warn!(%error, "signals are not handled: an unfinished image may be left behind"),
         }
     });
+    // From here on a signal does not end us half-way. An error means that there is nothing more to wait for.
+    let _ = is_handled.recv();
     stop
 }

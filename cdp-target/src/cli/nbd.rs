@@ -86,9 +86,10 @@ fn serve(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let points = Points::new(&store, authority, office, group, Arc::clone(&clock));
     let point = points.open(&arguments.at).map_err(refused)?;
     let overlay = arguments.writable.as_deref().map(|path| overlay(path, &point)).transpose()?;
+    // Before there is a socket that would be left behind.
+    let stop = context::stop_on_signal(Path::new(""));
     let listener = Listener::bind(&address)?;
     let exports = Exports::new(points, Arc::clone(&point), overlay);
-    let stop = context::stop_on_signal(Path::new(""));
     eprintln!("listening on {}", listener.address());
     if let Some(what) = &point.damaged {
         eprintln!("warning: point {} is damaged, and what is missing cannot be read: {what}", point.epoch());

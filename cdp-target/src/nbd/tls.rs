@@ -145,3 +145,71 @@ fn make(storage: &dyn Storage, authority: &Authority, folder: &Path) -> Result<V
 fn system(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CredentialsError {
     move |source| CredentialsError::System { verb, path: path.to_owned(), source }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, LISTEN_DEFAULT};
+    use crate::enroll::Invite;
+    use crate::store;
+    use cdp_protocol::join::JoinRequest;
+    use cdp_protocol::units::Timestamp;
+    use cdp_seams::clock::SystemClock;
+    use cdp_seams::storage::SystemStorage;
+    use rcgen::{CertificateParams, KeyPair};
+    use std::time::Duration;
+
+    /// Lets an office join; gives its certificate.
+    fn join(authority: &mut Authority, office: &str, replace: bool) -> CertificateDer<'static> {
+        let targets = ["127.0.0.1:7443".to_owned()];
+        let invite = Invite { office, targets: &targets, valid_for: Duration::from_secs(3600), replace };
+        let bundle = authority.invite(&invite).expect("invited");
+        let key = KeyPair::generate().expect("a key");
+        let request = CertificateParams::default().serialize_request(&key).expect("a request");
+        let request = JoinRequest { store: bundle.store, token: bundle.token, request: request.der().to_vec() };
+        let redeemed = authority.redeem(&request).expect("redeemed");
+        CertificateDer::from_pem_slice(redeemed.certificate.as_bytes()).expect("a certificate")
+    }
+
+    #[test]
+    fn the_office_and_the_pinned_certificate_are_admitted_and_nobody_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let storage: Arc<dyn Storage> = Arc::new(SystemStorage);
+        let (clock, random) = (Arc::new(SystemClock::new()), Arc::new(SystemRandom));
+        let mut made = None;
+        let at = folder.path().join("store");
+        store::init(&storage, &at, &Config::new(LISTEN_DEFAULT, vec![]), Timestamp(0), |authority| {
+            let names = ["backup.example".to_owned()];
+            let authority = Authority::create(Arc::clone(&storage), clock.clone(), random.clone(), authority, &names);
+            let id = made.insert(authority.expect("made")).store().to_string();
+            Ok::<_, store::StoreError>(id)
+        })
+        .expect("a store");
+        let mut authority = made.expect("made");
+        let (paris, berlin) = (join(&mut authority, "paris", false), join(&mut authority, "berlin", false));
+        let store = Store::open(Arc::clone(&storage), &at).expect("opened");
+        let office = authority.admit(&paris).expect("enrolled").office;
+        let tls = |credentials: &str| {
+            let folder = folder.path().join(credentials);
+            Tls::new(&store, &authority, clock.clone(), office, Some(&folder)).expect("credentials")
+        };
+        let read = |credentials: &str| {
+            let path = folder.path().join(credentials).join(CERTIFICATE_FILE);
+            CertificateDer::from_pem_slice(&read_all(&SystemStorage, &path, FILE_BYTES_MAX).expect("made"))
+                .expect("PEM")
+        };
+        let (mine, other) = (tls("mine"), tls("other"));
+        assert!(mine.judge(None).is_err(), "nobody");
+        for (certificate, is_admitted) in
+            [(&read("mine"), true), (&read("other"), false), (&paris, true), (&berlin, false)]
+        {
+            assert_eq!(mine.judge(Some(certificate)).is_ok(), is_admitted);
+        }
+        assert!(other.judge(Some(&read("mine"))).is_err());
+        assert!(tls("mine").judge(Some(&read("mine"))).is_ok(), "the folder stays good");
+        drop((mine, other));
+        let again = Tls::new(&store, &authority, clock.clone(), office, None).expect("no credentials");
+        join(&mut authority, "paris", true);
+        assert!(again.judge(Some(&paris)).is_err(), "revoked while the server runs");
+    }
+}

@@ -196,3 +196,17 @@ fn a_map_that_is_gone_is_not_taken_for_an_empty_one() {
     let damaged = Overlay::open(&disk, Path::new(PATH), base(9)).err();
     assert!(matches!(damaged, Some(OverlayError::Map { page: 0, .. })), "{damaged:?}");
 }
+
+/// Bytes of version 1, as they were released.
+#[test]
+fn version_1_is_read_and_written_as_ever() {
+    const HEADER: &[u8; HEADER_BYTES] = include_bytes!("../../../../tests/testdata/overlay/1/header");
+    const PAGE: &[u8; PAGE_BYTES] = include_bytes!("../../../../tests/testdata/overlay/1/page");
+    let volume = |slot, name: &str| Volume { slot: VolumeSlot(slot), size_bytes: 1 << 40, name: name.into() };
+    let released = Base { volumes: vec![volume(0, "root"), volume(7, "data")], ..base(9) };
+    assert_eq!(format::decode_header(HEADER), Ok(released.clone()));
+    assert_eq!(format::encode_header(&released), HEADER);
+    let states = vec![(0, State::Written), (1, State::Zero), (format::PAGE_BLOCKS - 1, State::Zero)];
+    assert_eq!(format::encode_page(1, 2, 1, states.iter().copied()), PAGE);
+    assert_eq!(format::decode_page(1, 2, PAGE), Copy::Whole { sequence: 1, states });
+}
