@@ -21,6 +21,8 @@ pub struct Capture {
     pub meters: Meters,
     /// The volumes, in the tracker's order.
     pub volumes: Vec<CapturedVolume>,
+    /// Blocks that were marked after the instant, and that the tracker has given already: to be carried, once what is captured is not.
+    pub later: Vec<RoaringBitmap>,
 }
 
 /// What was read of one volume.
@@ -72,7 +74,7 @@ impl Capture {
     #[must_use]
     pub fn new(volumes: usize) -> Self {
         let volumes = (0..volumes).map(|_| CapturedVolume::default()).collect();
-        Self { cut_time: Timestamp(0), meters: Meters::default(), volumes }
+        Self { cut_time: Timestamp(0), meters: Meters::default(), volumes, later: Vec::new() }
     }
 
     /// The blocks of each volume that the device could not read. Nothing marks them when the device recovers: who wants

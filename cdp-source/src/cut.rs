@@ -77,7 +77,7 @@ pub enum CutError {
 ///
 /// `carry` is what the cut has to hold besides what the tracker gives, a set of blocks for each volume: failed cuts,
 /// recovered, fenced epochs. After `Captured` its sets are empty; after anything else, an error too, they hold all that is
-/// still to be captured.
+/// still to be captured. What was marked after a held instant is in the capture's `later`.
 ///
 /// # Errors
 /// Where a volume is not what it was, or tracker or reader cannot go on. Nothing is lost; `carry` has it.
@@ -106,7 +106,7 @@ pub fn cut_skipping<'a>(
     skipping: Skipping<'a>,
     held: Option<HeldInstant>,
 ) -> Result<Cut, CutError> {
-    let is_held = held.is_some();
+    let mut unseen = held.as_ref().map(HeldInstant::unseen);
     let mut round = Round::new(tracker, skipping, carry);
     let mut started = clock.monotonic();
     match held {
@@ -118,7 +118,7 @@ pub fn cut_skipping<'a>(
         // Without a flip, which may cost a pass over the volumes: parts go on from the same marks.
         return Ok(Cut::TooLarge);
     }
-    if !is_held {
+    if unseen.is_none() {
         let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
         union(carry, &marked);
         if len(carry) == 0 && len(&round.skipping.end(carry)) == 0 {
@@ -146,11 +146,24 @@ pub fn cut_skipping<'a>(
             return Ok(Cut::NotValidated);
         }
         let Some(marked) = round.flip(clock)? else { return Ok(Cut::NotValidated) };
+        unseen = None;
         union(carry, &marked);
         due = marked;
         union(&mut due, &failed);
         heat.add(&due);
     }
+    // Minutes may have passed since τ, and whether all writes were seen is told by a flip alone.
+    let later = match unseen {
+        Some(unseen) => {
+            let Some(later) = round.flip_again()? else { return Ok(Cut::NotValidated) };
+            if round.tracker.report().trust.unseen() != unseen {
+                union(carry, &later);
+                return Ok(Cut::NotValidated);
+            }
+            later
+        }
+        None => Blocks::new(),
+    };
     capture.cut_time = round.cut_time;
     capture.meters.cut_us = clock.monotonic().saturating_sub(started).as_micros() as u64;
     capture.count();
@@ -159,6 +172,7 @@ pub fn cut_skipping<'a>(
         round.skipping.captured(volume, carry);
         carry.clear();
     }
+    capture.later = later;
     Ok(Cut::Captured(capture))
 }
 
@@ -182,7 +196,18 @@ impl<'a> Round<'a> {
     /// A new τ; `None` where it cannot be vouched for. The tracker keeps what it drained then.
     fn flip(&mut self, clock: &dyn Clock) -> Result<Option<Blocks>, CutError> {
         self.cut_time = Timestamp(clock.wall_ms());
-        match self.tracker.flip() {
+        let flipped = self.tracker.flip();
+        self.marked(flipped)
+    }
+
+    /// What was marked since τ; `None` where it cannot be had now.
+    fn flip_again(&mut self) -> Result<Option<Blocks>, CutError> {
+        let flipped = self.tracker.flip_again();
+        self.marked(flipped)
+    }
+
+    fn marked(&self, flipped: Result<Blocks, TrackerError>) -> Result<Option<Blocks>, CutError> {
+        match flipped {
             Ok(mut marked) => {
                 self.clip(&mut marked);
                 self.skipping.pass_over(&mut marked);
@@ -318,6 +343,7 @@ mod tests {
     use crate::sim::{Driver, Profile, Sabotage};
     use cdp_protocol::units::VolumeSlot;
     use rustix::io::Errno;
+    use std::sync::Arc;
 
     const LIMITS: CutLimits = CutLimits { bound: Duration::from_secs(1), blocks_max: 1000 };
 
@@ -332,7 +358,7 @@ mod tests {
     }
 
     fn attempt(driver: &mut Driver, limits: &CutLimits) -> Result<Cut, CutError> {
-        let clock = std::sync::Arc::clone(&driver.world.clock);
+        let clock = Arc::clone(&driver.world.clock);
         cut(&mut driver.tracker, &mut driver.reader, clock.as_ref(), &mut driver.carry, limits)
     }
 
@@ -384,6 +410,24 @@ mod tests {
         assert!(matches!(outcome, Ok(Cut::TooLarge)), "what is carried alone is too large: no flip");
         driver.tracker.failure = None;
         nothing_is_lost(driver);
+    }
+
+    #[test]
+    fn an_instant_does_not_stand_where_something_went_unseen_after_it() {
+        for recaptured_blocks in [0, 1] {
+            let mut driver = written();
+            let clock = Arc::clone(&driver.world.clock);
+            let skipping = Skipping::new(&mut *driver.exclusion, &mut driver.skipped);
+            let held = take_instant(&mut driver.tracker, clock.as_ref(), &mut driver.carry, skipping);
+            let held = held.expect("a flip").expect("no straggler");
+            driver.tracker.recaptured_blocks = recaptured_blocks;
+            let skipping = Skipping::new(&mut *driver.exclusion, &mut driver.skipped);
+            let (tracker, reader, carry) = (&mut driver.tracker, &mut driver.reader, &mut driver.carry);
+            let outcome = cut_skipping(tracker, reader, clock.as_ref(), carry, &LIMITS, skipping, Some(held));
+            let stands = recaptured_blocks == 0;
+            assert_eq!(matches!(outcome, Ok(Cut::Captured(_))), stands, "{outcome:?}");
+            assert_eq!(matches!(outcome, Ok(Cut::NotValidated)) && len(&driver.carry) > 0, !stands);
+        }
     }
 
     #[test]

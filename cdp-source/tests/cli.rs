@@ -106,7 +106,7 @@ fn without_an_agent_what_needs_one_says_so() {
     let bench = Bench::new();
     bench.refused(&["point"], "no agent is running", "cdp-source run");
     bench.refused(&["point", "--wait", "--label", "before"], "no agent is running", "cdp-source run");
-    bench.refused(&["points"], "no agent is running", "cdp-source run");
+    bench.refused(&["points"], "no group named \"main\" is protected", "cdp-source protect");
     bench.refused(&["point", "--label", "latest"], "latest", "word");
     bench.refused(&["point", "--label", "10m"], "age", "word");
     bench.refused(&["point", "--label", "2026-11-22T10:00:00Z"], "time", "word");

@@ -5,6 +5,8 @@
 //! meanwhile. So a copy that is faster than parts can be read becomes points all the same. Blocks that lie alone are read first: a file system
 //! rewrites those soon, and seldom what is a piece of a long run.
 //!
+//! Whether all writes were seen is asked of the kernel's counters once more after the last read.
+//!
 //! Invariant: a read that met such a write ends the instant, and nothing else: the block is marked, and comes with a later flip.
 
 use super::{Blocks, CutError, Round, len, read_into, union};
@@ -22,6 +24,8 @@ const WINDOW_BLOCKS: usize = 1 << 14;
 const PART_WINDOWS_MAX: usize = 64;
 /// Blocks of a run from which on it is long: 256 KiB.
 const LONG_RUN_BLOCKS: u32 = 64;
+/// So long parts are read for one instant.
+const HELD_MAX: Duration = Duration::from_secs(60);
 /// Blocks that are read before all others at most: 128 MiB.
 const FIRST_BLOCKS_MAX: u64 = 1 << 15;
 
@@ -30,6 +34,8 @@ const FIRST_BLOCKS_MAX: u64 = 1 << 15;
 pub struct HeldInstant {
     cut_time: Timestamp,
     started: Duration,
+    /// What the tracker may not have seen up to the flip.
+    unseen: [u64; 4],
     /// Excluded since before the flip, as far as is known.
     within: Blocks,
     /// Still to be read before all others.
@@ -46,6 +52,17 @@ pub struct Part {
 }
 
 impl HeldInstant {
+    /// Counts of what the tracker may not have seen: where others are told after the last read, it does not stand.
+    pub(super) const fn unseen(&self) -> [u64; 4] {
+        self.unseen
+    }
+
+    /// Whether it is too old to be gone on with: what is excluded has to have been so all the time.
+    #[must_use]
+    pub fn is_stale(&self, now: Duration) -> bool {
+        now >= self.started + HELD_MAX
+    }
+
     /// Goes on with what was excluded; gives the instant, and when its cut began.
     pub(super) fn resume(self, skipping: &mut Skipping<'_>) -> (Timestamp, Duration) {
         skipping.resume(self.within);
@@ -70,7 +87,8 @@ pub fn take_instant<'a>(
     union(carry, &marked);
     round.clip(carry);
     let first = read_first(carry);
-    Ok(Some(HeldInstant { cut_time: round.cut_time, started, within: round.skipping.into_within(), first }))
+    let (cut_time, unseen) = (round.cut_time, round.tracker.report().trust.unseen());
+    Ok(Some(HeldInstant { cut_time, started, unseen, within: round.skipping.into_within(), first }))
 }
 
 /// The blocks that are no piece of a long run, as many as are worth it.

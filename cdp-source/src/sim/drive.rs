@@ -77,6 +77,7 @@ impl Driver {
         match outcome.map_err(|error: CutError| error.to_string())? {
             Cut::Captured(capture) => {
                 self.apply(&capture);
+                self.carry.iter_mut().zip(&capture.later).for_each(|(carry, later)| *carry |= later);
                 self.tally.captured += 1;
                 self.tally.of_parts += u32::from(is_held && capture.meters.cut_rounds == 1);
                 self.tally.rounds_max = self.tally.rounds_max.max(capture.meters.cut_rounds);

@@ -2,7 +2,7 @@
 
 use super::marks::Marks;
 use super::{Blocks, Instant, World};
-use crate::tracker::{TrackedVolume, Tracker, TrackerError, TrackerReport};
+use crate::tracker::{TrackedVolume, Tracker, TrackerError, TrackerReport, TrustReport};
 use cdp_protocol::units::{Block, VolumeSlot};
 use roaring::RoaringBitmap;
 use std::sync::Arc;
@@ -39,6 +39,8 @@ pub struct SimTracker {
     pub false_hit_permille: u64,
     /// Fails the next flip or settlement.
     pub failure: Option<TrackerError>,
+    /// Blocks that it says to have given again because something went unseen.
+    pub recaptured_blocks: u64,
 }
 
 impl SimTracker {
@@ -66,6 +68,7 @@ impl SimTracker {
             straggler_permille: 0,
             false_hit_permille: 0,
             failure: None,
+            recaptured_blocks: 0,
         }
     }
 
@@ -116,6 +119,14 @@ impl Tracker for SimTracker {
         Ok(std::mem::replace(&mut self.kept, nothing))
     }
 
+    fn flip_again(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+        let (instant, flipped) = (Arc::clone(&self.instant), self.world.flipped());
+        let marked = self.flip();
+        self.instant = instant;
+        self.world.lock().flipped = flipped;
+        marked
+    }
+
     fn was_quiet(&self) -> bool {
         self.was_quiet
     }
@@ -153,6 +164,7 @@ impl Tracker for SimTracker {
     }
 
     fn report(&self) -> TrackerReport {
-        TrackerReport { kind: "sim", ..TrackerReport::default() }
+        let trust = TrustReport { recaptured_blocks: self.recaptured_blocks, ..TrustReport::default() };
+        TrackerReport { kind: "sim", trust, ..TrackerReport::default() }
     }
 }

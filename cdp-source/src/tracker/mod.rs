@@ -59,6 +59,14 @@ pub trait Tracker: Send {
     /// drained is kept and comes with the next flip.
     fn flip(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError>;
 
+    /// A flip that begins no instant: gives what was marked since the last one, and asks the kernel's own counters, which a flip alone does.
+    ///
+    /// # Errors
+    /// As `flip`.
+    fn flip_again(&mut self) -> Result<Vec<RoaringBitmap>, TrackerError> {
+        self.flip()
+    }
+
     /// Whether a write to the block may have been issued after the last flip. To be asked when its read has returned.
     fn is_conflicted(&self, volume: usize, block: Block) -> bool;
 

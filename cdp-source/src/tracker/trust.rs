@@ -61,6 +61,14 @@ pub struct TrustReport {
     pub rescanned: Option<String>,
 }
 
+impl TrustReport {
+    /// How often something may have gone unseen, in counts that never fall: as long as they stand, nothing has.
+    #[must_use]
+    pub fn unseen(&self) -> [u64; 4] {
+        [self.completions_lost, self.blind_writes, self.recaptured_blocks, self.rescans]
+    }
+}
+
 /// The counts of one disk, at the last flip.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskReport {

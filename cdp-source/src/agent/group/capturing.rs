@@ -33,6 +33,8 @@ impl Group {
     pub(super) fn part(&mut self) -> Result<(), CutError> {
         // A part's flip is nobody's who looks at what it gave.
         self.audit.forget();
+        let now = self.setup.clock.monotonic();
+        self.instant = self.instant.take().filter(|instant| !instant.is_stale(now));
         self.hold_instant()?;
         let blocks_max = self.part_blocks();
         let Some(devices) = &mut self.devices else { return Ok(()) };
@@ -105,13 +107,13 @@ impl Group {
         self.count_written();
         match cut {
             Cut::Captured(mut capture) => {
-                if let Some(volume) = self.dead_volume(&capture) {
-                    self.carry_again(&capture);
-                    self.fail_reading(volume);
+                let later = std::mem::take(&mut capture.later);
+                let is_dead = !self.take_capture(capture, class);
+                // Behind it: what is captured is carried no more, and some of this is the same blocks.
+                self.ledger.carry_more(&later);
+                if is_dead {
                     return Ok(());
                 }
-                self.take_out_unchanged(&mut capture);
-                if capture.is_empty() { self.unchanged(capture.cut_time) } else { self.captured(capture, class) }
             }
             Cut::Unchanged { as_of } => self.unchanged(as_of),
             Cut::TooLarge => {
@@ -128,6 +130,22 @@ impl Group {
             self.audit();
         }
         Ok(())
+    }
+
+    /// What becomes of a cut; `false` where a volume of it does not answer any more.
+    fn take_capture(&mut self, mut capture: Capture, class: Class) -> bool {
+        if let Some(volume) = self.dead_volume(&capture) {
+            self.carry_again(&capture);
+            self.fail_reading(volume);
+            return false;
+        }
+        self.take_out_unchanged(&mut capture);
+        if capture.is_empty() {
+            self.unchanged(capture.cut_time);
+        } else {
+            self.captured(capture, class);
+        }
+        true
     }
 
     /// A capture that becomes nothing is to be made again.
