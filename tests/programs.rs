@@ -176,6 +176,8 @@ fn both_programs_serve_the_metrics_that_are_documented() -> Result<()> {
     site.start_source()?;
     // Nothing has changed since: without a point that is asked for there is no cut to tell of.
     wait_for("a point", PATIENCE, || Ok(site.point_now().ok()))?;
+    // Nor is there anything to tell of drills before the first.
+    site.target(&["drill", "office/main"])?;
     for (address, names) in served {
         ensure!(names.len() > 5, "the page names them: {names:?}");
         let mut missing = names.clone();

@@ -155,7 +155,9 @@ fn after_a_clean_reboot_only_samples_are_read_and_only_what_was_dirty_is_sent() 
     }
     let mut machine = Machine::new(0, DISK_BYTES)?;
     let node = machine.device.node().to_owned();
-    tool("mkfs.ext4", &["-q", "-F", &node.display().to_string()])?;
+    // All at once: else the kernel goes on writing its tables for as long as it is mounted.
+    let options = "lazy_itable_init=0,lazy_journal_init=0";
+    tool("mkfs.ext4", &["-q", "-F", "-E", options, &node.display().to_string()])?;
     let mount = Mount::new(&node, &machine.folder.path().join("live"), "rw")?;
     std::fs::write(mount.folder().join("old"), content(1, 100 << 20))?;
     machine.protect(&node, &[])?;
