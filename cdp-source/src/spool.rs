@@ -214,6 +214,17 @@ impl Spool {
         self.file.as_ref().map_or(0, SpoolFile::used_bytes)
     }
 
+    /// Whether there was no room in the file for what is in memory alone; until something changes.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.is_full
+    }
+
+    /// The attempts whose frames are in the file.
+    pub fn spilled(&self) -> impl Iterator<Item = AttemptId> {
+        self.entries.iter().filter(|entry| matches!(entry.held, HeldIn::File(_))).map(|entry| entry.attempt)
+    }
+
     /// Bytes of frames that wait in memory and nowhere else.
     fn memory_bytes(&self) -> u64 {
         let waiting = self.entries.range(self.handed..);
@@ -228,7 +239,20 @@ impl Spool {
     /// # Errors
     /// Where the file cannot be written: it is not tried again, and what waits in memory stays there.
     pub fn spill(&mut self, memo: &Memo) -> io::Result<Vec<AttemptId>> {
-        if !self.is_on() || self.is_full || self.memory_bytes() <= self.limits.memory_bytes_max {
+        if self.memory_bytes() <= self.limits.memory_bytes_max {
+            return Ok(Vec::new());
+        }
+        self.spill_all(memo)
+    }
+
+    /// Writes to the file what is in memory alone, whatever memory may hold and whether or not it is handed over: it outlives this
+    /// agent. Gives what `spill` gives.
+    ///
+    /// # Errors
+    /// As `spill`.
+    pub fn spill_all(&mut self, memo: &Memo) -> io::Result<Vec<AttemptId>> {
+        let is_any = self.entries.iter().any(|entry| matches!(entry.held, HeldIn::Memory(_)));
+        if !self.is_on() || self.is_full || !is_any {
             return Ok(Vec::new());
         }
         let spilled = self.try_spill(memo);
@@ -348,10 +372,10 @@ impl Spool {
         }
     }
 
-    /// The agent ends: what waits is left to its successor.
+    /// The agent ends: what is not acked is left to its successor.
     pub fn leave(&mut self, memo: &Memo) {
         if self.is_on()
-            && self.entries.len() > self.handed
+            && !self.entries.is_empty()
             && let Err(error) = self.try_spill(memo)
         {
             let folder = self.folder.display();

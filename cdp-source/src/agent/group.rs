@@ -67,6 +67,8 @@ const REOPEN_EVERY: Duration = Duration::from_secs(5);
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// How often the target is asked again what it was sent: the question, or some of the answer, may have gone with a line.
 const ASK_EVERY: Duration = Duration::from_secs(10);
+/// How often it is looked whether a restore is over, which may have ended without a word.
+const RESTORING_EVERY: Duration = Duration::from_secs(5);
 /// How often blocks that could not be read are tried again.
 const UNREADABLE_EVERY: Duration = Duration::from_secs(60);
 /// Cuts in a row that do not validate after which file systems are frozen for the next, where that is allowed.
@@ -138,6 +140,10 @@ struct Group {
     is_put_off: bool,
     /// Which volume is being restored: until that is over no cut is made.
     restoring: Option<String>,
+    /// When that is looked at again.
+    restoring_at: Duration,
+    /// Who waits for the word that no points are made.
+    told_held: Vec<oneshot::Sender<Option<String>>>,
     /// Why the target took nothing when it was asked last. It stands until something is acked: a target that takes the
     /// group up again may have no more room than before.
     put_off: Option<String>,
@@ -232,6 +238,8 @@ impl Group {
             refused: None,
             is_put_off: false,
             restoring: (setup.restoring)(),
+            restoring_at: Duration::ZERO,
+            told_held: Vec::new(),
             put_off: None,
             rescan: None,
             primed: false,
@@ -273,6 +281,7 @@ impl Group {
             return self.reopen_at.saturating_sub(now).min(IDLE_WAIT);
         }
         let retain = self.retain_at.map_or(IDLE_WAIT, |at| at.saturating_sub(now));
+        let restoring = self.restoring.as_ref().map_or(IDLE_WAIT, |_| self.restoring_at.saturating_sub(now));
         let cut = match self.due() {
             Due::Part | Due::Cut => Duration::ZERO,
             Due::Nothing if self.is_merge_due() => Duration::ZERO,
@@ -281,7 +290,7 @@ impl Group {
             }
             Due::Nothing => IDLE_WAIT,
         };
-        cut.min(retain).min(IDLE_WAIT)
+        cut.min(retain).min(restoring).min(IDLE_WAIT)
     }
 
     /// Whether there is room for one more capture, in memory or in the spool.
@@ -333,6 +342,9 @@ impl Group {
             self.unreadable_at = now + UNREADABLE_EVERY;
             self.ledger.carry_unreadable();
         }
+        if self.restoring.is_some() && now >= self.restoring_at {
+            self.look_at_restoring();
+        }
         self.note_progress(now);
         self.want_in_time(now);
         self.start_hooks();
@@ -346,6 +358,7 @@ impl Group {
         }
         self.let_go_in_time();
         self.tend_spool();
+        self.tell_held();
         if self.retain_at.is_some_and(|at| at <= self.setup.clock.monotonic()) {
             self.retain();
         }
@@ -372,14 +385,8 @@ impl Group {
                 }
             }
             Input::Restoring(reply) => {
-                self.restoring = (self.setup.restoring)();
-                let group = &self.setup.facts.name;
-                tracing::info!(group, restoring = self.restoring, "looked whether a volume is being restored");
-                if let Some(reason) = self.restoring.clone() {
-                    self.refuse_wanted(&reason);
-                }
-                // Whoever asked may be gone: what is so is so.
-                let _ = reply.send(self.restoring.clone());
+                self.look_at_restoring();
+                self.told_held.push(reply);
             }
             Input::Point(request) => match self.no_points_because() {
                 // What is put off can be made, but not waited for.
@@ -398,6 +405,19 @@ impl Group {
             },
             Input::Hook(event) => self.hook(event),
             Input::Stop(_) => {}
+        }
+    }
+
+    /// Whether a volume is being restored, as it stands in the group's folder now.
+    fn look_at_restoring(&mut self) {
+        let restoring = (self.setup.restoring)();
+        if restoring != self.restoring {
+            tracing::info!(group = self.setup.facts.name, restoring, "looked whether a volume is being restored");
+        }
+        self.restoring = restoring;
+        self.restoring_at = self.setup.clock.monotonic() + RESTORING_EVERY;
+        if let Some(reason) = self.restoring.clone() {
+            self.refuse_wanted(&reason);
         }
     }
 

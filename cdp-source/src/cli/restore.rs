@@ -38,6 +38,8 @@ use std::time::Duration;
 const LINE_TRIES: u32 = 8;
 /// Before the first of them; doubles with each.
 const LINE_PAUSE: Duration = Duration::from_secs(1);
+/// Points that a target may list: more than are kept in a lifetime.
+const POINTS_MAX: usize = 1 << 20;
 /// Blocks that a dry run fetches to tell what the line carries: 1 MiB.
 const SAMPLE_BLOCKS: u64 = 256;
 
@@ -75,12 +77,17 @@ pub(super) fn restore(state: &StateFolder, args: &RestoreArgs) -> Result<ExitCod
 
 /// The points that the target holds, asked on a line of our own.
 pub(super) fn points(state: &StateFolder, group: &str) -> Result<Vec<PointSummary>> {
-    let facts = state.group(group)?.ok_or_else(|| UserError::new(format!("no group named {group:?} is protected")))?;
+    let facts = state.group(group)?.ok_or_else(|| {
+        UserError::new(format!("no group named {group:?} is protected")).hint("cdp-source protect NAME=DEVICE")
+    })?;
     let mut line = PointLine::open(run::load(state)?, facts.group, "latest")?;
     line.ask(VolumeSlot(0), Question::Points)?;
     let mut all: Vec<PointSummary> = Vec::new();
     while let Some(piece) = line.next_piece()? {
         let Answer::Points { points } = piece else { return Err(LineError::Answer("it is of something else").into()) };
+        if all.len() + points.len() > POINTS_MAX {
+            return Err(LineError::Answer("it lists more points than there can be").into());
+        }
         all.extend(points);
     }
     Ok(all)

@@ -61,11 +61,11 @@ pub fn fetch(
             under_way.push_back(extents);
         }
         let Some(extents) = under_way.pop_front() else { return Ok(()) };
-        let Fetched { mut blocks, lost } = fetched(line, subject)?;
+        let asked = Asked::new(&extents);
+        let Fetched { mut blocks, lost } = fetched(line, subject, asked.clone())?;
         blocks.sort_unstable_by_key(|(block, _)| *block);
         blocks.dedup_by_key(|(block, _)| *block);
-        let asked: RoaringBitmap = extents.iter().flat_map(|extent| extent.blocks()).map(|block| block.0).collect();
-        blocks.retain(|(block, _)| asked.contains(block.0));
+        let asked = asked.blocks;
         write_blocks(disk, &blocks)?;
         plan.fetch -= &asked;
         let mut missing = asked;
@@ -88,7 +88,7 @@ pub fn sample(line: &mut PointLine, subject: &Subject<'_>, blocks: &RoaringBitma
     let before = line.received_bytes();
     for extents in questions(blocks, QUESTION_BLOCKS) {
         line.ask(subject.slot, Question::Content { extents: named(&extents) })?;
-        fetched(line, subject)?;
+        fetched(line, subject, Asked::new(&extents))?;
     }
     Ok(line.received_bytes() - before)
 }
@@ -112,6 +112,33 @@ pub fn write_blocks(disk: &mut Disk, blocks: &[(Block, Vec<u8>)]) -> Result<(), 
     Ok(())
 }
 
+/// What a question is about, and how many blocks more its answer may name.
+#[derive(Clone)]
+struct Asked {
+    blocks: RoaringBitmap,
+    left: u64,
+}
+
+impl Asked {
+    fn new(extents: &[Extent]) -> Self {
+        let blocks: RoaringBitmap = extents.iter().flat_map(|extent| extent.blocks()).map(|block| block.0).collect();
+        Self { left: blocks.len(), blocks }
+    }
+
+    /// Counts what the answer names, before anything is kept of it: only what was asked for, and not more of it.
+    fn take(&mut self, extent: Extent) -> Result<(), LineError> {
+        let (Ok(last), Some(left)) = (u32::try_from(extent.end() - 1), self.left.checked_sub(extent.count.into()))
+        else {
+            return Err(LineError::Answer("it is of more blocks than were asked for"));
+        };
+        if !self.blocks.contains_range(extent.start.0..=last) {
+            return Err(LineError::Answer("it is of other blocks than were asked for"));
+        }
+        self.left = left;
+        Ok(())
+    }
+}
+
 /// The answer to a question about content.
 #[derive(Default)]
 struct Fetched {
@@ -119,13 +146,14 @@ struct Fetched {
     lost: Vec<(Extent, String)>,
 }
 
-fn fetched(line: &mut PointLine, subject: &Subject<'_>) -> Result<Fetched, LineError> {
+fn fetched(line: &mut PointLine, subject: &Subject<'_>, mut asked: Asked) -> Result<Fetched, LineError> {
     let (mut fetched, mut frame, mut of) = (Fetched::default(), Vec::new(), Vec::new());
     while let Some(piece) = line.next_piece()? {
         match piece {
             Answer::Frame { blocks, bytes, more } => {
                 if frame.is_empty() {
                     of = to_extents(&blocks).ok_or(LineError::Answer("it names what are no blocks"))?;
+                    of.iter().try_for_each(|extent| asked.take(*extent))?;
                 }
                 if bytes.is_empty() || frame.len() + bytes.len() > FRAME_BYTES_MAX {
                     return Err(LineError::Answer("a frame of no length that there is"));
@@ -137,6 +165,7 @@ fn fetched(line: &mut PointLine, subject: &Subject<'_>) -> Result<Fetched, LineE
             }
             Answer::Lost { start, count, reason } => {
                 let extent = Extent::new(start, count).ok_or(LineError::Answer("it names what are no blocks"))?;
+                asked.take(extent)?;
                 fetched.lost.push((extent, reason));
             }
             _ => return Err(LineError::Answer("it is of something else")),
@@ -241,6 +270,21 @@ mod tests {
         assert!(
             fetched.blocks.len() == 2 && fetched.blocks.iter().all(|(_, bytes)| bytes.iter().all(|byte| *byte == 0))
         );
+    }
+
+    #[test]
+    fn an_answer_names_nothing_that_was_not_asked_for_and_nothing_twice_over() {
+        let asked = Asked::new(&[extent(7, 2), extent(20, 3)]);
+        let takes = |extents: &[Extent]| {
+            let mut asked = asked.clone();
+            extents.iter().try_for_each(|extent| asked.take(*extent)).is_ok()
+        };
+        assert!(takes(&[extent(20, 3), extent(8, 1), extent(7, 1)]));
+        for beyond in
+            [[extent(8, 2)].as_slice(), &[extent(0, 1)], &[extent(20, 3), extent(20, 3)], &[extent(u32::MAX, 1)]]
+        {
+            assert!(!takes(beyond), "{beyond:?}");
+        }
     }
 
     #[test]

@@ -71,6 +71,12 @@ impl Restoring {
         format!("cdp-source restore --group {group} {} --at {}{to}", self.volume, self.epoch)
     }
 
+    /// The word of an agent that makes no points because of it, and has kept all there were.
+    #[must_use]
+    pub fn word(&self, group: &str) -> String {
+        format!("{}; to go on: {}", self.describe(), self.command(group))
+    }
+
     /// The group's, where there is one.
     ///
     /// # Errors

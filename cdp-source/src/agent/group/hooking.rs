@@ -49,7 +49,8 @@ impl Group {
     /// Asks for a point with hooks where it is time for one, and nobody has asked for another.
     pub(super) fn want_in_time(&mut self, now: Duration) {
         let every_s = self.setup.hooks.as_ref().map_or(0, |hooks| hooks.every_s);
-        if every_s == 0 || now < self.hooks_at || !self.wanted.is_empty() || self.hooked.is_some() {
+        let is_busy = self.restoring.is_some() || !self.wanted.is_empty() || self.hooked.is_some();
+        if every_s == 0 || now < self.hooks_at || is_busy {
             return;
         }
         self.hooks_at = now + Duration::from_secs(every_s);
@@ -60,7 +61,8 @@ impl Group {
 
     /// Starts the hooks of the next point that is wanted, once it could be cut.
     pub(super) fn start_hooks(&mut self) {
-        let can_cut = self.open.is_some() && self.devices.is_some() && self.has_room() && !self.is_too_large();
+        let is_ready = self.open.is_some() && self.devices.is_some() && self.restoring.is_none();
+        let can_cut = is_ready && self.has_room() && !self.is_too_large();
         let Some(config) = self.setup.hooks.as_ref().filter(|_| can_cut && self.hooked.is_none()) else { return };
         let Some(request) = self.wanted.pop_front() else { return };
         let inputs = self.inputs.clone();

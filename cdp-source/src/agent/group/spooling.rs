@@ -1,6 +1,7 @@
 //! What becomes of what the line does not take: it waits in the spool, is merged where it is too much, and goes on with a successor.
 //!
-//! Invariant: ledger, digests and spool know the same attempts in the same order; a block of one that is given up is carried again.
+//! Invariant: ledger, digests and spool know the same attempts in the same order; a block of one that is given up is carried again. While a
+//! volume is restored all that is not acked is in the file, or whoever restores is told that it is not.
 
 use super::{Group, Open, PART_BLOCKS};
 use crate::agent::ledger::{Captured, to_bytes};
@@ -46,7 +47,9 @@ impl Group {
 
     /// Keeps the spool within its bounds: a step of it, so that cuts are made between.
     pub(super) fn tend_spool(&mut self) {
-        if let Ok(spooled) = self.setup.spool.spill(&self.memo) {
+        let spool = &mut self.setup.spool;
+        let spilled = if self.restoring.is_some() { spool.spill_all(&self.memo) } else { spool.spill(&self.memo) };
+        if let Ok(spooled) = spilled {
             for attempt in spooled {
                 self.setup.digests.spooled(attempt);
             }
@@ -59,6 +62,53 @@ impl Group {
             let group = &self.setup.facts.name;
             tracing::warn!(group, error = failure, "nothing is written to the spool until this agent's next start");
             self.spool_failure = failure.map(str::to_owned);
+        }
+    }
+
+    /// Tells who restores a volume that no points are made: once all that was captured is acked or outlives this agent, since what it
+    /// holds is about to be overwritten; or that this cannot be.
+    pub(super) fn tell_held(&mut self) {
+        if self.told_held.is_empty() {
+            return;
+        }
+        let word = match &self.restoring {
+            None => None,
+            Some(restoring) if self.is_all_kept() => Some(restoring.clone()),
+            Some(_) => match self.unkept_because() {
+                Some(reason) => Some(reason),
+                // It is being encoded.
+                None => return,
+            },
+        };
+        for reply in self.told_held.drain(..) {
+            // Whoever asked may be gone: what is so is so.
+            let _ = reply.send(word.clone());
+        }
+    }
+
+    /// Whether all that was captured is in the spool's file, or acked.
+    fn is_all_kept(&self) -> bool {
+        let in_file = self.setup.spool.spilled().filter(|attempt| self.ledger.blocks_of(*attempt).is_some()).count();
+        in_file == self.ledger.attempts() && !self.is_newest_gone()
+    }
+
+    /// Whether the newest point is neither acked nor to be sent: what was under way was voided, or given up.
+    fn is_newest_gone(&self) -> bool {
+        let acked = self.memo.head().map(|head| head.epoch);
+        self.captured_epoch > acked && self.captured_epoch > self.ledger.newest().map(|captured| captured.epoch)
+    }
+
+    /// Why what was captured does not outlive this agent.
+    fn unkept_because(&self) -> Option<String> {
+        let spool = &self.setup.spool;
+        if self.is_newest_gone() {
+            return Some("the newest point was given up before it was sent".to_owned());
+        }
+        match spool.failure() {
+            Some(failure) => Some(format!("the spool cannot be written: {failure}")),
+            None if !spool.is_on() => Some("there is no spool, and the target does not have it yet".to_owned()),
+            None if spool.is_full() => Some("the spool is full, and the target does not have it yet".to_owned()),
+            None => None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! What is overwritten is kept first, and the agent holds its points meanwhile.
 //!
-//! In place: a running agent makes a point of what is there, and no other until the restore is over; where none runs, nothing may be
-//! overwritten that no point has, and none is started meanwhile. The marker is there before the first byte is written, so that whoever
+//! In place: a running agent makes a point of what is there, which outlives it or is acked before anything is overwritten, and no other until
+//! the restore is over; where none runs, nothing may be overwritten that no point has, and none is started meanwhile. The marker is there before the first byte is written, so that whoever
 //! looks knows that the volume is neither old nor new. `--discard-current` says that what is there may be lost.
 
 use crate::cli::RestoreArgs;
@@ -60,17 +60,27 @@ impl<'a> Keeping<'a> {
 
     /// Makes sure that what the plan overwrites may be overwritten, and that no point is made from here on.
     pub(super) fn keep(&mut self, state: &StateFolder, group: &str, plan: &Plan, mut marker: Restoring) -> Result<()> {
+        let (was_marked, mut has_to_last) = (self.is_marked, None);
         if self.agent.is_some() {
             self.refuse_unkept(plan)?;
         } else if !self.is_held(state, group)? {
             self.kept = if self.args.discard_current { None } else { Some(point(state, group, marker.epoch)?) };
             marker.kept = self.kept;
+            has_to_last = self.kept;
         }
         self.begin(state, group, &marker)?;
-        if self.agent.is_none() && look_again(state, group)?.is_none() {
-            bail!("the agent does not hold its points, although it was told to");
+        if self.agent.is_some() {
+            return Ok(());
         }
-        Ok(())
+        let held = hold(state, group, &marker, has_to_last);
+        if held.is_err() && !was_marked {
+            // No byte was written.
+            Restoring::remove(state, group)?;
+            self.is_marked = false;
+            // An agent that cannot be told looks again by itself.
+            let _ = look_again(state, group);
+        }
+        held.map_err(|error| error.context(self.cut_off()))
     }
 
     /// The marker, before the first byte is written. What the last stop left of the tracking is not of this volume any more.
@@ -85,11 +95,11 @@ impl<'a> Keeping<'a> {
 
     /// It is over: points are made again.
     pub(super) fn end(&mut self, state: &StateFolder, group: &str) -> Result<()> {
-        if !self.is_marked {
-            return Ok(());
+        if self.is_marked {
+            Restoring::remove(state, group)?;
+            self.is_marked = false;
         }
-        Restoring::remove(state, group)?;
-        self.is_marked = false;
+        // Also where there was none: the command before may have ended between the two.
         match look_again(state, group) {
             Ok(_) => Ok(()),
             // One that ended meanwhile, or is just starting, reads what is there now.
@@ -140,7 +150,34 @@ impl<'a> Keeping<'a> {
     }
 }
 
-/// Has the agent make a point of what is there. It is captured when this returns, and on its way.
+/// Has the agent hold its points, and make sure that the one of what is there outlives it.
+fn hold(state: &StateFolder, group: &str, marker: &Restoring, has_to_last: Option<Epoch>) -> Result<()> {
+    let Some(word) = look_again(state, group)? else {
+        bail!("the agent does not hold its points, although it was told to");
+    };
+    let Some(kept) = has_to_last else { return Ok(()) };
+    let unkept = |reason: &str| {
+        let error = UserError::new(format!("point {kept} of what is there could be lost yet: {reason}"));
+        error.hint(
+            "wait until the target has it, as cdp-source status shows; or --discard-current, which does without it",
+        )
+    };
+    if word != marker.word(group) {
+        return Err(unkept(&word).into());
+    }
+    // Not by an agent that was started since, and knows nothing of it.
+    let Reply::Status(status) = show::ask(state, &Request::Status)? else {
+        bail!("the agent does not tell its status")
+    };
+    let has = |epoch: Option<Epoch>| epoch >= Some(kept);
+    let of_group = status.groups.iter().find(|status| status.group == group);
+    if of_group.is_some_and(|status| has(status.captured_epoch) || has(status.acked_epoch)) {
+        return Ok(());
+    }
+    Err(unkept("the agent was started anew and does not have it").into())
+}
+
+/// Has the agent make a point of what is there. It is captured when this returns, and in the agent's memory.
 fn point(state: &StateFolder, group: &str, to: Epoch) -> Result<Epoch> {
     let label = Some(format!("before-restore-to-{to}"));
     let request = Request::Point { group: group.to_owned(), label, wait: false, timeout_ms: Some(POINT_WAIT_MS) };
@@ -154,7 +191,8 @@ fn point(state: &StateFolder, group: &str, to: Epoch) -> Result<Epoch> {
     }
 }
 
-/// Has the agent look whether a volume is being restored; gives why it makes no points, if so.
+/// Has the agent look whether a volume is being restored; gives why it makes no points, if so: the marker's word, or why not all points
+/// that it has made would outlive it.
 fn look_again(state: &StateFolder, group: &str) -> Result<Option<String>> {
     match show::ask(state, &Request::Restoring { group: group.to_owned() })? {
         Reply::Restoring { held } => Ok(held),
