@@ -5,8 +5,8 @@
 mod cli_support;
 mod nbd_support;
 
-use cli_support::{GROUP, SIZE_BYTES, Store};
-use nbd_support::{NbdServer, Raw, client, client_fails, has};
+use cli_support::{GROUP, SIZE_BYTES, Server, Store};
+use nbd_support::{NbdServer, Raw, client, client_fails, has, request};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -231,6 +231,39 @@ fn a_point_that_goes_while_it_is_read_stays_readable() {
     server.end();
     let done = store.json(&["prune", "paris/main", "--accept-clock", "--json"]);
     assert_eq!(done["leased"], false, "the lease has gone with the server: {done}");
+}
+
+#[test]
+fn a_point_under_an_overlay_is_pinned_and_there_after_a_prune() {
+    for has_server in [false, true] {
+        let store = Store::new();
+        let images = store.fill_with_noise(12);
+        let receiver = has_server.then(|| Server::start(&store));
+        let overlay = store.path("overlay");
+        let writable = ["--writable", text(&overlay)];
+        let server = NbdServer::start(&store, "2", &writable);
+        let said = server.says("pinned: ");
+        assert!(said.contains("point 2 of paris/main") && said.contains("`cdp-target unpin paris/main 2`"), "{said}");
+        let write = [request(1, 1, 0, 4096), vec![7; 4096]].concat();
+        let mut raw = Raw::with_export(&server.socket, "root", false);
+        raw.say(&write);
+        assert_eq!(raw.simple(), 0);
+        drop(raw);
+        server.end();
+        receiver.into_iter().for_each(Server::end);
+        store.json(&["prune", "paris/main", "--accept-clock", "--json"]);
+        let listed = store.json(&["points", "paris/main", "--json"]);
+        let points = listed["points"].as_array().expect("points");
+        let point = |epoch: u64| points.iter().find(|point| point["epoch"] == epoch);
+        assert_eq!(point(2).map(|point| &point["pinned"]), Some(&true.into()), "{listed}");
+        assert!(point(3).is_none(), "the ladder was at work: {listed}");
+        let server = NbdServer::start(&store, "2", &writable);
+        let mut raw = Raw::with_export(&server.socket, "root", false);
+        raw.request(0, 0, 0, 8192);
+        assert_eq!(raw.simple(), 0);
+        assert!(raw.take(8192) == [&[7; 4096], &images[1][4096..8192]].concat(), "what was written, over its point");
+        server.end();
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::arguments::{DataFolder, GroupPath, whole_group};
 use super::failure::Failure;
 use super::output::{bytes, json};
-use super::{context, print};
+use super::{context, pin, print};
 use crate::authority::Authority;
 use crate::nbd::exports::{ExportError, Exports};
 use crate::nbd::overlay::Overlay;
@@ -12,7 +12,7 @@ use crate::nbd::points::{OpenPoint, Points};
 use crate::nbd::server::Server;
 use crate::nbd::socket::{Address, Listener};
 use crate::nbd::tls::Tls;
-use crate::points::Instant;
+use crate::points::{Instant, PointName};
 use crate::store::Store;
 use cdp_protocol::units::{Epoch, Head};
 use cdp_seams::clock::{Clock, SystemClock};
@@ -35,7 +35,8 @@ pub(super) struct Arguments {
     /// default a socket in the store's folder.
     #[arg(long, value_name = "unix:PATH|ADDR:PORT")]
     listen: Option<Address>,
-    /// Lets clients write, into this file; it is made where it is not there, and goes on where it is.
+    /// Lets clients write, into this file; it is made where it is not there, and goes on where it is. The point is pinned: without it the file
+    /// is worth nothing.
     #[arg(long, value_name = "OVERLAY")]
     writable: Option<PathBuf>,
     /// Folder with the certificates of a client that may connect over TCP, for its `tls-certificates`; made where it is not there. The
@@ -86,6 +87,9 @@ fn serve(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let points = Points::new(&store, authority, office, group, Arc::clone(&clock));
     let point = points.open(&arguments.at).map_err(refused)?;
     let overlay = arguments.writable.as_deref().map(|path| overlay(path, &point)).transpose()?;
+    if let Some(overlay) = &arguments.writable {
+        keep(&store, arguments, &point, overlay)?;
+    }
     // Before there is a socket that would be left behind.
     let stop = context::stop_on_signal(Path::new(""));
     let listener = Listener::bind(&address)?;
@@ -136,6 +140,17 @@ fn overlay(path: &Path, point: &OpenPoint) -> Result<Arc<Overlay>, Failure> {
     let head = Head { epoch: point.epoch(), hash: point.hash };
     let base = Base { group: point.group(), head, volumes: point.image.volumes().to_vec() };
     Ok(Arc::new(Overlay::open(context::storage().as_ref(), path, base)?))
+}
+
+/// Pins the point that an overlay lies over, before anything is written: the lease goes with us, and holds the files only.
+fn keep(store: &Store, arguments: &Arguments, point: &OpenPoint, overlay: &Path) -> Result<(), Failure> {
+    let (epoch, group) = (point.epoch(), &arguments.group);
+    pin::set(store, group, &PointName::Epoch(epoch), true).map_err(|failure| failure.context("pin the point"))?;
+    let overlay = overlay.display();
+    eprintln!(
+        "pinned: point {epoch} of {group}, over which {overlay} lies; `cdp-target unpin {group} {epoch}` lets it go"
+    );
+    Ok(())
 }
 
 /// The error of what is behind it, for which there are hints.

@@ -1,4 +1,4 @@
-//! `pin` and `unpin`: whether a recovery point is kept from pruning.
+//! `pin` and `unpin`: whether a recovery point is kept from pruning. `nbd --writable` pins as well.
 
 use super::arguments::{DataFolder, GroupPath, whole_group};
 use super::context::Done;
@@ -7,6 +7,8 @@ use super::{context, print};
 use crate::catalog::{Catalog, write_pin};
 use crate::control::Request;
 use crate::points::PointName;
+use crate::store::Store;
+use cdp_protocol::units::Epoch;
 use std::process::ExitCode;
 
 /// Arguments of `pin` and `unpin`.
@@ -31,24 +33,26 @@ pub(super) fn run(arguments: &Arguments, pinned: bool) -> Result<ExitCode, Failu
 fn pin(arguments: &Arguments, pinned: bool) -> Result<ExitCode, Failure> {
     let name = PointName::parse(&arguments.point, context::now())?;
     let store = context::open(&arguments.data)?;
-    let catalog = Catalog::new(&store, context::authority(&store)?);
-    let group = catalog.group(&arguments.group.office, &arguments.group.group)?;
+    let epoch = set(&store, &arguments.group, &name, pinned)?;
+    let state = if pinned { "is pinned: it is never pruned" } else { "is not pinned" };
+    print(&format!("point {epoch} of {} {state}\n", arguments.group))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has a point kept from pruning, or no longer, by the running server where there is one; gives its number.
+pub(super) fn set(store: &Store, path: &GroupPath, name: &PointName, pinned: bool) -> Result<Epoch, Failure> {
+    let catalog = Catalog::new(store, context::authority(store)?);
+    let group = catalog.group(&path.office, &path.group)?;
     // A prune beside us takes nothing away that is still to be read.
-    let (group, _lease) = group.held(&store)?;
+    let (group, _lease) = group.held(store)?;
     let points = group.points()?;
     let point = name.find(&points)?;
     if point.pinned != pinned {
-        let request = Request::Pin {
-            office: arguments.group.office.clone(),
-            group: arguments.group.group.clone(),
-            epoch: point.epoch.0,
-            pinned,
-        };
-        if let Done::Locked(_lock) = context::serve_or_lock(&store, &request)? {
-            write_pin(&store, group.place(), point.epoch, pinned)?;
+        let (office, name) = (path.office.clone(), path.group.clone());
+        let request = Request::Pin { office, group: name, epoch: point.epoch.0, pinned };
+        if let Done::Locked(_lock) = context::serve_or_lock(store, &request)? {
+            write_pin(store, group.place(), point.epoch, pinned)?;
         }
     }
-    let state = if pinned { "is pinned: it is never pruned" } else { "is not pinned" };
-    print(&format!("point {} of {} {state}\n", point.epoch, arguments.group))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(point.epoch)
 }

@@ -29,7 +29,7 @@ pub struct Overlay {
     maps: Vec<RwLock<Map>>,
     /// Held by the one that flushes: how often each page was written.
     sequences: Mutex<HashMap<(usize, u32), u64>>,
-    /// Content was written since a flush began last.
+    /// Content was written since a flush began last; by whoever had it before us too, who may have been killed before his flush.
     has_written: AtomicBool,
     /// A write or a sync failed.
     has_failed: AtomicBool,
@@ -129,7 +129,7 @@ impl Overlay {
             base,
             layout,
             sequences: Mutex::default(),
-            has_written: AtomicBool::new(false),
+            has_written: AtomicBool::new(true),
             has_failed: AtomicBool::new(false),
             parts: Mutex::new(()),
         };
@@ -237,11 +237,12 @@ impl Overlay {
 /// not durable yet, none: nothing was written to it.
 fn make(storage: &dyn Storage, path: &Path, base: &Base, len: u64) -> Result<Box<dyn StorageFile>, OverlayError> {
     let system = |verb| move |source| OverlayError::System { verb, path: path.to_owned(), source };
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".new");
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".overlay-new");
     let beside = path.with_file_name(name);
     let file = match storage.create_new(&beside) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => storage.open_write(&beside),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => left(storage, &beside),
         created => created,
     };
     let file = file.map_err(system("make"))?;
@@ -257,6 +258,19 @@ fn make(storage: &dyn Storage, path: &Path, base: &Base, len: u64) -> Result<Box
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     storage.sync_dir(folder).map_err(system("sync the folder of"))?;
     Ok(file)
+}
+
+/// What a call that was cut off has left beside an overlay's place; refuses anything else of that name.
+fn left(storage: &dyn Storage, beside: &Path) -> io::Result<Box<dyn StorageFile>> {
+    let file = storage.open_write(beside)?;
+    let mut bytes = [0; format::MAGIC.len()];
+    let read = file.read_at(&mut bytes, 0)?;
+    // The header is written into zeros, its first bytes in one sector.
+    if read == 0 || bytes == [0; format::MAGIC.len()] || bytes == *format::MAGIC {
+        return Ok(file);
+    }
+    let line = format!("{} is there, and is no overlay", beside.display());
+    Err(io::Error::new(io::ErrorKind::AlreadyExists, line))
 }
 
 fn read_header(file: &dyn StorageFile, path: &Path) -> Result<Base, OverlayError> {

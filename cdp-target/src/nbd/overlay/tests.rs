@@ -210,3 +210,25 @@ fn version_1_is_read_and_written_as_ever() {
     assert_eq!(format::encode_page(1, 2, 1, states.iter().copied()), PAGE);
     assert_eq!(format::decode_page(1, 2, PAGE), Copy::Whole { sequence: 1, states });
 }
+
+#[test]
+fn the_first_flush_syncs_what_a_killed_server_wrote_and_nobody_elses_file_is_touched() {
+    let disk = SimStorage::new(1);
+    disk.create_dir_all(Path::new("/overlays")).expect("made");
+    let beside = Path::new("/overlays/.a.overlay-new");
+    let other = disk.create_new(beside).expect("made");
+    other.write_at(b"somebody's own", 0).expect("written");
+    assert!(matches!(Overlay::open(&disk, Path::new(PATH), base(9)), Err(OverlayError::System { verb: "make", .. })));
+    let mut bytes = [0; 14];
+    other.read_at(&mut bytes, 0).expect("read");
+    assert_eq!(&bytes, b"somebody's own");
+    drop(other);
+    disk.remove(beside).expect("removed");
+    let overlay = Overlay::open(&disk, Path::new(PATH), base(9)).expect("made");
+    let before = disk.calls();
+    overlay.flush().expect("flushed");
+    assert!(disk.calls() > before, "it cannot know that all is durable");
+    let before = disk.calls();
+    overlay.flush().expect("flushed");
+    assert_eq!(disk.calls(), before, "and then it does");
+}
