@@ -204,6 +204,49 @@ fn what_was_broken_on_purpose_fails_and_is_named() {
     assert!(report["not_checked"][0].as_str().expect("text").contains("it is damaged"));
 }
 
+#[test]
+fn what_only_a_backup_could_mend_fails() {
+    if !(has("mkfs.ext4") && has("dumpe2fs")) {
+        return;
+    }
+    let store = Store::new();
+    let good = ext4(&store);
+    let (mut superblock, mut descriptors) = (good.clone(), good.clone());
+    // How many inodes and blocks there are, and the block behind the superblock's.
+    superblock[1024..1024 + 16].fill(0);
+    let block = 1024 << u32::from_le_bytes(*good[1024 + 24..].first_chunk().expect("a superblock"));
+    let at = if block == 1024 { 2048 } else { block };
+    descriptors[at..at + block].fill(0);
+    store.fill_with_volumes(&[vec![("root", &superblock)], vec![("root", &descriptors)]]);
+    for at in ["1", "2"] {
+        let report =
+            failed(&store, &["--at", at], &["its superblock or group descriptors cannot be used (dumpe2fs -h"]);
+        let place = &report["volumes"][0]["places"][0];
+        assert!(place["output"].as_str().is_some_and(|output| output.contains("dumpe2fs: ")), "{place}");
+    }
+}
+
+#[test]
+fn content_behind_zeros_is_said_to_be_unchecked() {
+    let store = Store::new();
+    let mut hidden = vec![0; MIB];
+    hidden[700_000] = 1;
+    let mut protective = vec![0; MIB];
+    protective[446 + 4] = 0xee;
+    protective[446 + 8..446 + 16].copy_from_slice(&[1, 0, 0, 0, 0xff, 7, 0, 0]);
+    protective[510..512].copy_from_slice(&[0x55, 0xaa]);
+    store.fill_with_volumes(&[
+        vec![("root", hidden.as_slice()), ("blank", &vec![0; MIB])],
+        vec![("root", protective.as_slice()), ("blank", &vec![0; MIB])],
+    ]);
+    let report = store.json(&["drill", "paris/main", "--at", "1", "--json"]);
+    let not_checked = report["not_checked"].as_array().expect("a list");
+    assert_eq!(not_checked.len(), 1, "{report}");
+    let line = not_checked[0].as_str().expect("text");
+    assert!(line.starts_with("volume root: it begins with zeros, though it has content"), "{line}");
+    failed(&store, &["--at", "2"], &["volume root: its GUID partition table is gone"]);
+}
+
 /// A file system that is mounted, unmounted at the end.
 struct Mounted(PathBuf);
 

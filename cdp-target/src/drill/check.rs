@@ -1,12 +1,14 @@
 //! Checks of what was found in a volume, by the tools that its file systems come with.
 //!
-//! Invariant: a tool sees a throw-away copy, never the image itself. What a mount would do by itself, replaying a journal and letting go of
+//! Invariant: a tool sees a throw-away copy, never the image itself. What no mount would take, a superblock or group descriptors that are only
+//! whole in their backups, is wrong before anything is done to the copy. What a mount would do by itself, replaying a journal and letting go of
 //! files that were deleted while open, is done to the copy first; what is wrong after that is wrong. A check that was not done is
 //! never told as passed.
 
 use super::probe::{Kind, Place};
 use super::program::{Ended, Run, Runner};
 use super::report::{Outcome, PlaceReport};
+use super::room::Room;
 use cdp_seams::storage::{Storage, StorageFile};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(6 * 3600);
 /// Bytes that are copied at once.
 const COPY_BYTES: u64 = 1 << 20;
 /// Zeros are left out of a copy in pieces of this size.
-const HOLE_BYTES: usize = 64 * 1024;
+const HOLE_BYTES: usize = 4096;
 /// What `xfs_repair -n` says where the log holds changes that it does not apply.
 const XFS_DIRTY_LOG: &str = "ignored because the -n option was used";
 
@@ -28,6 +30,7 @@ pub(super) struct Checker<'a> {
     pub(super) runner: &'a Runner<'a>,
     /// The drill's own folder.
     pub(super) folder: &'a Path,
+    pub(super) room: &'a Room<'a>,
 }
 
 /// A check, and why it failed or was not done.
@@ -47,6 +50,9 @@ impl Checker<'_> {
             Kind::Ext => Ok(self.ext(place, &copied()?)),
             Kind::Xfs => Ok(self.xfs(place, &copied()?)),
             Kind::Btrfs => Ok(self.btrfs(place, &copied()?)),
+            Kind::Blank if self.has_content(image, place)? => {
+                Ok(not_checked(place, Some("it begins with zeros, though it has content: nobody knows what")))
+            }
             Kind::Swap | Kind::Blank => Ok(not_checked(place, None)),
             Kind::Ntfs | Kind::Fat => Ok(not_checked(place, Some("no checker for it is run"))),
             Kind::Luks => Ok(not_checked(place, Some("it is encrypted: what is in it cannot be seen"))),
@@ -55,9 +61,29 @@ impl Checker<'_> {
         }
     }
 
+    /// Whether anything stands at a place but zeros.
+    fn has_content(&self, image: &dyn StorageFile, place: &Place) -> io::Result<bool> {
+        let mut buffer = vec![0; COPY_BYTES as usize];
+        let mut done = 0;
+        while done < place.bytes {
+            self.room.check()?;
+            let part = read_part(image, place, done, &mut buffer)?;
+            if part.iter().any(|byte| *byte != 0) {
+                return Ok(true);
+            }
+            done += part.len() as u64;
+        }
+        Ok(false)
+    }
+
     fn ext(&self, place: &Place, copy: &Copy<'_>) -> Checked {
-        // Replays the journal and lets go of deleted files, as a mount does, and checks nothing.
-        let replayed = self.run("e2fsck", &["-y", "-E", "journal_only"], copy);
+        // Of the primary superblock and its descriptors: e2fsck would take a backup instead, which no mount does.
+        let opened = self.run("dumpe2fs", &["-h"], copy);
+        if opened.ended != Ended::Exit(0) {
+            return concluded(place, "dumpe2fs -h", opened, "its superblock or group descriptors cannot be used");
+        }
+        // Replays the journal and lets go of deleted files, as a mount does, and checks nothing. What a person would have to be asked ends it.
+        let replayed = self.run("e2fsck", &["-p", "-E", "journal_only"], copy);
         if !matches!(replayed.ended, Ended::Exit(0 | 1)) {
             return concluded(place, "e2fsck -E journal_only", replayed, "its journal cannot be replayed");
         }
@@ -106,16 +132,19 @@ impl<'a> Copy<'a> {
         let mut buffer = vec![0; COPY_BYTES as usize];
         let mut done = 0;
         while done < place.bytes {
-            let part = &mut buffer[..COPY_BYTES.min(place.bytes - done) as usize];
-            if image.read_at(part, place.offset + done)? != part.len() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            for (at, piece) in part.chunks(HOLE_BYTES).enumerate() {
-                if piece.iter().any(|byte| *byte != 0) {
-                    file.write_at(piece, done + (at * HOLE_BYTES) as u64)?;
+            checker.room.check()?;
+            let part = read_part(image, place, done, &mut buffer)?;
+            let is_hole = |piece: &[u8]| piece.iter().all(|byte| *byte == 0);
+            let mut at = done;
+            let pieces: Vec<&[u8]> = part.chunks(HOLE_BYTES).collect();
+            for run in pieces.chunk_by(|one, next| is_hole(one) == is_hole(next)) {
+                if !is_hole(run[0]) {
+                    file.write_at(&run.concat(), at)?;
                 }
+                at += run.iter().map(|piece| piece.len() as u64).sum::<u64>();
             }
             done += part.len() as u64;
+            checker.room.written(part.len() as u64);
         }
         Ok(copy)
     }
@@ -127,6 +156,16 @@ impl Drop for Copy<'_> {
             tracing::warn!(path = %self.path.display(), %error, "a copy goes later, with the drill's folder");
         }
     }
+}
+
+/// The next bytes of a place, as many as there are and `buffer` takes.
+fn read_part<'b>(image: &dyn StorageFile, place: &Place, done: u64, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
+    let len = (buffer.len() as u64).min(place.bytes - done) as usize;
+    let part = &mut buffer[..len];
+    if image.read_at(part, place.offset + done)? != part.len() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(part)
 }
 
 fn report(place: &Place, result: Outcome, tool: &str, run: Run) -> PlaceReport {

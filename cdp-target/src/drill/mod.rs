@@ -7,6 +7,7 @@ mod check;
 pub mod probe;
 mod program;
 pub mod report;
+mod room;
 pub mod schedule;
 mod scratch;
 
@@ -26,14 +27,13 @@ use check::{Checked, Checker};
 use probe::probe;
 use program::{Ended, Runner};
 use report::{Outcome, Report, ScriptReport, VolumeReport};
+use room::Room;
 use scratch::Scratch;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Bytes that stay free: the folder may be on the store's own disk, and the store goes on receiving.
-const SPARE_BYTES: u64 = 256 << 20;
 /// Ranges that cannot be read which are named, a volume.
 const BAD_NAMED_MAX: usize = 20;
 
@@ -66,7 +66,7 @@ pub struct Drill<'a> {
     pub clock: &'a dyn Clock,
     /// For names.
     pub random: &'a dyn Random,
-    /// Ends the drill where it turns true.
+    /// Ends the drill where it turns true, which the drill does itself where room runs out.
     pub stop: &'a AtomicBool,
     /// Told what is being done, and of every piece of a volume.
     pub progress: &'a (dyn Fn(&str, u64) + Sync),
@@ -105,6 +105,16 @@ impl Drill<'_> {
     /// # Errors
     /// Where nothing can be said of the point: no room, an interruption.
     pub fn run(&self) -> Result<Report, DrillError> {
+        let scratch = Scratch::new(self.store.storage(), self.scratch, self.random)?;
+        let room = Room::new(self.store.storage().as_ref(), &scratch, self.stop);
+        let done = self.work(&scratch, &room);
+        match room.missing() {
+            Some(spare) => Err(no_room(self.scratch, spare).into()),
+            None => done,
+        }
+    }
+
+    fn work(&self, scratch: &Scratch, room: &Room<'_>) -> Result<Report, DrillError> {
         let (begun, started) = (self.clock.monotonic(), Timestamp(self.clock.wall_ms()));
         let mut findings = Findings::default();
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(16);
@@ -112,15 +122,14 @@ impl Drill<'_> {
         let sources = vec![&reader as &dyn BlockSource; threads];
         let (head, volumes) = (reader.head(), reader.volumes().to_vec());
         let opened_ms = self.since(begun);
-        let scratch = Scratch::new(self.store.storage(), self.scratch, self.random)?;
         scratch.has_room(room_for(sources[0], &volumes)?)?;
         let mut restored = Vec::new();
         for volume in &volumes {
-            restored.push(self.restore(&sources, volume, scratch.path(), &mut findings)?);
+            restored.push(self.restore(&sources, volume, (scratch.path(), room), &mut findings)?);
         }
         let restored_ms = self.since(begun);
         for volume in &mut restored {
-            self.check(volume, scratch.path(), &mut findings);
+            self.check(volume, (scratch.path(), room), &mut findings);
             self.may_go_on()?;
         }
         let script = self.script.map(|script| self.run_script(script, &volumes, scratch.path(), &mut findings));
@@ -162,7 +171,7 @@ impl Drill<'_> {
         &self,
         sources: &[&dyn BlockSource],
         volume: &Volume,
-        folder: &Path,
+        (folder, room): (&Path, &Room<'_>),
         findings: &mut Findings,
     ) -> Result<Restored, DrillError> {
         let begun = self.clock.monotonic();
@@ -176,7 +185,10 @@ impl Drill<'_> {
             // All that is bad is to be named, not the first of it.
             allow_damaged: true,
             stop: self.stop,
-            progress: &|bytes| (self.progress)(&volume.name, bytes),
+            progress: &|bytes| {
+                room.written(bytes);
+                (self.progress)(&volume.name, bytes);
+            },
         };
         let Exported { content_bytes, hash, bad } = export.run(output.as_mut())?;
         let stored = Stored {
@@ -208,7 +220,7 @@ impl Drill<'_> {
     }
 
     /// Looks at what a volume is, and checks what is known of it.
-    fn check(&self, volume: &mut Restored, folder: &Path, findings: &mut Findings) {
+    fn check(&self, volume: &mut Restored, place: (&Path, &Room<'_>), findings: &mut Findings) {
         let Restored { report, path } = volume;
         if report.blake3.is_none() {
             findings.not_checked.push(format!("volume {}: what is in it: it is damaged", report.name));
@@ -216,7 +228,7 @@ impl Drill<'_> {
         }
         (self.progress)(&format!("check {}", report.name), 0);
         let looked =
-            self.store.storage().open(path).and_then(|image| self.look(report, image.as_ref(), folder, findings));
+            self.store.storage().open(path).and_then(|image| self.look(report, image.as_ref(), place, findings));
         if let Err(error) = looked {
             findings.not_checked.push(format!("volume {}: what is in it: {}", report.name, one_line(&error)));
         }
@@ -226,7 +238,7 @@ impl Drill<'_> {
         &self,
         report: &mut VolumeReport,
         image: &dyn StorageFile,
-        folder: &Path,
+        (folder, room): (&Path, &Room<'_>),
         findings: &mut Findings,
     ) -> std::io::Result<()> {
         let read = |offset: u64, buffer: &mut [u8]| match image.read_at(buffer, offset)? {
@@ -238,7 +250,7 @@ impl Drill<'_> {
         let name = report.name.clone();
         findings.failures.extend(layout.broken.iter().map(|what| format!("volume {name}: {what}")));
         let runner = Runner { clock: self.clock, stop: self.stop };
-        let checker = Checker { storage: self.store.storage().as_ref(), runner: &runner, folder };
+        let checker = Checker { storage: self.store.storage().as_ref(), runner: &runner, folder, room };
         for place in &layout.places {
             let Checked { report: found, reason } = checker.check(image, place)?;
             let what = place.partition.map_or_else(String::new, |number| format!(", partition {number}"));
@@ -295,12 +307,18 @@ impl Findings {
     }
 }
 
-/// Room for all images, for a copy of what is checked, and some to spare.
+/// Room ran out while it wrote.
+fn no_room(path: &Path, spare: u64) -> OutputError {
+    let line = format!("less than {spare} bytes are left, which are not the drill's to take");
+    OutputError::system("no room in", path)(std::io::Error::new(std::io::ErrorKind::StorageFull, line))
+}
+
+/// Room for all images, and for a copy of what is checked.
 fn room_for(source: &dyn BlockSource, volumes: &[Volume]) -> Result<u64, DrillError> {
     let mut content = Vec::new();
     for volume in volumes {
         let bytes = content_bytes(source, volume.slot, volume.size_bytes);
         content.push(bytes.map_err(|error| ExportError::Damaged { offset: 0, reason: one_line(error.as_ref()) })?);
     }
-    Ok(content.iter().sum::<u64>() + content.iter().max().copied().unwrap_or(0) + SPARE_BYTES)
+    Ok(content.iter().sum::<u64>() + content.iter().max().copied().unwrap_or(0))
 }

@@ -10,6 +10,8 @@ use std::io;
 const SECTOR_BYTES: u64 = 512;
 /// Entries of a partition table that are looked at.
 const PARTITIONS_MAX: usize = 256;
+/// What an entry says that keeps others away from a disk with a GUID partition table.
+const PROTECTIVE: u8 = 0xee;
 /// Bytes of a partition table that are read.
 const TABLE_BYTES_MAX: u64 = 1 << 20;
 
@@ -76,10 +78,28 @@ pub(crate) fn probe(read: &ReadAt<'_>, size_bytes: u64) -> io::Result<Layout> {
     }
     for sector in [SECTOR_BYTES, 4096] {
         if let Some(layout) = volume.gpt(sector)? {
-            return Ok(layout);
+            return Ok(layout.without_overlaps());
         }
     }
-    Ok(volume.mbr()?.unwrap_or(Layout { places: vec![whole], ..Layout::default() }))
+    let layout = volume.mbr()?.unwrap_or(Layout { places: vec![whole], ..Layout::default() });
+    Ok(layout.without_overlaps())
+}
+
+impl Layout {
+    /// Says of partitions that lie over one another that they are wrong.
+    fn without_overlaps(mut self) -> Self {
+        let mut sorted: Vec<&Place> = self.places.iter().collect();
+        sorted.sort_by_key(|place| (place.offset, place.partition));
+        let mut farthest: Option<&Place> = None;
+        for place in sorted {
+            if let Some(before) = farthest.filter(|before| before.offset + before.bytes > place.offset) {
+                let numbers = [before, place].map(|place| place.partition.unwrap_or(0));
+                self.broken.push(format!("partitions {} and {} overlap", numbers[0], numbers[1]));
+            }
+            farthest = farthest.into_iter().chain([place]).max_by_key(|place| place.offset + place.bytes);
+        }
+        self
+    }
 }
 
 struct Volume<'a> {
@@ -172,6 +192,10 @@ impl Volume<'_> {
             match entry.kind {
                 0 => {}
                 5 | 0x0f | 0x85 => extended = Some(entry.first),
+                // Only where there is a GUID partition table, which was looked for before.
+                PROTECTIVE => {
+                    layout.broken.push("its GUID partition table is gone: only the protective one is there".to_owned());
+                }
                 _ => self.add(&mut layout, number, entry.first, entry.count, SECTOR_BYTES)?,
             }
         }
@@ -345,6 +369,21 @@ mod tests {
                 assert!(broken.len() == 1 && broken[0].contains(what), "{broken:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_protective_table_alone_is_broken_and_so_is_an_overlap() {
+        let mut bytes = gpt(512);
+        bytes[512..1024].fill(0);
+        let layout = look(&bytes);
+        assert_eq!((layout.places.len(), layout.broken.len()), (0, 1));
+        assert!(layout.broken[0].contains("GUID partition table is gone"), "{layout:?}");
+        let mut bytes = vec![0; 4 << 20];
+        mbr_entry(&mut bytes, 0, 0, 0x83, 100, 1000);
+        mbr_entry(&mut bytes, 0, 1, 0x83, 200, 100);
+        mbr_entry(&mut bytes, 0, 2, 0x83, 1099, 100);
+        mbr_entry(&mut bytes, 0, 3, 0x83, 1199, 100);
+        assert_eq!(look(&bytes).broken, ["partitions 1 and 2 overlap", "partitions 1 and 3 overlap"]);
     }
 
     proptest! {

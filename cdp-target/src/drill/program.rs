@@ -1,4 +1,4 @@
-//! Runs a checker, or the operator's script: with a deadline, and of what it prints only the end.
+//! Runs a checker, or the operator's script: with a deadline, and of what it prints only the beginning and the end.
 //!
 //! Invariant: whatever it does, it is over soon after its deadline or an interruption, with every process of its group, and has cost no more
 //! memory than `OUTPUT_BYTES_MAX` of what it printed.
@@ -13,8 +13,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Bytes of what a program printed that are kept: the last ones.
-pub(crate) const OUTPUT_BYTES_MAX: usize = 16 * 1024;
+/// Bytes of what a program printed that are kept.
+const OUTPUT_BYTES_MAX: usize = 16 * 1024;
+/// Those of them that it printed first; the rest are its last ones.
+const HEAD_BYTES_MAX: usize = 4 * 1024;
 /// How often it is looked whether the operator ends it.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What a program has for itself between SIGTERM and SIGKILL.
@@ -107,7 +109,7 @@ fn signal(child: &Child, signal: Signal) {
     let _ = kill_process_group(Pid::from_child(child), signal);
 }
 
-/// The end of what a program prints, on both of its outputs.
+/// The beginning and the end of what a program prints, on both of its outputs.
 struct Tail {
     kept: Arc<Mutex<Kept>>,
     closed: Receiver<()>,
@@ -115,16 +117,19 @@ struct Tail {
 
 #[derive(Default)]
 struct Kept {
-    bytes: Vec<u8>,
-    /// Bytes before those that are kept.
+    head: Vec<u8>,
+    tail: Vec<u8>,
+    /// Bytes between the two.
     passed: u64,
 }
 
 impl Kept {
     fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-        let surplus = self.bytes.len().saturating_sub(OUTPUT_BYTES_MAX);
-        self.bytes.drain(..surplus);
+        let (first, rest) = bytes.split_at(bytes.len().min(HEAD_BYTES_MAX - self.head.len()));
+        self.head.extend_from_slice(first);
+        self.tail.extend_from_slice(rest);
+        let surplus = self.tail.len().saturating_sub(OUTPUT_BYTES_MAX - HEAD_BYTES_MAX);
+        self.tail.drain(..surplus);
         self.passed += surplus as u64;
     }
 }
@@ -160,10 +165,13 @@ impl Tail {
 
     fn text(&self) -> String {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = String::from_utf8_lossy(&kept.bytes);
-        let text: String =
-            text.chars().filter(|letter| !letter.is_control() || matches!(letter, '\n' | '\t')).collect();
-        if kept.passed > 0 { format!("({} bytes before this are left out)\n{text}", kept.passed) } else { text }
+        let left_out = match kept.passed {
+            0 => String::new(),
+            passed => format!("\n({passed} bytes are left out here)\n"),
+        };
+        let bytes = [kept.head.as_slice(), left_out.as_bytes(), &kept.tail].concat();
+        let text = String::from_utf8_lossy(&bytes);
+        text.chars().filter(|letter| !letter.is_control() || matches!(letter, '\n' | '\t')).collect()
     }
 }
 
@@ -208,11 +216,11 @@ mod tests {
     }
 
     #[test]
-    fn of_megabytes_the_end_is_kept() {
-        let (ended, output, _) = run("yes | head -c 5000000; echo last", LONG, false);
+    fn of_megabytes_the_beginning_and_the_end_are_kept() {
+        let (ended, output, _) = run("echo first; yes | head -c 5000000; echo last", LONG, false);
         assert_eq!(ended, Ended::Exit(0));
         assert!(output.ends_with("last\n") && output.len() < OUTPUT_BYTES_MAX + 100, "{} bytes", output.len());
-        assert!(output.starts_with("(49"), "{}", &output[..40]);
+        assert!(output.starts_with("first\n") && output.contains("\n(49"), "{output}");
     }
 
     #[test]

@@ -94,7 +94,7 @@ pub struct PlaceReport {
     pub result: Outcome,
     /// What was run.
     pub tool: Option<String>,
-    /// The end of what that printed.
+    /// The beginning and the end of what that printed.
     pub output: Option<String>,
 }
 
@@ -121,7 +121,7 @@ pub struct ScriptReport {
     pub exit: Option<i32>,
     /// How long it ran.
     pub ms: u64,
-    /// The end of what it printed.
+    /// The beginning and the end of what it printed.
     pub output: String,
 }
 

@@ -13,6 +13,9 @@ use std::sync::Arc;
 
 const PREFIX: &str = "cdp-drill-";
 const LOCK: &str = "lock";
+/// Bytes that stay free, where a twentieth of the file system is not less: the folder may be on the store's own disk, and the store goes on
+/// receiving.
+const SPARE_BYTES_MAX: u64 = 2 << 30;
 /// Folders within one another that are removed: what a script makes is not followed for ever.
 const DEPTH_MAX: u32 = 64;
 
@@ -40,13 +43,20 @@ impl Scratch {
         Ok(Self { storage: Arc::clone(storage), folder, _lock: lock })
     }
 
-    /// Refuses where there is less room than `needed`.
+    /// Bytes of its file system that a drill leaves to others.
+    pub(crate) fn spare_bytes(&self) -> u64 {
+        let total = rustix::fs::statvfs(&self.folder).map(|stat| stat.f_blocks.saturating_mul(stat.f_frsize));
+        total.map_or(SPARE_BYTES_MAX, |total| (total / 20).min(SPARE_BYTES_MAX))
+    }
+
+    /// Refuses where there is less room than `needed`, beside what is left to others.
     ///
     /// # Errors
     /// See there.
     pub(crate) fn has_room(&self, needed: u64) -> Result<(), OutputError> {
         let room = self.storage.free_bytes(&self.folder).map_err(OutputError::system("look at", &self.folder))?;
         let path = self.folder.parent().unwrap_or(&self.folder).to_owned();
+        let needed = needed.saturating_add(self.spare_bytes());
         if room < needed { Err(OutputError::TooSmall { path, room, needed }) } else { Ok(()) }
     }
 
