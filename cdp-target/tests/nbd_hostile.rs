@@ -194,6 +194,27 @@ fn a_thousand_connections_are_refused_and_those_there_are_go_on() {
 }
 
 #[test]
+fn strangers_take_no_place_of_those_who_are_served() {
+    let (_store, image, server) = filled();
+    // Whoever says nothing gives way, however many there are.
+    let silent: Vec<Raw> = (0..100).map(|_| Raw::connected(&server.socket)).collect();
+    // Whoever is served has its place; the next one hears that there is none, and gets one once somebody goes.
+    let mut readers: Vec<Raw> = (0..64).map(|_| Raw::with_export(&server.socket, "root", false)).collect();
+    let mut next = Raw::greeted(&server.socket);
+    next.say(&[0, 0, 0, 3]);
+    assert_eq!(next.ask(LIST, &[])[0].0, POLICY);
+    readers[0].request(0, 0, 10 * 4096, 4096);
+    assert_eq!((readers[0].simple(), readers[0].take(4096)), (0, image[10 * 4096..11 * 4096].to_vec()));
+    drop(readers.pop());
+    let start = Instant::now();
+    while next.ask(LIST, &[])[0].0 == POLICY {
+        assert!(start.elapsed() < DEADLINE, "there is room again");
+        std::thread::yield_now();
+    }
+    drop(silent);
+}
+
+#[test]
 fn whoever_never_reads_holds_up_nobody() {
     let store = Store::new();
     let images = store.fill_with_noise(1);

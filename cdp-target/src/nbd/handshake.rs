@@ -1,6 +1,7 @@
 //! The handshake: from the server's greeting to a client that has its export, or has gone.
 //!
-//! Invariant: it ends within `TIME_MAX` and `OPTIONS_MAX` options, whatever the client does. Where the connection has to be encrypted
+//! Invariant: it ends within `TIME_MAX` and `OPTIONS_MAX` options, whatever the client does, and within `STRANGER_TIME_MAX` where it is not
+//! admitted: where the connection has to be encrypted by its certificate, elsewhere by having reached the socket. Where the connection has to be encrypted
 //! nothing is told before it is, and what was agreed before counts for nothing after. A client that is not to be served hears why, as an
 //! answer to whatever it asks.
 
@@ -20,6 +21,10 @@ use std::time::Duration;
 
 /// Time for all of it.
 const TIME_MAX: Duration = Duration::from_secs(30);
+/// Time until a client is admitted.
+const STRANGER_TIME_MAX: Duration = Duration::from_secs(10);
+/// Time for a client whose certificate was refused to ask for what it wants, and to hear why it does not get it.
+const REFUSED_TIME_MAX: Duration = Duration::from_secs(2);
 /// Options that a client may ask.
 const OPTIONS_MAX: usize = 256;
 /// Bytes of an option that are passed over: as many as a client may think it can send. More end the connection.
@@ -38,6 +43,10 @@ pub(super) struct Handshake<'a> {
     shared: &'a Shared,
     channel: Arc<Channel>,
     reader: Reader,
+    /// The client's number among those that are there.
+    number: u64,
+    begun: Duration,
+    is_admitted: bool,
     /// Why this client gets nothing, where it does not.
     refusal: Option<&'static str>,
     no_zeroes: bool,
@@ -54,22 +63,45 @@ enum Next {
 }
 
 impl<'a> Handshake<'a> {
-    pub(super) fn new(shared: &'a Shared, channel: Arc<Channel>, refusal: Option<&'static str>) -> Self {
-        let reader = Reader::new(Arc::clone(&channel));
-        Self { shared, channel, reader, refusal, no_zeroes: false, structured: false, allocation: None }
+    pub(super) fn new(shared: &'a Shared, channel: Arc<Channel>, number: u64) -> Self {
+        let (reader, begun) = (Reader::new(Arc::clone(&channel)), shared.clock.monotonic());
+        Self {
+            shared,
+            channel,
+            reader,
+            number,
+            begun,
+            is_admitted: false,
+            refusal: None,
+            no_zeroes: false,
+            structured: false,
+            allocation: None,
+        }
     }
 
     /// Does it; `None` where the client ended it.
     pub(super) fn run(mut self) -> io::Result<Option<Served>> {
-        let clock = Arc::clone(&self.shared.clock);
-        let deadline = clock.monotonic() + TIME_MAX;
-        self.reader.set_deadline(Some((clock, deadline)));
-        self.channel.set_write_timeout(TIME_MAX)?;
+        self.set_deadline(self.begun + STRANGER_TIME_MAX);
+        self.channel.set_write_timeout(STRANGER_TIME_MAX)?;
         let Some(disk) = self.agree()? else { return Ok(None) };
         self.reader.set_deadline(None);
         self.channel.set_patient()?;
         let allocation = self.allocation.is_some();
         Ok(Some(Served { reader: self.reader, disk: Arc::new(disk), structured: self.structured, allocation }))
+    }
+
+    fn set_deadline(&mut self, deadline: Duration) {
+        self.reader.set_deadline(Some((Arc::clone(&self.shared.clock), deadline)));
+    }
+
+    /// Whether the client has a place among those that are served; takes one where there is.
+    fn has_place(&mut self) -> io::Result<bool> {
+        if !self.is_admitted && self.shared.admit(self.number) {
+            self.is_admitted = true;
+            self.set_deadline(self.begun + TIME_MAX);
+            self.channel.set_write_timeout(TIME_MAX)?;
+        }
+        Ok(self.is_admitted)
     }
 
     fn agree(&mut self) -> io::Result<Option<Disk>> {
@@ -142,10 +174,15 @@ impl<'a> Handshake<'a> {
             (true, ..) => Some((answer::TLS_REQUIRED, "this server speaks TLS only")),
             (_, Some(reason), _) => Some((answer::POLICY, reason)),
             (.., true) => Some((answer::SHUTDOWN, "the server ends")),
-            _ => None,
+            _ if self.has_place()? => None,
+            _ => Some((answer::POLICY, "there are as many connections as this server takes")),
         };
         match (refusal, asked) {
             (Some((_, reason)), Asked::ExportName(_)) => Err(violation(reason)),
+            (Some((answer, reason)), Asked::List | Asked::Info { .. }) if self.refusal.is_some() => {
+                // It has heard why.
+                self.answer(number, answer, reason.as_bytes()).map(|_| Next::End)
+            }
             (Some((answer, reason)), _) => self.answer(number, answer, reason.as_bytes()),
             (None, Asked::ExportName(name)) => self.export_name(name),
             (None, Asked::List) => self.list(number),
@@ -184,6 +221,7 @@ impl<'a> Handshake<'a> {
         if let Err(reason) = tls.judge(self.channel.peer().as_ref()) {
             tracing::warn!(reason, "a client is not admitted");
             self.refusal = Some(reason);
+            self.set_deadline(self.shared.clock.monotonic() + REFUSED_TIME_MAX);
         }
         Ok(Next::Option)
     }
