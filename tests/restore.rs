@@ -429,8 +429,8 @@ fn what_cannot_be_restored_is_refused_and_nothing_is_changed() -> Result<()> {
 }
 
 #[test]
-fn blocks_that_the_target_has_damaged_are_named_and_all_others_restored() -> Result<()> {
-    if !cdp_tests::privileged("blocks_that_the_target_has_damaged_are_named_and_all_others_restored") {
+fn blocks_that_the_target_has_damaged_are_named_before_anything_is_overwritten() -> Result<()> {
+    if !cdp_tests::privileged("blocks_that_the_target_has_damaged_are_named_before_anything_is_overwritten") {
         return Ok(());
     }
     let mut scene = Scene::new(128 * MIB, 16 * MIB, 2 * MIB)?;
@@ -440,15 +440,22 @@ fn blocks_that_the_target_has_damaged_are_named_and_all_others_restored() -> Res
     let mut byte = [0];
     segment.read_exact_at(&mut byte, 8 * MIB)?;
     segment.write_all_at(&[!byte[0]], 8 * MIB)?;
-    let output = scene.output(&["--at", &scene.old.to_string(), "--json"])?;
+    let at = scene.old.to_string();
+    let refused = scene.refused(&["--at", &at])?;
+    ensure!(refused.contains("cannot be had") && refused.contains("nothing was changed"), "{refused}");
+    ensure!(!scene.site.state.join("groups/main/restoring.json").exists(), "nothing was begun");
+    scene.assert_is(scene.new)?;
+    let other = LoopDevice::new(&scene.folder.path().join("other.img"), 128 * MIB)?;
+    let (from, to) = (format!("if={}", scene.device.node().display()), format!("of={}", other.node().display()));
+    cdp_tests::process::tool("dd", &[&from, &to, "bs=1M", "iflag=direct", "oflag=direct", "status=none"])?;
+    let output = scene.output(&["--at", &at, "--to", &text(other.node())?, "--discard-current", "--json"])?;
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(1) && stderr.contains("cannot be had, and are left as they were"), "{stderr}");
     let done: Value = serde_json::from_slice(&output.stdout)?;
     let lost = done["lost"].as_array().context("a list")?;
     ensure!(!lost.is_empty(), "{done}");
     let mut left = 0;
-    let (device, old, new) =
-        (std::fs::File::open(scene.device.node())?, scene.image(scene.old), scene.image(scene.new));
+    let (device, old, new) = (std::fs::File::open(other.node())?, scene.image(scene.old), scene.image(scene.new));
     let (old, new) = (std::fs::File::open(old)?, std::fs::File::open(new)?);
     for run in lost {
         for block in number(run, "start")?..number(run, "start")? + number(run, "count")? {
@@ -462,7 +469,7 @@ fn blocks_that_the_target_has_damaged_are_named_and_all_others_restored() -> Res
     }
     ensure!((1..=32).contains(&left), "{left} blocks of one frame");
     let image = scene.folder.path().join("device.img");
-    copy(scene.device.node(), &image)?;
+    copy(other.node(), &image)?;
     let differing = differing_blocks(&image, &scene.image(scene.old))?;
     ensure!(differing == left, "all other blocks are restored: {differing} differ, {left} were told");
     Ok(())

@@ -26,7 +26,7 @@ use cdp_protocol::message::PointSummary;
 use cdp_protocol::recall::{Answer, Question};
 use cdp_protocol::record::Volume;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::{Head, VolumeSlot, blocks_in};
+use cdp_protocol::units::{BLOCK_BYTES, Head, VolumeSlot, blocks_in};
 use cdp_seams::clock::{Clock, SystemClock};
 use keeping::Keeping;
 use report::{Bar, Done, Estimate, Outcome};
@@ -186,12 +186,12 @@ impl<'a> Job<'a> {
             None => self.own_reader(size_bytes)?,
         };
         let mut bar = Bar::new(&self.args.volume);
-        let plan = self.compare(&mut Side::Reader(&mut *reader), size_bytes, line, &mut bar)?;
+        let mut plan = self.compare(&mut Side::Reader(&mut *reader), size_bytes, line, &mut bar)?;
         bar.clear();
         let clock = SystemClock::new();
         let began = clock.monotonic();
         let sample: RoaringBitmap = spread(&plan.fetch, SAMPLE_BLOCKS);
-        let sample_bytes = fetch::sample(line, &self.subject(), &sample)?;
+        let (sample_bytes, _) = fetch::sample(line, &self.subject(), &sample, &mut plan)?;
         let estimate = Estimate::of(&plan, &sample, sample_bytes, clock.monotonic().saturating_sub(began));
         let (device, line_bytes) = (probe.device, line.received_bytes());
         Ok(Outcome { plan, device, line_bytes, done: Done::Looked(estimate) })
@@ -230,8 +230,12 @@ impl<'a> Job<'a> {
         }
         let mut bar = Bar::new(&self.args.volume);
         let mut plan = self.compare(&mut Side::Disk(&mut disk), size_bytes, &mut line, &mut bar)?;
-        let outcome = plan.clone();
         bar.clear();
+        if self.args.to.is_none() {
+            self.refuse_sealed(&mut line, &mut plan, &keeping)?;
+            keeping.refuse_lost(point.epoch, &plan)?;
+        }
+        let outcome = plan.clone();
         if plan.differing_blocks() > 0 && self.args.to.is_none() {
             keeping.keep(self.state, &self.args.group, &plan, marker)?;
         }
@@ -247,6 +251,23 @@ impl<'a> Job<'a> {
         let done = Done::Restored { kept: keeping.kept(), fetched_bytes, seconds };
         let plan = Plan { lost: plan.lost, ..outcome };
         Ok(Outcome { plan, device: probe.device, line_bytes: compared_bytes + fetched_bytes, done })
+    }
+
+    /// Tries some of what was compared blindly: where none of it opens with the group's key, nothing is overwritten for it.
+    fn refuse_sealed(&self, line: &mut PointLine, plan: &mut Plan, keeping: &Keeping<'_>) -> Result<()> {
+        let sample = spread(&plan.sealed, SAMPLE_BLOCKS);
+        if sample.is_empty() {
+            return Ok(());
+        }
+        let (_, opened_blocks) = fetch::sample(line, &self.subject(), &sample, plan)?;
+        if opened_blocks > 0 {
+            return Ok(());
+        }
+        let bytes = plan.sealed.len() * BLOCK_BYTES as u64;
+        let text = format!("{bytes} bytes of the point do not open with this machine's key; {}", keeping.cut_off());
+        Err(UserError::new(text)
+            .hint("--at another point; or `cdp-target export`, where the key of the machine before is")
+            .into())
     }
 
     /// Writes what the plan names; comes back on another line where one is lost. Gives the bytes that came over the line.

@@ -212,7 +212,8 @@ pub fn plan(
         for (block, point) in wanted {
             match point {
                 Point::Hole => _ = plan.zero.insert(block.0),
-                Point::Content(_) | Point::Sealed => _ = plan.fetch.insert(block.0),
+                Point::Content(_) => _ = plan.fetch.insert(block.0),
+                Point::Sealed => _ = (plan.fetch.insert(block.0), plan.sealed.insert(block.0)),
                 Point::Lost(reason) => plan.lose(block, reason),
             }
         }

@@ -62,35 +62,35 @@ pub fn fetch(
         }
         let Some(extents) = under_way.pop_front() else { return Ok(()) };
         let asked = Asked::new(&extents);
-        let Fetched { mut blocks, lost } = fetched(line, subject, asked.clone())?;
-        blocks.sort_unstable_by_key(|(block, _)| *block);
-        blocks.dedup_by_key(|(block, _)| *block);
-        let asked = asked.blocks;
-        write_blocks(disk, &blocks)?;
-        plan.fetch -= &asked;
-        let mut missing = asked;
-        for (block, _) in &blocks {
-            missing.remove(block.0);
-        }
-        for block in missing {
-            let told = lost.iter().find(|(extent, _)| extent.start.0 <= block && u64::from(block) < extent.end());
-            plan.lose(Block(block), told.map_or("the target gave nothing for them", |(_, reason)| reason));
-        }
+        let fetched = fetched(line, subject, asked.clone())?;
+        write_blocks(disk, &fetched.blocks)?;
+        plan.fetch -= &asked.blocks;
+        fetched.lose_missing(asked.blocks, plan);
         on_progress(Progress::Writing(all - plan.fetch.len(), all));
     }
 }
 
-/// What came over the line for the blocks of these extents, and how many bytes: a sample, to tell what all of it would take.
+/// Fetches some of the blocks and writes none: a sample, to tell what all of it would take, and whether it opens. Those that cannot be had are
+/// lost, and to be fetched no more. Gives the bytes that came over the line, and how many blocks could be had.
 ///
 /// # Errors
 /// Where the line is lost.
-pub fn sample(line: &mut PointLine, subject: &Subject<'_>, blocks: &RoaringBitmap) -> Result<u64, LineError> {
-    let before = line.received_bytes();
+pub fn sample(
+    line: &mut PointLine,
+    subject: &Subject<'_>,
+    blocks: &RoaringBitmap,
+    plan: &mut Plan,
+) -> Result<(u64, u64), LineError> {
+    let (before, mut opened_blocks) = (line.received_bytes(), 0);
     for extents in questions(blocks, QUESTION_BLOCKS) {
         line.ask(subject.slot, Question::Content { extents: named(&extents) })?;
-        fetched(line, subject, Asked::new(&extents))?;
+        let asked = Asked::new(&extents);
+        let fetched = fetched(line, subject, asked.clone())?;
+        opened_blocks += fetched.blocks.len() as u64;
+        let missing = fetched.lose_missing(asked.blocks, plan);
+        plan.fetch -= missing;
     }
-    Ok(line.received_bytes() - before)
+    Ok((line.received_bytes() - before, opened_blocks))
 }
 
 /// Writes blocks, in their order, and reads them back.
@@ -171,10 +171,28 @@ fn fetched(line: &mut PointLine, subject: &Subject<'_>, mut asked: Asked) -> Res
             _ => return Err(LineError::Answer("it is of something else")),
         }
     }
-    if frame.is_empty() { Ok(fetched) } else { Err(LineError::Answer("a frame without its end")) }
+    if !frame.is_empty() {
+        return Err(LineError::Answer("a frame without its end"));
+    }
+    fetched.blocks.sort_unstable_by_key(|(block, _)| *block);
+    Ok(fetched)
 }
 
 impl Fetched {
+    /// Those of the blocks that were asked for and did not come are lost, and why.
+    fn lose_missing(&self, asked: RoaringBitmap, plan: &mut Plan) -> RoaringBitmap {
+        let mut missing = asked;
+        for (block, _) in &self.blocks {
+            missing.remove(block.0);
+        }
+        for block in &missing {
+            let is_told = |(extent, _): &&(Extent, String)| extent.start.0 <= block && u64::from(block) < extent.end();
+            let reason = self.lost.iter().find(is_told).map_or("the target gave nothing for them", |(_, why)| why);
+            plan.lose(Block(block), reason);
+        }
+        missing
+    }
+
     /// Takes these blocks from a frame; what it does not have, or what does not open, is lost, and why.
     fn take(&mut self, bytes: &[u8], of: &[Extent], subject: &Subject<'_>) {
         let opened = opened(bytes, subject);

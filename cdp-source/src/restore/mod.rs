@@ -21,6 +21,8 @@ use roaring::RoaringBitmap;
 pub struct Plan {
     /// Blocks whose content has to come over the line.
     pub fetch: RoaringBitmap,
+    /// Those of them whose digests do not open with this machine's key: their content may not either.
+    pub sealed: RoaringBitmap,
     /// Blocks that the point has as zeros.
     pub zero: RoaringBitmap,
     /// Blocks that the point has and that cannot be had.
@@ -49,6 +51,12 @@ impl Plan {
     #[must_use]
     pub fn differing_blocks(&self) -> u64 {
         self.fetch.len() + self.zero.len() + self.copied_blocks
+    }
+
+    /// Blocks that are known not to be had.
+    #[must_use]
+    pub fn lost_blocks(&self) -> u64 {
+        self.lost.iter().map(|lost| u64::from(lost.extent.count)).sum()
     }
 
     /// Takes note of a block that cannot be had; one behind the other for the same reason are told together.

@@ -291,3 +291,54 @@ fn while_the_target_takes_nothing_for_now_points_wait_for_it() {
     assert!(office.points() - before >= waiting as usize, "{} of {waiting} came", office.points() - before);
     assert_eq!(office.wire.lock().voided, 0);
 }
+
+/// Memory takes all that waits here, so nothing but a restore has it written.
+const ROOMY: SpoolLimits = SpoolLimits { memory_bytes_max: 8 << 20, window_epochs: 8, ..TIGHT };
+
+#[test]
+fn what_a_restore_overwrites_outlives_the_agent_before_it_is_told_that_points_are_held() {
+    for is_up in [false, true] {
+        let mut office = Office::new(5, ROOMY);
+        if is_up {
+            // The line is there, and takes all that it is given; no word comes back.
+            office.second();
+            office.wire.lock().is_up = false;
+        } else {
+            office.wire.lock().cut();
+        }
+        office.second();
+        let status = office.status();
+        let kept = status.captured_epoch.expect("a point");
+        assert!(
+            status.acked_epoch < Some(kept) && status.spool.spooled_bytes == 0,
+            "it is in memory alone: {status:?}"
+        );
+        assert_eq!(office.hold(), Some("data is being restored".into()));
+        office.die(false);
+        assert_eq!(office.status().captured_epoch, Some(kept), "the successor has it, and holds its points");
+        office.second();
+        assert_eq!(office.status().captured_epoch, Some(kept));
+        office.release();
+        office.end_well();
+        let far = office.wire.lock();
+        assert!(far.points.iter().any(|point| point.head.epoch == kept), "{kept} is at the target");
+    }
+}
+
+#[test]
+fn where_it_cannot_outlive_the_agent_whoever_restores_is_told_so() {
+    for limits in [SpoolLimits { bytes_max: 0, ..ROOMY }, ROOMY] {
+        let mut office = Office::new(6, limits);
+        assert_eq!(office.hold(), Some("data is being restored".into()), "all of it is at the target");
+        office.release();
+        office.wire.lock().cut();
+        office.second();
+        assert!(office.status().captured_epoch > office.status().acked_epoch, "the restore was over without a word");
+        office.disk.fault_at(office.disk.calls(), Fault::Error(ErrorKind::Other));
+        let word = office.hold().expect("it holds all the same");
+        assert!(word.contains("spool"), "{word}");
+        office.disk.clear_faults();
+        office.release();
+        office.end_well();
+    }
+}

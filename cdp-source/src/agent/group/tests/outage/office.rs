@@ -30,6 +30,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 const GROUP: GroupId = GroupId([9; 16]);
 const KEY: [u8; 32] = [6; 32];
@@ -205,6 +206,8 @@ pub(super) struct Office {
     pub(super) agent: Option<(Group, Receiver<Input>)>,
     /// What a clean end has kept beside the tracking's memo.
     pub(super) kept: Memo,
+    /// The volume that is being restored, as the group's folder has it.
+    pub(super) restoring: Arc<Mutex<Option<String>>>,
 }
 
 /// The memo of a clean end; nothing is kept besides.
@@ -256,6 +259,7 @@ impl Office {
             status: Arc::default(),
             agent: None,
             kept: Memo::default(),
+            restoring: Arc::default(),
         };
         office.start();
         office.wire.lock().connect(Verdict::New);
@@ -284,6 +288,7 @@ impl Office {
         let (wire, session_facts, world) = (self.wire.clone(), facts.clone(), Arc::clone(&self.world));
         self.wire.lock().is_up = false;
         let witness = Arc::clone(&self.wire.lock().witness);
+        let restoring = Arc::clone(&self.restoring);
         let key = DataKey::new(KEY);
         let digests =
             Digests::open(Arc::clone(&storage), Path::new("/digests"), GROUP, key.digest_key(), &volumes, &*witness);
@@ -307,7 +312,7 @@ impl Office {
             kept_memo: Box::new(KeptBefore(self.kept.clone())),
             saver: None,
             proofs: None,
-            restoring: Box::new(|| None),
+            restoring: Box::new(move || restoring.lock().expect("no panic").clone()),
             opened: None,
             encoder: Arc::new(Encoder::inline()),
             digests,
@@ -361,6 +366,25 @@ impl Office {
             }
         }
         assert!(!due(self), "the agent comes to rest");
+    }
+
+    /// A restore begins: what the agent says of it, once it does.
+    pub(super) fn hold(&mut self) -> Option<String> {
+        *self.restoring.lock().expect("no panic") = Some("data is being restored".into());
+        let (reply, mut word) = oneshot::channel();
+        self.agent.as_mut().expect("it lives").0.take(Input::Restoring(reply));
+        self.step();
+        self.step();
+        word.try_recv().expect("it says")
+    }
+
+    /// A restore is over, and nobody says so: the agent sees it by itself.
+    pub(super) fn release(&mut self) {
+        *self.restoring.lock().expect("no panic") = None;
+        for _ in 0..6 {
+            self.second();
+        }
+        assert_eq!(self.status().restoring, None);
     }
 
     /// Until nothing is under way any more.
