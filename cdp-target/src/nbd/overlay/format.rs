@@ -17,7 +17,7 @@ pub const PAGE_BYTES: usize = BLOCK_BYTES;
 /// Blocks that a page tells of, two bits each: 63.5 MiB.
 pub const PAGE_BLOCKS: u32 = 16_256;
 
-pub(super) const MAGIC: &[u8; 8] = b"cdp-ovl\n";
+const MAGIC: &[u8; 8] = b"cdp-ovl\n";
 const PAGE_MAGIC: &[u8; 4] = b"ovmp";
 const FIXED_BYTES: usize = 72;
 const STATES_FROM: usize = 20;

@@ -20,6 +20,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+/// Names under which an overlay may be made.
+const NAMES_MAX: u32 = 100;
+
 /// An overlay that is open.
 pub struct Overlay {
     file: Box<dyn StorageFile>,
@@ -233,25 +236,30 @@ impl Overlay {
 
 /// Makes an overlay with nothing in it, beside its place, and puts it there once it is whole; gives it locked.
 ///
-/// A crash before the rename leaves a file beside it, which the next call begins anew; after it the overlay, or, where the folder was
-/// not durable yet, none: nothing was written to it.
+/// A crash before the rename leaves a hidden file beside it, of which nobody takes notice: it may be anybody's; after it the overlay, or, where
+/// the folder was not durable yet, none: nothing was written to it.
 fn make(storage: &dyn Storage, path: &Path, base: &Base, len: u64) -> Result<Box<dyn StorageFile>, OverlayError> {
     let system = |verb| move |source| OverlayError::System { verb, path: path.to_owned(), source };
-    let mut name = std::ffi::OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(".overlay-new");
-    let beside = path.with_file_name(name);
-    let file = match storage.create_new(&beside) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => left(storage, &beside),
-        created => created,
+    let first = beside(path, 0);
+    let (gate, is_new) = match storage.create_new(&first) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            (storage.open_write(&first).map_err(system("make"))?, false)
+        }
+        created => (created.map_err(system("make"))?, true),
     };
-    let file = file.map_err(system("make"))?;
     // Whoever else makes one is refused from here on: the lock goes along with the name. Somebody may have been faster.
-    let is_free = file.try_lock().map_err(system("lock"))?;
+    let is_free = gate.try_lock().map_err(system("lock"))?;
     if !is_free || !matches!(storage.open(path), Err(error) if error.kind() == io::ErrorKind::NotFound) {
         return Err(OverlayError::InUse(path.to_owned()));
     }
-    file.set_len(0).and_then(|()| file.set_len(len)).map_err(system("extend"))?;
+    let (file, beside, _gate) = if is_new {
+        (gate, first, None)
+    } else {
+        let (file, beside) = another(storage, path).map_err(system("make"))?;
+        file.try_lock().map_err(system("lock"))?;
+        (file, beside, Some(gate))
+    };
+    file.set_len(len).map_err(system("extend"))?;
     file.write_at(&format::encode_header(base), 0).map_err(system("write"))?;
     file.sync().map_err(system("sync"))?;
     storage.rename(&beside, path).map_err(system("name"))?;
@@ -260,16 +268,22 @@ fn make(storage: &dyn Storage, path: &Path, base: &Base, len: u64) -> Result<Box
     Ok(file)
 }
 
-/// What a call that was cut off has left beside an overlay's place; refuses anything else of that name.
-fn left(storage: &dyn Storage, beside: &Path) -> io::Result<Box<dyn StorageFile>> {
-    let file = storage.open_write(beside)?;
-    let mut bytes = [0; format::MAGIC.len()];
-    let read = file.read_at(&mut bytes, 0)?;
-    // The header is written into zeros, its first bytes in one sector.
-    if read == 0 || bytes == [0; format::MAGIC.len()] || bytes == *format::MAGIC {
-        return Ok(file);
+/// The name under which an overlay is made, and others for where there is something of that name.
+fn beside(path: &Path, number: u32) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.overlay-new{}", if number == 0 { String::new() } else { number.to_string() }))
+}
+
+/// A new file under one of those names.
+fn another(storage: &dyn Storage, path: &Path) -> io::Result<(Box<dyn StorageFile>, PathBuf)> {
+    for number in 1..NAMES_MAX {
+        let beside = beside(path, number);
+        match storage.create_new(&beside) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            created => return Ok((created?, beside)),
+        }
     }
-    let line = format!("{} is there, and is no overlay", beside.display());
+    let line = format!("remove what is left beside it: {} and others", beside(path, 0).display());
     Err(io::Error::new(io::ErrorKind::AlreadyExists, line))
 }
 
