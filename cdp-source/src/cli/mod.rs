@@ -157,6 +157,9 @@ struct RestoreArgs {
     /// Overwrite what is kept in no point.
     #[arg(long)]
     discard_current: bool,
+    /// Restore though blocks of the point are lost, which are left as they are.
+    #[arg(long)]
+    accept_lost: bool,
     /// Print one JSON document.
     #[arg(long)]
     json: bool,

@@ -245,6 +245,13 @@ impl<'a> Job<'a> {
         bar.clear();
         let fetched_bytes = fetched_bytes.context(keeping.cut_off())?;
         disk.sync()?;
+        if self.args.to.is_none() && !self.args.accept_lost && plan.lost_blocks() > outcome.lost_blocks() {
+            let blocks = plan.lost_blocks();
+            let text = format!("{blocks} blocks of point {} cannot be had; {}", point.epoch, keeping.cut_off());
+            return Err(UserError::new(text)
+                .hint("--at another point; or --accept-lost, which leaves these as they are")
+                .into());
+        }
         // The last byte is durable: the volume is the point's, as far as that could be had.
         keeping.end(self.state, &self.args.group)?;
         let seconds = clock.monotonic().saturating_sub(from).as_secs_f64();

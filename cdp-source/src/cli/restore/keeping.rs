@@ -52,10 +52,10 @@ impl<'a> Keeping<'a> {
 
     /// A point of which blocks are known to be lost is not begun with in place: what is there would be overwritten for less than the whole.
     pub(super) fn refuse_lost(&self, epoch: Epoch, plan: &Plan) -> Result<()> {
-        let Some(first) = plan.lost.first().filter(|_| self.begun.is_none()) else { return Ok(()) };
+        let Some(first) = plan.lost.first().filter(|_| !self.args.accept_lost) else { return Ok(()) };
         let (blocks, reason) = (plan.lost_blocks(), &first.reason);
         let text = format!("{blocks} blocks of point {epoch} cannot be had ({reason}); {}", self.cut_off());
-        let hint = "--at another point, whose blocks are whole; or --to another device, which gets all others; --dry-run --json lists them";
+        let hint = "--at another point, whose blocks are whole; or --accept-lost, which leaves these as they are; --dry-run --json lists them";
         Err(UserError::new(text).hint(hint).into())
     }
 
