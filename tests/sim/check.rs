@@ -47,16 +47,19 @@ pub(crate) fn check(
     let listed = listed.map_err(|error| format!("the points cannot be listed: {error}"))?;
     // Of a commit that is damaged with everything that would name it the number alone is known, and that it is damaged.
     let is_nameless = |point: &Point| is_hurt && point.damaged.is_some() && point.hash == FrameHash([0; 32]);
-    let listed: Vec<Point> = listed.into_iter().filter(|point| !is_nameless(point)).collect();
+    let (nameless, listed): (Vec<Point>, Vec<Point>) = listed.into_iter().partition(is_nameless);
     check_chain(&listed, model, is_hurt)?;
     let missing = if extent == Extent::Beside { Vec::new() } else { missing(&listed, model) };
     let may_be_gone = |head: &Head| model.kept.may_be_gone(head) || is_hurt && view.is_removed(head.epoch);
     let missing: Vec<Head> = missing.into_iter().filter(|head| !may_be_gone(head)).collect();
     // Rot in the newest epoch, before anything proves that it was durable, looks like a torn tail: the source has to notice.
     let is_suffix = model.acked.ends_with(&missing);
-    // That a segment's points cannot all be listed is told as well, with the points it had.
+    // A number that is damaged is told; so is that a segment's points cannot all be listed, with the points it had.
     let unlisted = view.unlisted();
-    let is_told = |head: &Head| unlisted.iter().any(|(_, had)| (had.first..=had.last).contains(&head.epoch));
+    let is_told = |head: &Head| {
+        nameless.iter().any(|point| point.epoch == head.epoch)
+            || unlisted.iter().any(|(_, had)| (had.first..=had.last).contains(&head.epoch))
+    };
     let is_lost = |head: &&Head| !is_hurt || view.damages().is_empty() && !is_suffix && !is_told(head);
     if let Some(lost) = missing.iter().find(is_lost) {
         return Err(format!("point {} was acked and is lost", lost.epoch));
