@@ -335,7 +335,8 @@ fn a_target_without_the_key_gives_back_what_it_cannot_read() -> Result<()> {
     eprintln!(
         "the other way, where what differs lies in frames of its own: {messages:.4}, {all:.4} both ways with all headers"
     );
-    ensure!(messages <= 1.05 && all <= 1.12, "{messages} and {all}");
+    // A piece of it is fetched once more: whether any of it opens is to be known before anything is overwritten.
+    ensure!(messages <= 1.08 && all <= 1.13, "{messages} and {all}");
     Ok(())
 }
 
@@ -445,17 +446,15 @@ fn blocks_that_the_target_has_damaged_are_named_before_anything_is_overwritten()
     ensure!(refused.contains("cannot be had") && refused.contains("nothing was changed"), "{refused}");
     ensure!(!scene.site.state.join("groups/main/restoring.json").exists(), "nothing was begun");
     scene.assert_is(scene.new)?;
-    let other = LoopDevice::new(&scene.folder.path().join("other.img"), 128 * MIB)?;
-    let (from, to) = (format!("if={}", scene.device.node().display()), format!("of={}", other.node().display()));
-    cdp_tests::process::tool("dd", &[&from, &to, "bs=1M", "iflag=direct", "oflag=direct", "status=none"])?;
-    let output = scene.output(&["--at", &at, "--to", &text(other.node())?, "--discard-current", "--json"])?;
+    let output = scene.output(&["--at", &at, "--accept-lost", "--json"])?;
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(1) && stderr.contains("cannot be had, and are left as they were"), "{stderr}");
     let done: Value = serde_json::from_slice(&output.stdout)?;
     let lost = done["lost"].as_array().context("a list")?;
     ensure!(!lost.is_empty(), "{done}");
     let mut left = 0;
-    let (device, old, new) = (std::fs::File::open(other.node())?, scene.image(scene.old), scene.image(scene.new));
+    let (device, old, new) =
+        (std::fs::File::open(scene.device.node())?, scene.image(scene.old), scene.image(scene.new));
     let (old, new) = (std::fs::File::open(old)?, std::fs::File::open(new)?);
     for run in lost {
         for block in number(run, "start")?..number(run, "start")? + number(run, "count")? {
@@ -469,7 +468,7 @@ fn blocks_that_the_target_has_damaged_are_named_before_anything_is_overwritten()
     }
     ensure!((1..=32).contains(&left), "{left} blocks of one frame");
     let image = scene.folder.path().join("device.img");
-    copy(other.node(), &image)?;
+    copy(scene.device.node(), &image)?;
     let differing = differing_blocks(&image, &scene.image(scene.old))?;
     ensure!(differing == left, "all other blocks are restored: {differing} differ, {left} were told");
     Ok(())
