@@ -45,7 +45,7 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
         store::BYTES >> 20,
         std::fs::metadata(&qcow2)?.len() >> 20,
         store::POINTS,
-        store::folder_bytes(&data)? >> 20
+        crate::scale::folder_bytes(&data)? >> 20
     );
     let mut first_bytes = Vec::new();
     for round in 0..ROUNDS {

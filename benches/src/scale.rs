@@ -262,7 +262,7 @@ fn written_bytes() -> Result<u64> {
 }
 
 /// Bytes of the files in a folder and those below it.
-fn folder_bytes(folder: &Path) -> Result<u64> {
+pub(crate) fn folder_bytes(folder: &Path) -> Result<u64> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;

@@ -119,14 +119,3 @@ fn fill(random: &SimRandom, block: &mut [u8]) {
     random.fill(noise);
     text.chunks_mut(64).for_each(|line| line.fill(random.next() as u8));
 }
-
-/// Bytes of the files in a folder and those below it.
-pub(super) fn folder_bytes(folder: &Path) -> Result<u64> {
-    let mut bytes = 0;
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let metadata = entry.metadata()?;
-        bytes += if metadata.is_dir() { folder_bytes(&entry.path())? } else { metadata.len() };
-    }
-    Ok(bytes)
-}

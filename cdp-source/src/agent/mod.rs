@@ -336,10 +336,7 @@ fn start_group(
 /// Which volume of a group is being restored in place; a file that cannot be read is no sign that none is.
 fn is_restoring(state: StateFolder, group: String) -> IsRestoring {
     Box::new(move || match Restoring::load(&state, &group) {
-        Ok(restoring) => {
-            let restoring = restoring.filter(Restoring::holds_points)?;
-            Some(format!("{}; to go on: {}", restoring.describe(), restoring.command(&group)))
-        }
+        Ok(restoring) => restoring.filter(Restoring::holds_points).map(|restoring| restoring.word(&group)),
         Err(error) => Some(format!("whether a volume is being restored cannot be told: {error}")),
     })
 }
