@@ -4,6 +4,8 @@
 //! block. Nothing of a file system but its kind is in it, since whoever has no key reads it too.
 
 use crate::units::SECTOR_BYTES;
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 /// Partitions that are told of: more than anybody's table has.
 pub const PARTITIONS_MAX: usize = 128;
@@ -201,7 +203,40 @@ impl Layout {
     }
 }
 
+/// As commands tell it (`docs/json.md`).
+impl Serialize for Layout {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (table, id) = match self.table {
+            Table::None => (None, None),
+            Table::Mbr(signature) => (Some("mbr"), Some(crate::hex::encode(&signature))),
+            Table::Gpt(id) => (Some("gpt"), Some(guid_text(&id))),
+        };
+        let document = json!({
+            "sector_bytes": self.sector_bytes,
+            "size_bytes": self.size_bytes,
+            "table": table,
+            "id": id,
+            "boot_code": self.has_boot_code,
+            "partitions": self.partitions.iter().map(Partition::to_json).collect::<Vec<Value>>(),
+        });
+        document.serialize(serializer)
+    }
+}
+
 impl Partition {
+    fn to_json(&self) -> Value {
+        json!({
+            "number": self.number,
+            "start_bytes": self.start_bytes,
+            "size_bytes": self.size_bytes,
+            "type": self.kind_name(),
+            "id": Some(guid_text(&self.id)).filter(|_| self.id != [0; 16]),
+            "active": self.is_active,
+            "content": Some(self.content.name()).filter(|_| self.content != Content::Unknown),
+            "name": self.name,
+        })
+    }
+
     fn decode(input: &mut &[u8]) -> Option<Self> {
         let number = u32::from_le_bytes(take(input)?);
         let (start_bytes, size_bytes) = (u64::from_le_bytes(take(input)?), u64::from_le_bytes(take(input)?));
@@ -352,6 +387,18 @@ mod tests {
         assert!(bytes.len() <= LAYOUT_BYTES_MAX);
         let read = Layout::decode(&bytes).expect("a layout");
         assert_eq!((read.partitions.len(), read.partitions[0].name.len()), (PARTITIONS_MAX, 108));
+    }
+
+    #[test]
+    fn a_document_has_the_names_that_scripts_rely_on() {
+        let document = serde_json::to_value(layout()).expect("a document");
+        assert_eq!((&document["table"], &document["sector_bytes"]), (&json!("gpt"), &json!(512)));
+        let first = &document["partitions"][0];
+        assert_eq!(
+            (&first["type"], &first["content"], &first["name"]),
+            (&json!("EFI system"), &json!("vfat"), &json!("EFI"))
+        );
+        assert_eq!(first["id"], "01010101-0101-0101-0101-010101010101");
     }
 
     #[test]

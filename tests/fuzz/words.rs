@@ -336,6 +336,7 @@ impl Format for SpoolIndex {
             after_rollback_to: None,
             label: Some("nightly".into()),
             volumes: Vec::new(),
+            layouts: Vec::new(),
         };
         let entries = vec![entry(0, End::Part), entry(1, End::Commit(draft))];
         let index = |entries| Index { number: 5, group: GROUP, generation: Generation(3), slab_bytes: 65536, entries };

@@ -104,6 +104,7 @@ fn append(journal: &mut GroupJournal, key: &DataKey, packer: &mut Packer, epoch:
         meters: Meters::default(),
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
     for bytes in &frames {

@@ -4,7 +4,7 @@ use super::failure::UserError;
 use crate::layout::Found;
 use crate::probe::{Kind, Probe};
 use anyhow::Result;
-use cdp_protocol::layout::{Content, Layout, Partition, Table, guid_text};
+use cdp_protocol::layout::{Content, Layout, Partition, Table};
 use serde_json::{Value, json};
 
 /// Refuses what is no whole disk of a machine; `or`: what does for it instead.
@@ -50,37 +50,14 @@ pub(super) fn text(found: &Found, notes: impl Fn(&Partition) -> String) -> Strin
             "  partition {number}{name} at {start_bytes}, {size_bytes} bytes: {kind}{active}, {content}{notes}"
         ));
     }
+    lines.extend(found.broken.iter().map(|what| format!("  warning: {what}")));
     lines.join("\n")
 }
 
 /// The layout as a document.
 pub(super) fn document(found: &Found) -> Value {
-    let layout = &found.layout;
-    let (table, id) = match layout.table {
-        Table::None => (None, None),
-        Table::Mbr(signature) => (Some("mbr"), Some(cdp_protocol::hex::encode(&signature))),
-        Table::Gpt(id) => (Some("gpt"), Some(guid_text(&id))),
-    };
-    let partition = |partition: &Partition| {
-        json!({
-            "number": partition.number,
-            "start_bytes": partition.start_bytes,
-            "size_bytes": partition.size_bytes,
-            "type": partition.kind_name(),
-            "id": Some(guid_text(&partition.id)).filter(|_| partition.id != [0; 16]),
-            "active": partition.is_active,
-            "content": Some(partition.content.name()).filter(|_| partition.content != Content::Unknown),
-            "name": partition.name,
-        })
-    };
-    json!({
-        "sector_bytes": layout.sector_bytes,
-        "size_bytes": layout.size_bytes,
-        "table": table,
-        "id": id,
-        "boot_code": layout.has_boot_code,
-        "content": Some(found.content.name()).filter(|_| found.content != Content::Unknown),
-        "partitions": layout.partitions.iter().map(partition).collect::<Vec<_>>(),
-        "broken": found.broken,
-    })
+    let mut document = json!(found.layout);
+    document["content"] = json!(Some(found.content.name()).filter(|_| found.content != Content::Unknown));
+    document["broken"] = json!(found.broken);
+    document
 }

@@ -34,7 +34,7 @@ pub(super) fn table(disk: &mut Disk<'_, '_>, sector_bytes: u32) -> io::Result<Op
             0 => {}
             5 | 0x0f | 0x85 => extended = Some(entry.first),
             PROTECTIVE => {
-                table.broken.push("its GUID partition table is gone: only the protective one is there".to_owned())
+                table.broken.push("its GUID partition table is gone: only the protective one is there".to_owned());
             }
             _ => table.add(disk, number, entry, 0, sector_bytes),
         }

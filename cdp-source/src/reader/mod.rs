@@ -105,16 +105,16 @@ pub fn read_blocks(reader: &mut dyn BlockReader, requests: &[ReadRequest], done:
     reader.read(&again, &mut |index, result| done(again[index].volume, again[index].extent.start, result))
 }
 
-/// Reads bytes of the first volume, from anywhere within it.
+/// Reads bytes of a volume, from anywhere within it.
 ///
 /// # Errors
 /// Where any of them cannot be read.
-pub fn read_at(reader: &mut dyn BlockReader, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+pub fn read_at(reader: &mut dyn BlockReader, volume: usize, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
     let end = offset + buffer.len() as u64;
     let (first, count) = (offset / BLOCK_BYTES as u64, blocks_in(end) - offset / BLOCK_BYTES as u64);
     let blocks = (first..first + count).map(|block| block as u32);
     let requests: Vec<ReadRequest> =
-        runs(blocks, READ_BLOCKS_MAX).into_iter().map(|extent| ReadRequest { volume: 0, extent }).collect();
+        runs(blocks, READ_BLOCKS_MAX).into_iter().map(|extent| ReadRequest { volume, extent }).collect();
     let mut failure = None;
     read_blocks(reader, &requests, &mut |_, block, result| match result {
         Ok(bytes) => put_block(block, bytes, offset, buffer),

@@ -224,7 +224,7 @@ impl Disk {
     /// # Errors
     /// Where it cannot be read.
     pub fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        reader::read_at(&mut *self.reader, offset, buffer)
+        reader::read_at(&mut *self.reader, 0, offset, buffer)
     }
 
     /// Writes bytes anywhere on it, within whole blocks, and reads them back.

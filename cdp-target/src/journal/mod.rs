@@ -50,7 +50,7 @@ pub use manifest::{Damage, Fork, Manifest};
 pub use recovery::RecoveryReport;
 pub(crate) use sealed::is_no_file;
 pub use unreadable::Unreadable;
-pub use view::{GroupView, Point, PointVolume};
+pub use view::{GroupView, Point, PointLayout, PointVolume};
 pub(crate) use writer::synced_frame;
 pub use writer::{GroupJournal, short_claim};
 

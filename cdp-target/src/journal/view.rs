@@ -16,6 +16,7 @@ use crate::checkpoint::index::ImageIndex;
 use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
 use crate::scrub::ScrubRecord;
+use cdp_protocol::layout::Layout;
 use cdp_protocol::message::PointSummary;
 use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::record::{Commit, Meters, Volume};
@@ -79,6 +80,9 @@ pub struct Point {
     pub meters: Meters,
     /// What became of each volume since the point before; empty where its source did not count.
     pub volumes: Vec<PointVolume>,
+    /// How disks are laid out from this point on, where its commit tells.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layouts: Vec<PointLayout>,
     /// The source's incarnation.
     pub generation: Generation,
     /// The lowest epoch number merged into it.
@@ -118,13 +122,34 @@ pub struct PointVolume {
 impl PointVolume {
     /// The volumes of a commit, by the names that they have in its attempt.
     pub(crate) fn of(commit: &Commit, volumes: &[Volume]) -> Vec<Self> {
-        let name = |slot: VolumeSlot| volumes.iter().find(|volume| volume.slot == slot);
-        let named = |(slot, meters): &(VolumeSlot, VolumeMeters)| Self {
-            name: name(*slot).map_or_else(|| slot.to_string(), |volume| volume.name.clone()),
-            meters: *meters,
-        };
+        let named =
+            |(slot, meters): &(VolumeSlot, VolumeMeters)| Self { name: name_of(volumes, *slot), meters: *meters };
         commit.volumes.iter().map(named).collect()
     }
+}
+
+/// How a disk is laid out, from the point on whose commit tells it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PointLayout {
+    /// The name of its volume; its slot where the point has no volume of that slot.
+    pub name: String,
+    /// By its source's word.
+    #[serde(flatten)]
+    pub layout: Layout,
+}
+
+impl PointLayout {
+    /// The layouts of a commit, by the names that the volumes have in its attempt.
+    fn of(commit: &Commit, volumes: &[Volume]) -> Vec<Self> {
+        let named =
+            |(slot, layout): &(VolumeSlot, Layout)| Self { name: name_of(volumes, *slot), layout: layout.clone() };
+        commit.layouts.iter().map(named).collect()
+    }
+}
+
+fn name_of(volumes: &[Volume], slot: VolumeSlot) -> String {
+    let volume = volumes.iter().find(|volume| volume.slot == slot);
+    volume.map_or_else(|| slot.to_string(), |volume| volume.name.clone())
 }
 
 /// Points whose reading needs what a damage took.
@@ -571,6 +596,7 @@ impl GroupView {
             bytes: meters.frame_bytes + u64::from(commit.frame_len) + self.part_bytes(commit),
             meters,
             volumes: record.map(|record| PointVolume::of(record, &commit.volumes)).unwrap_or_default(),
+            layouts: record.map(|record| PointLayout::of(record, &commit.volumes)).unwrap_or_default(),
             generation: commit.generation,
             first_epoch: record.map_or(epoch, |record| record.first_epoch),
             after_rollback_to: record.and_then(|record| record.after_rollback_to),

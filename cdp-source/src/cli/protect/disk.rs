@@ -12,12 +12,14 @@ use cdp_protocol::layout::Partition;
 use cdp_protocol::limits::is_name;
 use std::path::{Path, PathBuf};
 
+/// What does for a device that is no disk.
+const OR: &str = "NAME=DEVICE protects a device by itself";
+
 /// The name of the volume that a disk becomes, and its device.
 pub(super) fn named(state: &StateFolder, path: &Path) -> Result<(String, PathBuf)> {
     let storage = &**state.storage();
     let path = std::path::absolute(path)?;
     let probe = probe::probe(storage, &path)?;
-    const OR: &str = "NAME=DEVICE protects a device by itself";
     let Kind::Block { disk, .. } = &probe.kind else {
         let error = UserError::new(format!("{} is an image file, not a disk of the machine", path.display()));
         return Err(error.hint(OR).into());
@@ -43,7 +45,7 @@ pub(super) fn look(probe: &Probe) -> Result<Found> {
     let mut reader = reader::open(&[device.read_target()])?;
     let sector_bytes =
         device.sector_bytes().with_context(|| format!("ask for the sectors of {}", probe.device.display()))?;
-    let mut read = |offset: u64, buffer: &mut [u8]| reader::read_at(&mut *reader, offset, buffer);
+    let mut read = |offset: u64, buffer: &mut [u8]| reader::read_at(&mut *reader, 0, offset, buffer);
     layout::look(&mut read, probe.size_bytes, &[sector_bytes])
         .with_context(|| format!("read the partition table of {}", probe.device.display()))
 }
@@ -57,7 +59,7 @@ pub(super) fn text(state: &StateFolder, probe: &Probe, found: &Found) -> String 
     };
     let nodes = numbers.iter().filter_map(|number| device::node_of(&number.to_string()).ok());
     let partitions: Vec<Probe> = nodes.filter_map(|node| probe::probe(storage, &node).ok()).collect();
-    let notes = |partition: &Partition| {
+    let said = |partition: &Partition| {
         let is_it =
             |probe: &&Probe| matches!(probe.kind, Kind::Block { partition: Some(n), .. } if n == partition.number);
         let Some(probe) = partitions.iter().find(is_it) else { return String::new() };
@@ -65,10 +67,8 @@ pub(super) fn text(state: &StateFolder, probe: &Probe, found: &Found) -> String 
         let holders = probe.holders.iter().map(|holder| format!(", under {holder}"));
         mounted.chain(holders).collect()
     };
-    let broken = found.broken.iter().map(|what| format!("\n  warning: {what}"));
-    let lines = told::text(found, notes);
-    let broken: String = broken.collect();
+    let lines = told::text(found, said);
     format!(
-        "{lines}{broken}\n  one volume: all of this is in every point, and `restore --disk` puts it back onto an empty disk"
+        "{lines}\n  one volume: all of this is in every point, and `restore --disk` puts it back onto an empty disk"
     )
 }

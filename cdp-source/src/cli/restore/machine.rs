@@ -144,26 +144,27 @@ impl Machine {
 
     /// In lines, for people.
     pub(super) fn text(&self) -> String {
-        let mut text = match &self.found {
-            Ok(found) => {
-                let broken: String = found.broken.iter().map(|what| format!("\n  warning: {what}")).collect();
-                format!("{}{broken}", told::text(found, |_| String::new()))
-            }
-            Err(why) => format!("  its layout is not known: {why}"),
+        let mut lines = match &self.found {
+            Ok(found) => vec![told::text(found, |_| String::new())],
+            Err(why) => vec![format!("  its layout is not known: {why}")],
         };
-        let Some(Finished { is_moved, unused_bytes, .. }) = &self.finished else { return text };
-        match is_moved {
-            Ok(true) => text.push_str("\n  the copy of its partition table was moved to the end of the disk"),
-            Ok(false) => {}
-            Err(why) => text
-                .push_str(&format!("\n  warning: no copy of its partition table stands at the end of the disk: {why}")),
+        if let Some(Finished { is_moved, unused_bytes, .. }) = &self.finished {
+            match is_moved {
+                Ok(true) => lines.push("  the copy of its partition table was moved to the end of the disk".to_owned()),
+                Ok(false) => {}
+                Err(why) => {
+                    lines.push(format!(
+                        "  warning: no copy of its partition table stands at the end of the disk: {why}"
+                    ));
+                }
+            }
+            if *unused_bytes > EMPTY_BYTES as u64 {
+                lines.push(format!(
+                    "  {unused_bytes} bytes behind the last partition are in none: growpart or parted gives them to it"
+                ));
+            }
         }
-        if *unused_bytes > EMPTY_BYTES as u64 {
-            text.push_str(&format!(
-                "\n  {unused_bytes} bytes behind the last partition are in none: growpart or parted gives them to it"
-            ));
-        }
-        text
+        lines.join("\n")
     }
 
     /// The next steps, on stderr.
