@@ -9,9 +9,10 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// A mount namespace without the BPF file system, and no right to BPF: as on a kernel that has none.
-const WITHOUT_BPF: &str = "umount --lazy /sys/fs/bpf 2>/dev/null; \
-    exec setpriv --bounding-set -bpf,-perfmon,-sys_admin -- \"$0\" \"$@\"";
+/// What takes the right to BPF away, and to anything else that an agent does with the kernel: as on one that has none of it.
+const WITHOUT_BPF: [&str; 4] = ["setpriv", "--bounding-set", "-bpf,-perfmon,-sys_admin", "--"];
+/// The same in a mount namespace without the BPF file system.
+const WITHOUT_BPFFS: &str = "umount --lazy /sys/fs/bpf 2>/dev/null; exec \"$0\" \"$@\"";
 
 /// An office, its disk, and the line to its target.
 pub(crate) struct Office {
@@ -57,8 +58,8 @@ pub(crate) struct Rescue {
 
 impl Rescue {
     pub(crate) fn command(&self, disk: &Path, arguments: &[&str]) -> Command {
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", WITHOUT_BPF]).arg(program("cdp-source"));
+        let mut command = Command::new(WITHOUT_BPF[0]);
+        command.args(&WITHOUT_BPF[1..]).arg(program("cdp-source"));
         command.args(["restore", "--disk"]).arg(disk).args(arguments);
         command.env("CDP_SOURCE_STATE", &self.site.state).stdin(Stdio::null());
         command
@@ -85,9 +86,13 @@ impl Rescue {
         Ok(stderr)
     }
 
-    /// One that goes well and tells a document.
+    /// One that goes well and tells a document, where the BPF file system is not even mounted.
     pub(crate) fn document(&self, disk: &Path, arguments: &[&str]) -> Result<Value> {
-        let output = self.output(disk, &[arguments, &["--json"]].concat())?;
+        let bare = self.command(disk, &[arguments, &["--json"]].concat());
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", WITHOUT_BPFFS]).arg(bare.get_program()).args(bare.get_args());
+        command.env("CDP_SOURCE_STATE", &self.site.state).stdin(Stdio::null());
+        let output = command.output()?;
         let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "restore {arguments:?}: {}: {stderr}", output.status);
         Ok(serde_json::from_slice(&output.stdout)?)

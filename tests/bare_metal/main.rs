@@ -5,5 +5,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "tests use the real file system")]
 
+mod boots;
 mod empty_disk;
 mod machine;
+mod replaced;
