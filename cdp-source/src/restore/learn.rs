@@ -48,7 +48,7 @@ pub struct Lost<'a> {
 /// # Errors
 /// Where the target does not tell, the line is lost, the disk fails, or `goes_on` says that it does not.
 pub fn learn(lost: &Lost<'_>, identity: Identity, goes_on: &mut dyn FnMut(u64, u64) -> bool) -> Result<(), LearnError> {
-    let mut line = PointLine::open(identity, lost.group, "latest").map_err(of_line)?;
+    let mut line = PointLine::open(identity, lost.group, "latest").map_err(|error| of_line(&error))?;
     let point = line.point().clone();
     let kept = |error: std::io::Error| LearnError::Lost(format!("keep the digests: {error}"));
     let mut learning =
@@ -90,11 +90,11 @@ fn ask(line: &mut PointLine, subject: &Subject<'_>, blocks: u64, take: &mut Take
         while line.may_ask()
             && let Some(extents) = left.next()
         {
-            compare::ask_holdings(line, subject.slot, &extents).map_err(of_line)?;
+            compare::ask_holdings(line, subject.slot, &extents).map_err(|error| of_line(&error))?;
             under_way.push_back(extents);
         }
         let Some(extents) = under_way.pop_front() else { return Ok(()) };
-        let held = compare::holdings(line, &extents, subject).map_err(of_line)?;
+        let held = compare::holdings(line, &extents, subject).map_err(|error| of_line(&error))?;
         take(&extents, held.into_iter().map(found).collect())?;
     }
 }
@@ -108,7 +108,7 @@ fn found(held: Point) -> Option<Found> {
 }
 
 /// A target that does not admit this machine may do so once it has joined anew; one that has no such point never will have had it.
-fn of_line(error: LineError) -> LearnError {
+fn of_line(error: &LineError) -> LearnError {
     match error {
         LineError::Connect(_) | LineError::Lost(_) | LineError::Runtime(_) => LearnError::Lost(error.to_string()),
         LineError::Refused(_) | LineError::Failed(_) | LineError::Answer(_) => LearnError::Refused(error.to_string()),
