@@ -21,8 +21,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-/// Bytes of the volume.
-pub(super) const BYTES: u64 = 512 << 20;
+/// Bytes of the volume: its content is six times what the server keeps decoded.
+pub(super) const BYTES: u64 = 2 << 30;
 /// Points, the first copy among them.
 pub(super) const POINTS: u64 = 200;
 /// Points of a long history: 30 days of one every 5 s.
