@@ -202,12 +202,6 @@ impl Digests {
         self.storage.sync_dir(&self.folder)
     }
 
-    /// Whether nothing is known, and never was: they were just made anew.
-    #[must_use]
-    pub fn are_new(&self) -> bool {
-        self.phase == Phase::Unopened && self.head.is_none()
-    }
-
     /// The target took the group up, at this newest point. `has_parts`: whether it holds parts that its newest point has not taken
     /// in, and that go on.
     pub fn opened(&mut self, head: Option<Head>, has_parts: bool) {

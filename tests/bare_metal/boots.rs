@@ -7,7 +7,7 @@ use crate::machine::{Office, partitioned, text};
 use anyhow::{Context, Result, ensure};
 use cdp_tests::file_system::FileSystem;
 use cdp_tests::loop_device::{LoopDevice, Mount};
-use cdp_tests::process::{Daemon, tool, wait_for};
+use cdp_tests::process::{Daemon, program, tool, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -77,14 +77,15 @@ fn debian(root: &Path) -> Result<()> {
     Ok(std::fs::write(root.join("etc/hostname"), "branch-office\n")?)
 }
 
-/// Starts a machine from a disk and waits for its login prompt; gives what it said on its serial line.
-fn boot(disk: &Path, folder: &Path, memory_mib: u32) -> Result<String> {
+/// Starts a machine from a disk, as QEMU names it, and waits for its login prompt; gives what it said on its serial line.
+fn boot(disk: &str, folder: &Path, memory_mib: u32) -> Result<String> {
     let serial = folder.join("serial.log");
+    // Of the machine before.
+    let _ = std::fs::remove_file(&serial);
     let mut command = Command::new(QEMU);
     command.args(["-nodefaults", "-no-user-config", "-machine", "pc", "-accel", "tcg", "-cpu", "max", "-no-reboot"]);
     command.args(["-m", &memory_mib.to_string(), "-display", "none", "-serial", &format!("file:{}", serial.display())]);
-    // What it writes is of no use to anybody.
-    command.args(["-snapshot", "-drive", &format!("file={},format=raw,if=virtio", disk.display())]);
+    command.args(["-drive", &format!("file={disk},format=raw,if=virtio")]);
     let mut machine = Daemon::start(&mut command)?;
     let said = || std::fs::read(&serial).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let prompt = wait_for("a login prompt", BOOT, || {
@@ -113,12 +114,30 @@ fn restored_boots(fill: fn(&Path) -> Result<()>, disk_bytes: u64, memory_mib: u3
     office.site.wait_for_points(1, BOOT)?;
     office.site.point_now()?;
     office.site.kill_source()?;
+    let is_the_point = |said: String| -> Result<()> {
+        ensure!(
+            said.contains("this is the point of branch-office") && said.contains("branch-office login: "),
+            "{said}"
+        );
+        Ok(())
+    };
+    is_the_point(boot_from_the_point(&office, memory_mib).context("straight from the point")?)?;
     let rescue = office.rescue()?;
     let new = LoopDevice::new(&office.folder.path().join("new.img"), disk_bytes + 64 * MIB)?;
     rescue.restore(new.node(), &["--at", "latest"])?;
-    let said = boot(new.file(), office.folder.path(), memory_mib)?;
-    ensure!(said.contains("this is the point of branch-office") && said.contains("branch-office login: "), "{said}");
-    Ok(())
+    is_the_point(boot(&text(new.file())?, office.folder.path(), memory_mib).context("from the restored disk")?)
+}
+
+/// The same machine without any restore: its disk is the point over NBD, and what it writes an overlay.
+fn boot_from_the_point(office: &Office, memory_mib: u32) -> Result<String> {
+    let folder = office.folder.path();
+    let (socket, overlay) = (folder.join("point.sock"), folder.join("point.overlay"));
+    let listen = format!("unix:{}", socket.display());
+    let mut command = Command::new(program("cdp-target"));
+    command.args(["nbd", "office/main", "--at", "latest", "--listen", &listen, "--writable"]).arg(&overlay);
+    let mut server = Daemon::start(command.env("CDP_TARGET_DATA", &office.site.data))?;
+    server.wait_for_line("listening on", BOOT)?;
+    boot(&format!("nbd+unix:///{}?socket={}", office.volume(), socket.display()), folder, memory_mib)
 }
 
 /// Whether all is there that it takes.

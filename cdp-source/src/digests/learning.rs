@@ -5,6 +5,7 @@
 
 use super::slots::SlotFile;
 use super::state::{Kept, State};
+use super::{Digests, Phase};
 use crate::audit::Found;
 use cdp_protocol::record::Volume;
 use cdp_protocol::units::{Extent, GroupId, Head, Timestamp, VolumeSlot, blocks_in};
@@ -89,6 +90,14 @@ impl Learning {
 
     fn state(&self, base: Option<Head>, volumes: Vec<Kept>) -> State {
         State { group: self.group, era: self.era, base, volumes }
+    }
+}
+
+impl Digests {
+    /// Whether nothing is known, and never was: they were just made anew.
+    #[must_use]
+    pub fn are_new(&self) -> bool {
+        self.phase == Phase::Unopened && self.head.is_none()
     }
 }
 

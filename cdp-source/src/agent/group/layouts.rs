@@ -111,7 +111,6 @@ impl Disk {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "a disk is a file of the real file system")]
 mod tests {
     use super::*;
     use crate::restore::disk::whole;
