@@ -99,7 +99,9 @@ fn new_hardware_goes_on_from_the_restored_disk_and_sends_what_differs() -> Resul
     office.disk.reattach(&office.folder.path().join("new.img"))?;
     let mount = FileSystem::Ext4.mount(&office.disk.partition(1)?, &root)?;
     let before = office.relay.carried();
-    office.site.start_source_apart()?;
+    // Nothing of the old machine's kernel is here.
+    std::fs::remove_dir_all(office.site.pins().context("what the old agent has pinned")?)?;
+    office.site.start_source()?;
     wait_for("the agent to say that the disk is another", PATIENCE, || {
         let status = office.site.source_status().ok();
         let reason = status.and_then(|status| status["reason"].as_str().map(str::to_owned));
