@@ -1,7 +1,7 @@
 //! What has to stand at the end of a disk, where a point was put back onto a larger one: the copy of a GUID partition table.
 //!
 //! Only says what to write, in the order in which it is to be written, each piece durable before the next. Invariant: whatever a crash leaves,
-//! the table in the second sector is whole, and names a copy that is.
+//! the table in the second sector is whole; once it names the new copy, that is.
 
 use super::gpt::{Read, header_crc, sound_at};
 use super::mbr::{ENTRIES_AT, PROTECTIVE};
@@ -56,8 +56,10 @@ pub fn moved(
         protective[ENTRIES_AT + 12..ENTRIES_AT + 16].copy_from_slice(&count.to_le_bytes());
         writes.push(Write { offset: 0, bytes: protective });
     }
-    // Nobody is to find a copy that does not stand at the end.
-    writes.push(Write { offset: old_last * sector, bytes: vec![0; sector_bytes as usize] });
+    // Nobody is to find a copy that does not stand at the end; on a disk that is hardly larger the new one lies over it.
+    if old_last < entries_at {
+        writes.push(Write { offset: old_last * sector, bytes: vec![0; sector_bytes as usize] });
+    }
     Ok(Ok(writes))
 }
 

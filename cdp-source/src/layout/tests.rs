@@ -167,6 +167,21 @@ fn on_a_larger_disk_the_copy_stands_at_its_end_and_every_step_leaves_a_whole_tab
 }
 
 #[test]
+fn on_a_disk_that_is_hardly_larger_the_copy_lies_over_the_old_one() {
+    for more in [1, 8, 32, 33] {
+        let states = grown(512, (4 << 20) + more * 512);
+        assert!(states.iter().all(|state| look_at(state, &[512]).broken.is_empty()), "{more} sectors");
+        let mut last = states.last().expect("one at least").clone();
+        last[512] ^= 1;
+        let found = look_at(&last, &[512]);
+        assert!(
+            found.layout.partitions.len() == 2 && found.broken[0].contains("is whole"),
+            "{more} sectors: {found:?}"
+        );
+    }
+}
+
+#[test]
 fn as_large_as_before_or_without_a_table_nothing_is_written() {
     assert_eq!(grown(512, 4 << 20).len(), 1);
     let bytes = vec![0; 4 << 20];
