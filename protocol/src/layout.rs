@@ -171,6 +171,13 @@ impl Layout {
         out
     }
 
+    /// Bytes it takes in memory, about.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let names: usize = self.partitions.iter().map(|partition| partition.name.len()).sum();
+        size_of::<Self>() + self.partitions.len() * size_of::<Partition>() + names
+    }
+
     /// Parses a record; `None` where the bytes are none, or one of another version.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {

@@ -146,11 +146,16 @@ fn cut_off(office: &Office, rescue: &Rescue, new: &LoopDevice, point: u64) -> Re
     begun.with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
     office.relay.set_rate(None);
     ensure!(rescue.marker().exists(), "it was killed while it wrote");
-    let other = LoopDevice::new(&office.folder.path().join("other.img"), LARGER_BYTES)?;
-    let refused = rescue.refused(other.node(), &["--at", "latest"])?;
-    let command = format!("--at {point} --disk {}", new.node().display());
-    ensure!(refused.contains("another restore is not over") && refused.contains(&command), "{refused}");
-    Ok(())
+    // Another disk has got its name meanwhile: it has to be empty, as any other.
+    let begun = std::fs::read_to_string(rescue.marker())?;
+    ensure!(begun.contains(&format!("\"epoch\": {point}")), "{begun}");
+    let mut other: serde_json::Value = serde_json::from_str(&begun)?;
+    ensure!(other["device"].is_string(), "{begun}");
+    other["device"] = "serial 7".into();
+    std::fs::write(rescue.marker(), other.to_string())?;
+    let refused = rescue.refused(new.node(), &["--at", "latest"])?;
+    ensure!(refused.contains("that is not gone on with") && refused.contains("--discard-current"), "{refused}");
+    Ok(std::fs::write(rescue.marker(), begun)?)
 }
 
 /// What is no empty disk of at least the size is not touched.

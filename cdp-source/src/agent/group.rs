@@ -88,7 +88,8 @@ pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input
     let Some((devices, memo, is_kept)) = first_open(&mut setup, inputs) else { return };
     // Where nobody waits for it, it does not matter.
     let _ = setup.opened.take().map(|opened| opened.send(()));
-    if !learn(&mut setup, &memo, inputs) {
+    // While the tracking goes on, what waits in the spool goes on with it, and needs no line.
+    if is_kept && !learn(&mut setup, &memo, inputs) {
         return;
     }
     let mut group = Group::new(setup, devices, (memo, is_kept), sender);

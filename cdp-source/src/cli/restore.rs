@@ -66,11 +66,7 @@ struct Job<'a> {
 pub(super) fn restore(state: &StateFolder, args: &RestoreArgs) -> Result<ExitCode> {
     let office = Office::of(state, args)?;
     let _lock = if args.dry_run { None } else { Some(state.lock_restore()?) };
-    let begun = Restoring::load(state, &args.group)?;
-    if let Some(begun) = begun.as_ref().filter(|begun| !office.goes_on(begun)) {
-        let error = UserError::new(format!("another restore is not over: {}", begun.describe()));
-        return Err(error.hint(format!("finish it first: {}", begun.command(&args.group))).into());
-    }
+    let begun = office.begun()?;
     let same = begun.as_ref().filter(|begun| begun.at == args.at);
     let at = same.map_or_else(|| args.at.clone(), |begun| begun.epoch.to_string());
     let mut line = PointLine::open(office.identity.clone(), office.group, &at)?;
@@ -120,6 +116,29 @@ impl<'a> Office<'a> {
         })?;
         let facts = state.group(&args.group)?.with_context(|| format!("group {} has no state", args.group))?;
         Ok(Self { state, args, config, identity, group: facts.group, own: Some(volume) })
+    }
+
+    /// The restore that was begun and is gone on with. One in place is finished first; one to another device, which holds nothing of the office's
+    /// own, gives way to another, and to another device of the same name.
+    fn begun(&self) -> Result<Option<Restoring>> {
+        let Self { state, args, .. } = self;
+        let Some(begun) = Restoring::load(state, &args.group)? else { return Ok(None) };
+        let onto = args.other_device().filter(|_| !begun.holds_points());
+        if !self.goes_on(&begun) && onto.is_none() {
+            let error = UserError::new(format!("another restore is not over: {}", begun.describe()));
+            return Err(error.hint(format!("finish it first: {}", begun.command(&args.group))).into());
+        }
+        let Some(onto) = onto else { return Ok(Some(begun)) };
+        let storage = &**state.storage();
+        let device = disk::identity(storage, &probe::probe(storage, onto)?);
+        if self.goes_on(&begun) && device.is_some() && device == begun.device {
+            return Ok(Some(begun));
+        }
+        eprintln!(
+            "warning: {}: that is not gone on with, and what it was written to is neither old nor new",
+            begun.describe()
+        );
+        Ok(None)
     }
 
     /// Whether a restore that was begun is of the same volume and to the same device: it is gone on with, or another point chosen.
@@ -237,7 +256,8 @@ impl Job<'_> {
         if self.office.args.disk.is_none() {
             return Ok(None);
         }
-        Machine::look(line, &self.subject(), self.volume.size_bytes, probe).map(Some)
+        let may_guess = self.office.args.discard_current;
+        Machine::look(line, &self.subject(), self.volume.size_bytes, probe, may_guess).map(Some)
     }
 
     fn compare(&self, side: &mut Side<'_>, line: &mut PointLine, bar: &mut Bar) -> Result<Plan> {
@@ -275,7 +295,8 @@ impl Job<'_> {
         }
         let mut machine = self.machine(&mut line, &probe)?;
         let point = line.point().head;
-        let marker = keeping.marker(self.volume.slot, point.epoch, clock.wall_ms());
+        let mut marker = keeping.marker(self.volume.slot, point.epoch, clock.wall_ms());
+        marker.device = disk::identity(&**state.storage(), &probe);
         if !is_in_place {
             // What an old volume has is written while it is compared.
             keeping.begin(state, &args.group, &marker)?;

@@ -20,6 +20,8 @@ pub(super) struct TableFound {
     pub(super) disk: [u8; 16],
     pub(super) partitions: Vec<Partition>,
     pub(super) broken: Vec<String>,
+    /// Whether the first one is as its checksums say: then it is one, whatever else stands on the disk.
+    pub(super) is_sound: bool,
 }
 
 /// A header and its entries, both as their checksums say.
@@ -48,12 +50,13 @@ pub(super) fn table(disk: &mut Disk<'_, '_>, sector_bytes: u32) -> io::Result<Op
         }
         (_, Some(what), Read::Broken(_)) => {
             let broken = vec![format!("{what}, and so is the copy at the end of the disk")];
-            return Ok(Some(TableFound { disk: [0; 16], partitions: Vec::new(), broken }));
+            return Ok(Some(TableFound { disk: [0; 16], partitions: Vec::new(), broken, is_sound: false }));
         }
         // In sectors of another size, perhaps.
         _ => return Ok(None),
     };
-    let mut table = TableFound { disk: found.disk(), partitions: Vec::new(), broken };
+    let is_sound = broken.is_empty();
+    let mut table = TableFound { disk: found.disk(), partitions: Vec::new(), broken, is_sound };
     for (number, entry) in (1..).zip(found.entries.chunks_exact(found.entry_bytes())) {
         if entry[..16] == [0; 16] || table.partitions.len() == PARTITIONS_MAX {
             continue;
@@ -122,7 +125,7 @@ pub(super) fn sound_at(disk: &mut Disk<'_, '_>, sector: u64, sector_bytes: u32) 
 }
 
 impl Sound {
-    fn disk(&self) -> [u8; 16] {
+    pub(super) fn disk(&self) -> [u8; 16] {
         *self.header[56..].first_chunk().expect("a header has 92 bytes")
     }
 

@@ -38,6 +38,12 @@ pub fn moved(
         Read::None => return Ok(Ok(Vec::new())),
         Read::Broken(what) => return Ok(Err(what)),
     };
+    // Where its copy is said to be, if one of the same disk is there: anything else is somebody's data.
+    let old_copy = word(&found.header, 32);
+    let is_copy = match sound_at(&mut disk, old_copy, sector_bytes)? {
+        Read::Sound(copy) => old_copy > 1 && copy.disk() == found.disk(),
+        Read::None | Read::Broken(_) => false,
+    };
     let entries_sectors = (found.entries.len() as u64).div_ceil(sector);
     let entries_at = last.saturating_sub(entries_sectors);
     if entries_at <= word(&found.header, 48) {
@@ -57,8 +63,8 @@ pub fn moved(
         writes.push(Write { offset: 0, bytes: protective });
     }
     // Nobody is to find a copy that does not stand at the end; on a disk that is hardly larger the new one lies over it.
-    if old_last < entries_at {
-        writes.push(Write { offset: old_last * sector, bytes: vec![0; sector_bytes as usize] });
+    if old_copy < entries_at && is_copy {
+        writes.push(Write { offset: old_copy * sector, bytes: vec![0; sector_bytes as usize] });
     }
     Ok(Ok(writes))
 }

@@ -42,7 +42,7 @@ impl Found {
 /// Looks at a disk of so many bytes. `sectors`: the sizes that a sector of it may have, the likeliest first.
 ///
 /// # Errors
-/// Where it cannot be read.
+/// Where its beginning, or a table, cannot be read.
 pub fn look(read: &mut ReadAt<'_>, size_bytes: u64, sectors: &[u32]) -> io::Result<Found> {
     let mut disk = Disk { read, size_bytes };
     let first = disk.bytes(0, 512)?.unwrap_or_default();
@@ -54,29 +54,29 @@ pub fn look(read: &mut ReadAt<'_>, size_bytes: u64, sectors: &[u32]) -> io::Resu
         has_boot_code,
         partitions: Vec::new(),
     };
-    let mut broken = Vec::new();
-    let content = disk.content(0, size_bytes)?;
-    // A boot sector of FAT or NTFS ends as a table does.
-    if content == Content::Unknown {
-        let mut places = Vec::new();
-        for sector_bytes in sectors {
-            if let Some(table) = gpt::table(&mut disk, *sector_bytes)? {
-                layout.sector_bytes = *sector_bytes;
-                (layout.table, places, broken) = (Table::Gpt(table.disk), table.partitions, table.broken);
-                break;
-            }
+    let (mut places, mut broken) = (Vec::new(), Vec::new());
+    let mut content = disk.content(0, size_bytes)?;
+    for sector_bytes in sectors {
+        let table = gpt::table(&mut disk, *sector_bytes)?;
+        // What was on the whole disk once may be left of beside a table; and a boot sector of FAT or NTFS ends as a table does.
+        if let Some(table) = table.filter(|table| table.is_sound || content == Content::Unknown) {
+            (layout.sector_bytes, layout.table, content) = (*sector_bytes, Table::Gpt(table.disk), Content::Unknown);
+            (places, broken) = (table.partitions, table.broken);
+            break;
         }
-        if layout.table == Table::None
-            && let Some(table) = mbr::table(&mut disk, layout.sector_bytes)?
-        {
-            (layout.table, places, broken) = (Table::Mbr(table.signature), table.partitions, table.broken);
-        }
-        for place in places.into_iter().take(PARTITIONS_MAX) {
-            let content = disk.content(place.start_bytes, place.size_bytes)?;
-            layout.partitions.push(Partition { content, ..place });
-        }
-        broken.extend(overlaps(&layout.partitions));
     }
+    if layout.table == Table::None
+        && content == Content::Unknown
+        && let Some(table) = mbr::table(&mut disk, layout.sector_bytes)?
+    {
+        (layout.table, places, broken) = (Table::Mbr(table.signature), table.partitions, table.broken);
+    }
+    for place in places.into_iter().take(PARTITIONS_MAX) {
+        // A partition whose beginning cannot be read is one all the same.
+        let content = disk.content(place.start_bytes, place.size_bytes).unwrap_or(Content::Unknown);
+        layout.partitions.push(Partition { content, ..place });
+    }
+    broken.extend(overlaps(&layout.partitions));
     Ok(Found { layout, content, broken })
 }
 

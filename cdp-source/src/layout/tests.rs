@@ -72,6 +72,30 @@ fn a_guid_partition_table_is_found_in_either_sector_size() {
 }
 
 #[test]
+fn a_sound_table_is_believed_before_what_is_left_of_something_else() {
+    let mut bytes = gpt(512);
+    put(&mut bytes, 65_600, b"_BHRfS_M");
+    let found = look_at(&bytes, &[512]);
+    assert_eq!((found.layout.partitions.len(), found.content), (2, Content::Unknown));
+    bytes[2 * 512] ^= 1;
+    assert_eq!(look_at(&bytes, &[512]).content, Content::Btrfs, "one that is damaged is not");
+}
+
+#[test]
+fn a_partition_that_cannot_be_read_is_one_all_the_same() {
+    let bytes = gpt(512);
+    let mut read = |offset: u64, buffer: &mut [u8]| {
+        if offset == 51_200 {
+            return Err(io::Error::other("a bad sector"));
+        }
+        buffer.copy_from_slice(&bytes[offset as usize..offset as usize + buffer.len()]);
+        Ok(())
+    };
+    let found = look(&mut read, bytes.len() as u64, &[512]).expect("the table can be read");
+    assert_eq!(found.layout.partitions.iter().map(|it| it.content).collect::<Vec<_>>(), [Content::Unknown; 2]);
+}
+
+#[test]
 fn a_damaged_table_is_told_and_its_copy_stands_in() {
     for at in [512 + 40, 2 * 512 + 33] {
         let mut bytes = gpt(512);
@@ -164,6 +188,22 @@ fn on_a_larger_disk_the_copy_stands_at_its_end_and_every_step_leaves_a_whole_tab
         }
         assert!(last[(4 << 20) - sector..4 << 20].iter().all(|byte| *byte == 0));
     }
+}
+
+#[test]
+fn what_is_no_copy_of_the_table_is_not_wiped() {
+    let mut bytes = gpt(512);
+    let old = bytes.len();
+    put(&mut bytes, old - 512, b"somebody's data");
+    bytes.resize(9 << 20, 0);
+    let mut read = |offset: u64, buffer: &mut [u8]| {
+        buffer.copy_from_slice(&bytes[offset as usize..offset as usize + buffer.len()]);
+        Ok(())
+    };
+    let writes =
+        grow::moved(&mut read, (old as u64, 9 << 20), 512).expect("memory can be read").expect("a whole table");
+    assert_eq!(writes.len(), 4);
+    assert!(writes.iter().all(|write| write.offset != old as u64 - 512));
 }
 
 #[test]

@@ -273,6 +273,31 @@ impl Disk {
     }
 }
 
+/// What tells a device from another that comes to have its name: its serial number, where it has one; else which disk of this boot it is.
+/// `None` where nothing does.
+#[must_use]
+pub fn identity(storage: &dyn Storage, probe: &Probe) -> Option<String> {
+    let size_bytes = probe.size_bytes;
+    let (disk, partition) = match &probe.kind {
+        Kind::Block { disk, partition, .. } => (disk, partition.unwrap_or(0)),
+        Kind::File { file_system, inode } => return Some(format!("file {inode} of {file_system}")),
+    };
+    let text = |path: PathBuf| {
+        // Their lengths read as what they are not.
+        let mut bytes = vec![0; SYSFS_BYTES_MAX as usize];
+        let read = storage.open(&path).and_then(|file| file.read_at(&mut bytes, 0)).ok()?;
+        let text = String::from_utf8_lossy(&bytes[..read]).trim().to_owned();
+        Some(text).filter(|text| !text.is_empty())
+    };
+    let of_disk = |name: &str| text(Path::new("/sys/block").join(disk).join(name));
+    let serial = ["wwid", "device/wwid", "serial", "device/serial"].iter().find_map(|name| of_disk(name));
+    let known = serial.map(|serial| format!("serial {serial}")).or_else(|| {
+        let boot = text("/proc/sys/kernel/random/boot_id".into())?;
+        Some(format!("disk {} of boot {boot}", of_disk("diskseq")?))
+    })?;
+    Some(format!("{known}, partition {partition}, {size_bytes} bytes"))
+}
+
 /// Refuses what has less room than is needed.
 ///
 /// # Errors
@@ -382,6 +407,17 @@ mod tests {
         disk.write_zeros(0, 2 * BLOCK_BYTES as u64).expect("zeros, where no room can be given back");
         expected[..2 * BLOCK_BYTES].fill(0);
         assert_eq!(bytes(&path), expected);
+    }
+
+    #[test]
+    fn a_device_is_told_from_another_of_its_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let look = |path: &Path| probe::probe(&SystemStorage, path).expect("an image");
+        let path = image(folder.path());
+        let first = identity(&SystemStorage, &look(&path));
+        assert!(first.is_some() && first == identity(&SystemStorage, &look(&path)));
+        SystemStorage.rename(&path, &folder.path().join("before")).expect("renamed");
+        assert_ne!(first, identity(&SystemStorage, &look(&image(folder.path()))), "another file has the name");
     }
 
     #[test]

@@ -21,10 +21,13 @@ use std::sync::Arc;
 /// Why it is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum LearnError {
-    /// The target does not tell, and will not.
+    /// The target does not tell.
     #[error("{0}")]
     Refused(String),
-    /// The line, or the disk; it may go well later.
+    /// The digests cannot be kept.
+    #[error("{0}")]
+    Disk(String),
+    /// The line, or the group's end; it may go well later.
     #[error("{0}")]
     Lost(String),
 }
@@ -50,7 +53,7 @@ pub struct Lost<'a> {
 pub fn learn(lost: &Lost<'_>, identity: Identity, goes_on: &mut dyn FnMut(u64, u64) -> bool) -> Result<(), LearnError> {
     let mut line = PointLine::open(identity, lost.group, "latest").map_err(|error| of_line(&error))?;
     let point = line.point().clone();
-    let kept = |error: std::io::Error| LearnError::Lost(format!("keep the digests: {error}"));
+    let kept = |error: std::io::Error| LearnError::Disk(format!("keep the digests: {error}"));
     let mut learning =
         Learning::begin(lost.storage, lost.folder, lost.group, lost.volumes, &SystemRandom).map_err(kept)?;
     // Of a volume that has grown since, what it had then.

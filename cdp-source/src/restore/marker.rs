@@ -27,6 +27,9 @@ pub struct Restoring {
     /// Whether that is a whole disk, restored as one.
     #[serde(default)]
     pub is_disk: bool,
+    /// Which device that was, whatever is called so by now (`disk::identity`).
+    #[serde(default)]
+    pub device: Option<String>,
     /// The point.
     pub epoch: Epoch,
     /// How it was named: the same command means the same point, however late it is given again.
@@ -48,7 +51,7 @@ impl Restoring {
         begun: Timestamp,
     ) -> Self {
         let (volume, to, at) = (volume.to_owned(), to.map(Path::to_owned), at.to_owned());
-        Self { version: VERSION, volume, slot, to, is_disk: false, epoch, at, begun, kept: None }
+        Self { version: VERSION, volume, slot, to, is_disk: false, device: None, epoch, at, begun, kept: None }
     }
 
     /// Whether the agent has to hold the group's points: a volume of it is written to.

@@ -375,7 +375,10 @@ impl Summary {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let bitmaps: usize = self.bitmaps.values().map(RoaringBitmap::serialized_size).sum();
-        bitmaps + self.runs.len() * size_of::<Run>() + self.commits.len() * (size_of::<CommitEntry>() + 128)
+        let layouts =
+            self.commits.iter().filter_map(|commit| commit.record.as_ref()).flat_map(|record| &record.layouts);
+        let layouts: usize = layouts.map(|(_, layout)| layout.bytes()).sum();
+        bitmaps + layouts + self.runs.len() * size_of::<Run>() + self.commits.len() * (size_of::<CommitEntry>() + 128)
     }
 
     /// Whether any frame here touches `extent` of a volume.

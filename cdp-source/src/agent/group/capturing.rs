@@ -279,7 +279,7 @@ impl Group {
             return Layouts::new();
         };
         layouts.captured(capture);
-        layouts.take(&mut *devices.reader)
+        layouts.take(&mut *devices.reader, self.setup.clock.monotonic())
     }
 
     /// Nothing has changed since the last capture. A point that was asked for is made all the same, so that its name has

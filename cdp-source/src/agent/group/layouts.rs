@@ -2,8 +2,9 @@
 //!
 //! What is told is what the disk holds right after the cut; whatever changes it later is of a later capture, which looks again. Nothing is
 //! told of a volume without a partition table, and nothing twice, but once by each agent and each generation. A disk that cannot be read is
-//! looked at again. Nothing is decided by it.
+//! looked at again after a while. Nothing is decided by it.
 
+use super::UNREADABLE_EVERY;
 use crate::capture::Capture;
 use crate::layout;
 use crate::reader::{self, BlockReader};
@@ -14,6 +15,7 @@ use cdp_protocol::record::layouts::{Layouts, fitting};
 use cdp_protocol::units::{BLOCK_BYTES, SECTOR_BYTES, VolumeSlot, blocks_in};
 use roaring::RoaringBitmap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Blocks at the start of a disk: 1 MiB, where tables and boot areas are.
 const FIRST_BLOCKS: u32 = 256;
@@ -32,6 +34,8 @@ struct Disk {
     /// What was told last.
     told: Option<Layout>,
     is_touched: bool,
+    /// After it could not be read, when it is looked at again.
+    again_at: Duration,
 }
 
 impl DiskLayouts {
@@ -44,6 +48,7 @@ impl DiskLayouts {
             device,
             told: None,
             is_touched: true,
+            again_at: Duration::ZERO,
         };
         Self(volumes.iter().zip(devices).map(disk).collect())
     }
@@ -63,9 +68,9 @@ impl DiskLayouts {
     }
 
     /// The layouts that are not as they were told last, as far as a commit has room for them.
-    pub(super) fn take(&mut self, reader: &mut dyn BlockReader) -> Layouts {
-        let touched = self.0.iter_mut().enumerate().filter(|(_, disk)| disk.is_touched);
-        let changed: Layouts = touched.filter_map(|(volume, disk)| disk.look(volume, reader)).collect();
+    pub(super) fn take(&mut self, reader: &mut dyn BlockReader, now: Duration) -> Layouts {
+        let touched = self.0.iter_mut().enumerate().filter(|(_, disk)| disk.is_touched && now >= disk.again_at);
+        let changed: Layouts = touched.filter_map(|(volume, disk)| disk.look(volume, reader, now)).collect();
         let (told, left) = fitting(changed);
         for disk in &mut self.0 {
             if let Some((_, layout)) = told.iter().find(|(slot, _)| *slot == disk.slot) {
@@ -89,7 +94,7 @@ impl Disk {
     }
 
     /// Its layout, where that is another than was told.
-    fn look(&mut self, volume: usize, reader: &mut dyn BlockReader) -> Option<(VolumeSlot, Layout)> {
+    fn look(&mut self, volume: usize, reader: &mut dyn BlockReader, now: Duration) -> Option<(VolumeSlot, Layout)> {
         let sector_bytes = Device::inspect(&self.device).ok().and_then(|device| device.sector_bytes().ok());
         let mut read = |offset: u64, buffer: &mut [u8]| reader::read_at(reader, volume, offset, buffer);
         let found = layout::look(&mut read, self.size_bytes, &[sector_bytes.unwrap_or(SECTOR_BYTES as u32)]);
@@ -97,6 +102,7 @@ impl Disk {
             Ok(found) => found.layout,
             Err(error) => {
                 tracing::debug!(device = %self.device.display(), %error, "how the disk is laid out cannot be read now");
+                self.again_at = now + UNREADABLE_EVERY;
                 return None;
             }
         };
@@ -135,7 +141,11 @@ mod tests {
         let mut disks = DiskLayouts::new(&volumes, [file.path().to_owned()]);
         let mut reader = reader::open(&[whole(file.path(), DISK_BYTES)]).expect("opened");
         let mut told = |disks: &mut DiskLayouts| {
-            disks.take(&mut *reader).into_iter().map(|(slot, layout)| (slot.0, layout.partitions)).collect::<Vec<_>>()
+            disks
+                .take(&mut *reader, Duration::ZERO)
+                .into_iter()
+                .map(|(slot, layout)| (slot.0, layout.partitions))
+                .collect::<Vec<_>>()
         };
         assert_eq!(told(&mut disks), [], "there is no table");
         write_table(file.as_file(), 0x83);

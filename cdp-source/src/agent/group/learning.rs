@@ -2,7 +2,8 @@
 //! left out, or whose state folder is damaged.
 //!
 //! Without them everything would be sent once more. Until they are there nothing is captured, and a line that is down is waited for: what
-//! cannot be told apart cannot be left out. A group that never had a point has nothing to ask for.
+//! cannot be told apart cannot be left out. A target that does not tell is asked a few times; a disk that cannot keep them ends it. Only for a
+//! group whose tracking starts over: where that goes on, points are made as before. A group that never had a point has nothing to ask for.
 
 use super::{GroupSetup, Input, lock, refuse};
 use crate::agent::status::GroupPhase;
@@ -14,6 +15,8 @@ use std::time::Duration;
 
 /// Between two tries.
 const TRY_EVERY: Duration = Duration::from_secs(5);
+/// How often a target that does not tell is asked: it may be that it could not just then.
+const REFUSALS_MAX: u32 = 3;
 
 /// Learns them, where they are lost; `false` where the group is to end.
 pub(super) fn learn(setup: &mut GroupSetup, memo: &Memo, inputs: &Receiver<Input>) -> bool {
@@ -23,6 +26,7 @@ pub(super) fn learn(setup: &mut GroupSetup, memo: &Memo, inputs: &Receiver<Input
     }
     let group = setup.facts.name.clone();
     tracing::info!(group, "what the target holds of each block is not known here any more: it is asked");
+    let mut refusals = 0;
     loop {
         let mut is_stopped = false;
         let learnt = learner(&mut |done, all| {
@@ -39,7 +43,11 @@ pub(super) fn learn(setup: &mut GroupSetup, memo: &Memo, inputs: &Receiver<Input
                 tracing::info!(group, "the target has told what it holds: only what differs will be sent");
                 return true;
             }
-            Err(LearnError::Refused(reason)) => {
+            Err(LearnError::Disk(reason)) => {
+                tracing::warn!(group, reason, "what the target holds of each block cannot be kept: all of it is sent");
+                return true;
+            }
+            Err(LearnError::Refused(reason)) if refusals + 1 == REFUSALS_MAX => {
                 tracing::warn!(
                     group,
                     reason,
@@ -47,10 +55,11 @@ pub(super) fn learn(setup: &mut GroupSetup, memo: &Memo, inputs: &Receiver<Input
                 );
                 return true;
             }
-            Err(LearnError::Lost(reason)) => {
+            Err(error @ (LearnError::Refused(_) | LearnError::Lost(_))) => {
+                refusals += u32::from(matches!(error, LearnError::Refused(_)));
                 tell(
                     setup,
-                    format!("what the target holds of each block is not known here, and it cannot be asked: {reason}"),
+                    format!("what the target holds of each block is not known here, and it cannot be asked: {error}"),
                 );
                 if !wait(setup, inputs) {
                     return false;
@@ -69,13 +78,21 @@ fn reason_of(setup: &GroupSetup) -> String {
     lock(&setup.status).reason.clone().unwrap_or_default()
 }
 
+/// Whoever asks is told: no point is made now, and none of a volume that is being restored.
+fn answer(setup: &GroupSetup, input: Input) {
+    match input {
+        Input::Point(request) => refuse(request, &reason_of(setup)),
+        Input::Restoring(reply) => _ = reply.send((setup.restoring)()),
+        Input::Link(_) | Input::Encoded(_) | Input::Hook(_) | Input::Stop(_) => {}
+    }
+}
+
 /// Takes what has come in meanwhile; whether the group is to end.
 fn take(setup: &GroupSetup, inputs: &Receiver<Input>) -> bool {
     loop {
         match inputs.try_recv() {
             Ok(Input::Stop(_)) | Err(TryRecvError::Disconnected) => return true,
-            Ok(Input::Point(request)) => refuse(request, &reason_of(setup)),
-            Ok(_) => {}
+            Ok(input) => answer(setup, input),
             Err(TryRecvError::Empty) => return false,
         }
     }
@@ -88,8 +105,7 @@ fn wait(setup: &GroupSetup, inputs: &Receiver<Input>) -> bool {
         pulse::beat();
         match inputs.recv_timeout(deadline.saturating_sub(setup.clock.monotonic())) {
             Ok(Input::Stop(_)) | Err(RecvTimeoutError::Disconnected) => return false,
-            Ok(Input::Point(request)) => refuse(request, &reason_of(setup)),
-            Ok(_) => {}
+            Ok(input) => answer(setup, input),
             Err(RecvTimeoutError::Timeout) => return true,
         }
     }

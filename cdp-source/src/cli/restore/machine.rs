@@ -95,7 +95,13 @@ struct Finished {
 
 impl Machine {
     /// Looks at the point, and whether it can be put back onto the disk.
-    pub(super) fn look(line: &mut PointLine, subject: &Subject<'_>, size_bytes: u64, probe: &Probe) -> Result<Self> {
+    pub(super) fn look(
+        line: &mut PointLine,
+        subject: &Subject<'_>,
+        size_bytes: u64,
+        probe: &Probe,
+        may_guess: bool,
+    ) -> Result<Self> {
         let sector_bytes = sector_bytes(probe)?;
         let mut sectors = vec![sector_bytes];
         sectors.extend(SECTORS.into_iter().filter(|other| *other != sector_bytes));
@@ -106,11 +112,22 @@ impl Machine {
         } else {
             Err("the target does not have the key".to_owned())
         };
-        if let Ok(Found { layout, .. }) = &found
-            && matches!(layout.table, Table::Gpt(_))
-            && layout.sector_bytes != sector_bytes
-        {
-            let (device, counted) = (probe.device.display(), layout.sector_bytes);
+        let counted = match &found {
+            Ok(Found { layout, .. }) if matches!(layout.table, Table::Gpt(_)) => Some(layout.sector_bytes),
+            Ok(Found { layout, .. }) if layout.table == Table::None => Some(sector_bytes),
+            // An MBR does not say in which sectors it counts: all but always in these.
+            _ if sector_bytes == SECTORS[0] || may_guess => Some(sector_bytes),
+            _ => None,
+        };
+        let device = probe.device.display();
+        let Some(counted) = counted else {
+            let text = format!(
+                "{device} has sectors of {sector_bytes} bytes, and in which the point's partition table counts is not known"
+            );
+            let hint = "if the disk before had such sectors, too: --discard-current; else no machine would find its partitions";
+            return Err(UserError::new(text).hint(hint).into());
+        };
+        if counted != sector_bytes {
             let text = format!(
                 "{device} has sectors of {sector_bytes} bytes, the point's partition table counts in {counted}"
             );
