@@ -5,32 +5,33 @@
 
 mod keeping;
 mod report;
+mod source;
 
 use super::failure::UserError;
 use super::{RestoreArgs, run};
 use crate::config::{Config, GroupConfig, VolumeConfig};
-use crate::connect::Identity;
 use crate::digests::KnownDigests;
 use crate::probe::{self, Probe};
 use crate::reader::{self, BlockReader, ReadTarget};
 use crate::restore::compare::{self, Old, RestoreError, Side, Subject};
 use crate::restore::disk::{self, Disk};
 use crate::restore::fetch;
-use crate::restore::line::{LineError, PointLine};
+use crate::restore::line::{LineError, PointLine, PointSource};
 use crate::restore::marker::Restoring;
 use crate::restore::{Plan, Progress};
-use crate::state::{GroupState, StateFolder};
+use crate::state::StateFolder;
 use crate::tracker::device::Device;
 use anyhow::{Context, Result};
 use cdp_protocol::message::PointSummary;
 use cdp_protocol::recall::{Answer, Question};
 use cdp_protocol::record::Volume;
 use cdp_protocol::seal::DataKey;
-use cdp_protocol::units::{BLOCK_BYTES, Head, VolumeSlot, blocks_in};
+use cdp_protocol::units::{BLOCK_BYTES, GroupId, Head, VolumeSlot, blocks_in};
 use cdp_seams::clock::{Clock, SystemClock};
 use keeping::Keeping;
 use report::{Bar, Done, Estimate, Outcome};
 use roaring::RoaringBitmap;
+use source::Origin;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -48,10 +49,11 @@ struct Job<'a> {
     state: &'a StateFolder,
     args: &'a RestoreArgs,
     config: Config,
-    facts: GroupState,
+    group: GroupId,
     key: DataKey,
     volume: VolumeConfig,
-    identity: Identity,
+    /// Where the point is asked back from.
+    from: Origin,
 }
 
 pub(super) fn restore(state: &StateFolder, args: &RestoreArgs) -> Result<ExitCode> {
@@ -64,14 +66,14 @@ pub(super) fn restore(state: &StateFolder, args: &RestoreArgs) -> Result<ExitCod
     }
     let same = begun.as_ref().filter(|begun| begun.at == args.at);
     let at = same.map_or_else(|| args.at.clone(), |begun| begun.epoch.to_string());
-    let mut line = PointLine::open(job.identity.clone(), job.facts.group, &at)?;
+    let mut line = job.open(&at)?;
     let point = line.point().clone();
     let of_point = point.volumes.iter().find(|volume| volume.slot == job.volume.slot).cloned();
     let of_point = of_point.ok_or_else(|| {
         let text = format!("point {} has no volume {}: it was protected later", point.head.epoch, args.volume);
         UserError::new(text).hint("cdp-source points lists the points")
     })?;
-    let done = if args.dry_run { job.look(&mut line, &of_point) } else { job.run(line, &of_point, begun) }?;
+    let done = if args.dry_run { job.look(&mut *line, &of_point) } else { job.run(line, &of_point, begun) }?;
     report::print(args, &point, &done)
 }
 
@@ -96,19 +98,33 @@ pub(super) fn points(state: &StateFolder, group: &str) -> Result<Vec<PointSummar
 impl<'a> Job<'a> {
     fn of(state: &'a StateFolder, args: &'a RestoreArgs) -> Result<Self> {
         let config = state.config()?;
-        let identity = run::load(state)?;
-        let volumes = config.groups.get(&args.group).map(|group| group.volumes.as_slice()).unwrap_or_default();
-        let volume = volumes.iter().find(|volume| volume.name == args.volume).cloned().ok_or_else(|| {
-            let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
-            let error = UserError::new(format!("group {} has no volume named {:?}", args.group, args.volume));
-            match names.as_slice() {
-                [] => error.hint("cdp-source status lists what is protected"),
-                names => error.hint(format!("it has {}", names.join(", "))),
-            }
-        })?;
-        let facts = state.group(&args.group)?.with_context(|| format!("group {} has no state", args.group))?;
+        let (from, group) = match &args.from {
+            Some(path) => Origin::images(state, &args.group, path)?,
+            None => Origin::target(state, &args.group)?,
+        };
         let key = state.data_key(&args.group)?;
-        Ok(Self { state, args, config, facts, key, volume, identity })
+        let volumes = config.groups.get(&args.group).map(|group| group.volumes.as_slice()).unwrap_or_default();
+        let configured = volumes.iter().find(|volume| volume.name == args.volume).cloned();
+        let volume = match configured {
+            None if from.is_image() && args.to.is_some() => from.volume(state, group, &key, args)?,
+            None => {
+                let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
+                let error = UserError::new(format!("group {} has no volume named {:?}", args.group, args.volume));
+                let error = match names.as_slice() {
+                    [] if from.is_image() => error.hint("--to names the device to restore to"),
+                    [] => error.hint("cdp-source status lists what is protected"),
+                    names => error.hint(format!("it has {}", names.join(", "))),
+                };
+                return Err(error.into());
+            }
+            Some(volume) => volume,
+        };
+        Ok(Self { state, args, config, group, key, volume, from })
+    }
+
+    /// Opens the point that `at` names.
+    fn open(&self, at: &str) -> Result<Box<dyn PointSource>> {
+        self.from.open(self, at)
     }
 
     /// Whether a restore that was begun is of the same volume and to the same device: it is gone on with, or another point chosen.
@@ -117,20 +133,16 @@ impl<'a> Job<'a> {
     }
 
     fn subject(&self) -> Subject<'_> {
-        Subject { group: self.facts.group, slot: self.volume.slot, key: &self.key }
+        Subject { group: self.group, slot: self.volume.slot, key: &self.key }
     }
 
     /// The digests of the volume; only where it is restored in place: another device is another's content.
     fn known(&self, size_bytes: u64) -> Option<KnownDigests> {
         let folder = self.state.digests(&self.args.group);
-        let known = KnownDigests::open(
-            self.state.storage(),
-            &folder,
-            self.facts.group,
-            self.volume.slot,
-            blocks_in(size_bytes),
-        );
-        known.filter(|_| self.args.to.is_none())
+        let known =
+            KnownDigests::open(self.state.storage(), &folder, self.group, self.volume.slot, blocks_in(size_bytes));
+        // An image does not tell what was sent after it.
+        known.filter(|_| self.args.to.is_none() && !self.from.is_image())
     }
 
     /// What is to be written to, looked at.
@@ -165,14 +177,14 @@ impl<'a> Job<'a> {
 
     /// The old volume, where it can be read.
     fn old(&self, size_bytes: u64) -> Option<Box<dyn BlockReader>> {
-        self.args.to.as_ref()?;
+        self.args.to.as_ref().filter(|_| !self.volume.device.as_os_str().is_empty())?;
         self.own_reader(size_bytes)
             .inspect_err(|error| eprintln!("the old volume is no source of blocks: {error:#}"))
             .ok()
     }
 
     /// A dry run: what differs, and what the line carries of it.
-    fn look(&self, line: &mut PointLine, of_point: &Volume) -> Result<Outcome> {
+    fn look(&self, line: &mut dyn PointSource, of_point: &Volume) -> Result<Outcome> {
         let size_bytes = of_point.size_bytes;
         let probe = self.place()?;
         if probe.size_bytes < size_bytes {
@@ -193,11 +205,11 @@ impl<'a> Job<'a> {
         let sample: RoaringBitmap = spread(&plan.fetch, SAMPLE_BLOCKS);
         let (sample_bytes, _) = fetch::sample(line, &self.subject(), &sample, &mut plan)?;
         let estimate = Estimate::of(&plan, &sample, sample_bytes, clock.monotonic().saturating_sub(began));
-        let (device, line_bytes) = (probe.device, line.received_bytes());
-        Ok(Outcome { plan, device, line_bytes, done: Done::Looked(estimate) })
+        let (device, line_bytes, image) = (probe.device, line.received_bytes(), self.from.image());
+        Ok(Outcome { plan, device, image, line_bytes, done: Done::Looked(estimate) })
     }
 
-    fn compare(&self, side: &mut Side<'_>, size_bytes: u64, line: &mut PointLine, bar: &mut Bar) -> Result<Plan> {
+    fn compare(&self, side: &mut Side<'_>, size_bytes: u64, line: &mut dyn PointSource, bar: &mut Bar) -> Result<Plan> {
         let (known, mut old, subject) = (self.known(size_bytes), self.old(size_bytes), self.subject());
         let writes = matches!(side, Side::Disk(_));
         let mut on_progress = |progress: Progress| bar.show(progress);
@@ -213,7 +225,7 @@ impl<'a> Job<'a> {
         Ok(compare::plan(side, (&asked, &unkept), old, line, &subject, &mut on_progress)?)
     }
 
-    fn run(&self, mut line: PointLine, of_point: &Volume, begun: Option<Restoring>) -> Result<Outcome> {
+    fn run(&self, mut line: Box<dyn PointSource>, of_point: &Volume, begun: Option<Restoring>) -> Result<Outcome> {
         let size_bytes = of_point.size_bytes;
         let clock = SystemClock::new();
         let probe = self.place()?;
@@ -229,10 +241,10 @@ impl<'a> Job<'a> {
             keeping.begin(self.state, &self.args.group, &marker)?;
         }
         let mut bar = Bar::new(&self.args.volume);
-        let mut plan = self.compare(&mut Side::Disk(&mut disk), size_bytes, &mut line, &mut bar)?;
+        let mut plan = self.compare(&mut Side::Disk(&mut disk), size_bytes, &mut *line, &mut bar)?;
         bar.clear();
         if self.args.to.is_none() {
-            self.refuse_sealed(&mut line, &mut plan, &keeping)?;
+            self.refuse_sealed(&mut *line, &mut plan, &keeping)?;
             keeping.refuse_lost(point.epoch, &plan)?;
         }
         let outcome = plan.clone();
@@ -257,11 +269,12 @@ impl<'a> Job<'a> {
         let seconds = clock.monotonic().saturating_sub(from).as_secs_f64();
         let done = Done::Restored { kept: keeping.kept(), fetched_bytes, seconds };
         let plan = Plan { lost: plan.lost, ..outcome };
-        Ok(Outcome { plan, device: probe.device, line_bytes: compared_bytes + fetched_bytes, done })
+        let (image, line_bytes) = (self.from.image(), compared_bytes + fetched_bytes);
+        Ok(Outcome { plan, device: probe.device, image, line_bytes, done })
     }
 
     /// Tries some of what was compared blindly: where none of it opens with the group's key, nothing is overwritten for it.
-    fn refuse_sealed(&self, line: &mut PointLine, plan: &mut Plan, keeping: &Keeping<'_>) -> Result<()> {
+    fn refuse_sealed(&self, line: &mut dyn PointSource, plan: &mut Plan, keeping: &Keeping<'_>) -> Result<()> {
         let sample = spread(&plan.sealed, SAMPLE_BLOCKS);
         if sample.is_empty() {
             return Ok(());
@@ -278,7 +291,13 @@ impl<'a> Job<'a> {
     }
 
     /// Writes what the plan names; comes back on another line where one is lost. Gives the bytes that came over the line.
-    fn write(&self, disk: &mut Disk, plan: &mut Plan, line: PointLine, bar: &mut Bar) -> Result<u64, RestoreError> {
+    fn write(
+        &self,
+        disk: &mut Disk,
+        plan: &mut Plan,
+        line: Box<dyn PointSource>,
+        bar: &mut Bar,
+    ) -> Result<u64, RestoreError> {
         let (subject, head, before) = (self.subject(), line.point().head, plan.zero.len());
         let mut on_progress = |progress: Progress| bar.show(progress);
         fetch::write_zeros(disk, plan, &mut on_progress)?;
@@ -286,7 +305,7 @@ impl<'a> Job<'a> {
         let all = before + plan.fetch.len();
         loop {
             let (left, from) = (plan.fetch.len(), line.received_bytes());
-            let fetched = fetch::fetch(disk, plan, all - left, &mut line, &subject, &mut on_progress);
+            let fetched = fetch::fetch(disk, plan, all - left, &mut *line, &subject, &mut on_progress);
             bytes += line.received_bytes() - from;
             let error = match fetched {
                 Ok(()) => return Ok(bytes),
@@ -301,13 +320,19 @@ impl<'a> Job<'a> {
     }
 
     /// Another line, with the same point open on it.
-    fn another_line(&self, mut error: LineError, head: Head, tries: &mut u32) -> Result<PointLine, LineError> {
+    fn another_line(
+        &self,
+        mut error: LineError,
+        head: Head,
+        tries: &mut u32,
+    ) -> Result<Box<dyn PointSource>, LineError> {
+        let Origin::Target(identity) = &self.from else { return Err(error) };
         while *tries < LINE_TRIES {
             eprintln!("{error}; trying again");
             std::thread::sleep(LINE_PAUSE * 2_u32.pow((*tries).min(5)));
             *tries += 1;
-            match PointLine::open(self.identity.clone(), self.facts.group, &head.epoch.to_string()) {
-                Ok(line) if line.point().head == head => return Ok(line),
+            match PointLine::open((**identity).clone(), self.group, &head.epoch.to_string()) {
+                Ok(line) if line.point().head == head => return Ok(Box::new(line)),
                 Ok(_) => return Err(LineError::Answer("another point has this number now")),
                 Err(other) if other.is_lost() => error = other,
                 Err(other) => return Err(other),

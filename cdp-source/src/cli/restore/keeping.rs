@@ -64,6 +64,7 @@ impl<'a> Keeping<'a> {
         let begun = self.begun.as_ref().map_or(Timestamp(now_ms), |begun| begun.begun);
         let mut marker = Restoring::new(volume, slot, to.as_deref(), (epoch, at), begun);
         marker.kept = self.kept;
+        marker.from = self.args.from.as_ref().map(|from| std::path::absolute(from).unwrap_or_else(|_| from.clone()));
         marker
     }
 

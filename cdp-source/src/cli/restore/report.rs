@@ -21,7 +21,9 @@ const LOST_LISTED: usize = 10;
 pub(super) struct Outcome {
     pub(super) plan: Plan,
     pub(super) device: PathBuf,
-    /// Bytes that came over the line.
+    /// The local image that was read, where it was no line.
+    pub(super) image: Option<PathBuf>,
+    /// Bytes that came over the line, or from the image.
     pub(super) line_bytes: u64,
     pub(super) done: Done,
 }
@@ -115,7 +117,9 @@ pub(super) fn print(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) 
 }
 
 fn text(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> String {
-    let Outcome { plan, device, line_bytes, done } = outcome;
+    let Outcome { plan, device, image, line_bytes, done } = outcome;
+    let way =
+        image.as_ref().map_or_else(|| "over the line".to_owned(), |image| format!("read from {}", image.display()));
     let label = point.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
     let of = format!("point {}{label} of {}", point.head.epoch, rfc3339(point.cut_time));
     let (name, device, differing) = (&args.volume, device.display(), bytes(plan.differing_blocks()));
@@ -132,14 +136,14 @@ fn text(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> String {
                 format!(", about {} at {rate:.0} bytes a second", duration(seconds))
             });
             format!(
-                "{name} on {device} differs from {of} in {differing} bytes{copied}, {zeros} of them zeros there\nabout {} bytes over the line{time}; nothing was changed",
+                "{name} on {device} differs from {of} in {differing} bytes{copied}, {zeros} of them zeros there\nabout {} bytes {way}{time}; nothing was changed",
                 estimate.line_bytes
             )
         }
         Done::Restored { kept, fetched_bytes, seconds } => {
             let kept = kept.map_or_else(String::new, |kept| format!("\nwhat was overwritten is point {kept}"));
             format!(
-                "{name} on {device} is {of}: {differing} bytes differed{copied}, {zeros} of them zeros there\n{fetched_bytes} bytes of content in {line_bytes} over the line, {}{kept}",
+                "{name} on {device} is {of}: {differing} bytes differed{copied}, {zeros} of them zeros there\n{fetched_bytes} bytes of content in {line_bytes} {way}, {}{kept}",
                 duration(*seconds)
             )
         }
@@ -155,7 +159,8 @@ fn duration(seconds: f64) -> String {
 }
 
 fn document(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Value {
-    let Outcome { plan, device, line_bytes, done } = outcome;
+    let Outcome { plan, device, image, line_bytes, done } = outcome;
+    let (line_bytes, image_bytes) = if image.is_some() { (0, *line_bytes) } else { (*line_bytes, 0) };
     let lost = |lost: &Lost| json!({ "start": lost.extent.start, "count": lost.extent.count, "reason": lost.reason });
     let mut document = json!({
         "group": args.group,
@@ -174,6 +179,8 @@ fn document(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Value
         "unkept_bytes": bytes(plan.unkept_blocks),
         "asked_blocks": plan.asked_blocks,
         "line_bytes": line_bytes,
+        "image": image,
+        "image_bytes": image_bytes,
         "lost": plan.lost.iter().map(lost).collect::<Vec<_>>(),
     });
     match done {
