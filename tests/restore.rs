@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 const MIB: u64 = 1 << 20;
+const AN_HOUR_MS: u64 = 3_600_000;
 
 /// An office with one volume that has two points: `old` and, after changes all over it, `new`.
 struct Scene {
@@ -306,7 +307,6 @@ fn a_target_without_the_key_gives_back_what_it_cannot_read() -> Result<()> {
         return Ok(());
     }
     // No point but the two: blocks of one that another has again would lie in its frames for nothing.
-    const AN_HOUR_MS: u64 = 3_600_000;
     let mut scene = Scene::with(256 * MIB, 16 * MIB, 4 * MIB, AN_HOUR_MS, |site| {
         // The envelope is sealed to another than this target: it opens nothing.
         let (_, public) = EscrowKey::generate()?;
