@@ -23,9 +23,9 @@ const FLAG_SHARED: u32 = 0x2000;
 /// Of an extent that is the file's own, in place: `LAST`, `UNWRITTEN`, `MERGED`.
 const FLAGS_IN_PLACE: u32 = FLAG_LAST | 0x800 | 0x1000;
 /// `_IOWR('f', 11, struct fiemap)`.
-const FS_IOC_FIEMAP: libc::c_ulong = 0xc000_660b | (HEADER_BYTES as libc::c_ulong) << 16;
+const FS_IOC_FIEMAP: u64 = 0xc000_660b | (HEADER_BYTES as u64) << 16;
 /// `_IOR('X', 31, struct fsxattr)`; its first field are the flags.
-const FS_IOC_FSGETXATTR: libc::c_ulong = 0x801c_581f;
+const FS_IOC_FSGETXATTR: u64 = 0x801c_581f;
 const FSXATTR_BYTES: usize = 28;
 const XFLAG_REALTIME: u32 = 0x1;
 /// Extents asked for at a time: 28 KiB of them.
@@ -61,7 +61,7 @@ pub(super) fn pieces(file: BorrowedFd<'_>) -> io::Result<Pieces> {
     loop {
         let mut answer = request(from);
         // SAFETY: the buffer has room for as many extents as its own `fm_extent_count` says, and the kernel writes within it.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, answer.as_mut_ptr()) };
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP as libc::Ioctl, answer.as_mut_ptr()) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -79,7 +79,7 @@ pub(super) fn pieces(file: BorrowedFd<'_>) -> io::Result<Pieces> {
 pub(super) fn is_realtime(file: BorrowedFd<'_>) -> io::Result<bool> {
     let mut answer = [0_u8; FSXATTR_BYTES];
     // SAFETY: the buffer is as long as the structure that the request's own number names.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR, answer.as_mut_ptr()) };
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR as libc::Ioctl, answer.as_mut_ptr()) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -29,7 +29,7 @@ const SPEC_BYTES: usize = 40;
 const SPEC_NEXT: usize = 20;
 const SPEC_NAME: usize = 24;
 /// `_IOWR(0xfd, 12, struct dm_ioctl)`.
-const DM_TABLE_STATUS: libc::c_ulong = 0xc000_fd0c | (HEADER_BYTES as libc::c_ulong) << 16;
+const DM_TABLE_STATUS: u64 = 0xc000_fd0c | (HEADER_BYTES as u64) << 16;
 /// Tables are asked for with more and more room, up to this.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
 
@@ -56,7 +56,8 @@ impl DmTable {
         while room <= ANSWER_BYTES_MAX {
             let mut answer = request(self.device, room);
             // SAFETY: the buffer is as long as its own `data_size` says, and the kernel writes within it.
-            let result = unsafe { libc::ioctl(self.control.as_raw_fd(), DM_TABLE_STATUS, answer.as_mut_ptr()) };
+            let result =
+                unsafe { libc::ioctl(self.control.as_raw_fd(), DM_TABLE_STATUS as libc::Ioctl, answer.as_mut_ptr()) };
             if result < 0 {
                 return Err(io::Error::last_os_error());
             }

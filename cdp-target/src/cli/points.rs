@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::output::{Table, bytes, duration_ms, json};
 use super::{context, print};
 use crate::catalog::Catalog;
-use crate::journal::{PointLayout, PointVolume};
+use crate::journal::{JournalError, PointLayout, PointVolume};
 use crate::points::{Instant, PointInfo, parse_instant};
 use cdp_protocol::units::{Class, Epoch, Timestamp};
 use serde::Serialize;
@@ -51,8 +51,8 @@ struct Line<'a> {
     /// What became of each volume since the point before.
     volumes: &'a [PointVolume],
     /// How disks are laid out from this point on, where that is not as it was before.
-    #[serde(skip_serializing_if = "<[PointLayout]>::is_empty")]
-    layouts: &'a [PointLayout],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layouts: Vec<PointLayout>,
     first_epoch: Epoch,
     cut_time: Instant,
     received: Instant,
@@ -92,7 +92,9 @@ fn list(arguments: &Arguments) -> Result<ExitCode, Failure> {
         since.is_none_or(|since| point.time >= since) && until.is_none_or(|until| point.time <= until)
     });
     if arguments.json {
-        let points = listed.map(|(point, gap_ms)| line(point, gap_ms)).collect();
+        let view = group.view();
+        let points = listed.map(|(point, gap_ms)| Ok(line(point, gap_ms, view.layouts(point.epoch)?)));
+        let points = points.collect::<Result<_, JournalError>>()?;
         print(&json(&Document { office: &arguments.group.office, group: &arguments.group.group, points }))?;
     } else {
         print(&table(listed))?;
@@ -100,7 +102,7 @@ fn list(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn line(point: &PointInfo, gap_ms: Option<i64>) -> Line<'_> {
+fn line(point: &PointInfo, gap_ms: Option<i64>, layouts: Vec<PointLayout>) -> Line<'_> {
     Line {
         epoch: point.epoch,
         time: Instant(point.time),
@@ -112,7 +114,7 @@ fn line(point: &PointInfo, gap_ms: Option<i64>) -> Line<'_> {
         cut_ms: point.cut_us as f64 / 1000.0,
         cut_rounds: point.cut_rounds,
         volumes: &point.volumes,
-        layouts: &point.layouts,
+        layouts,
         first_epoch: point.first_epoch,
         cut_time: Instant(point.cut_time),
         received: Instant(point.received),
@@ -186,7 +188,6 @@ mod tests {
             cut_us: 1500,
             cut_rounds: 1,
             volumes: vec![],
-            layouts: vec![],
             verified: None,
             damaged: None,
             warning: None,
@@ -207,7 +208,7 @@ mod tests {
     #[test]
     fn the_document_has_the_names_scripts_rely_on() {
         let points = points(&[0]);
-        let value = serde_json::to_value(line(&points[0], None)).expect("json");
+        let value = serde_json::to_value(line(&points[0], None, Vec::new())).expect("json");
         for name in
             ["epoch", "time", "class", "label", "pinned", "bytes", "verified", "cut_ms", "cut_rounds", "volumes"]
         {

@@ -1,9 +1,9 @@
 //! A recovery point as readers of a group see it.
 
-use super::Damage;
 use super::index::CommitEntry;
 use super::manifest::Mark;
 use super::view::{GroupView, Reach};
+use super::{Damage, JournalError};
 use cdp_protocol::layout::Layout;
 use cdp_protocol::message::PointSummary;
 use cdp_protocol::record::volume_meters::VolumeMeters;
@@ -33,9 +33,6 @@ pub struct Point {
     pub meters: Meters,
     /// What became of each volume since the point before; empty where its source did not count.
     pub volumes: Vec<PointVolume>,
-    /// How disks are laid out from this point on, where its commit tells.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub layouts: Vec<PointLayout>,
     /// The source's incarnation.
     pub generation: Generation,
     /// The lowest epoch number merged into it.
@@ -106,6 +103,16 @@ fn name_of(volumes: &[Volume], slot: VolumeSlot) -> String {
 }
 
 impl GroupView {
+    /// How disks are laid out from point `epoch` on, where its commit tells: not kept with the point, since a commit has room for much of it.
+    ///
+    /// # Errors
+    /// Where the commit cannot be read.
+    pub fn layouts(&self, epoch: Epoch) -> Result<Vec<PointLayout>, JournalError> {
+        let commit = self.listed(epoch)?;
+        let told = commit.and_then(|commit| Some(PointLayout::of(commit.record.as_ref()?, &commit.volumes)));
+        Ok(told.unwrap_or_default())
+    }
+
     pub(super) fn to_point(&self, commit: &CommitEntry, reaches: &[(Reach, &Damage)]) -> Point {
         let epoch = commit.head.epoch;
         let mark = self.manifest().marks.get(&epoch).cloned().unwrap_or_default();
@@ -131,7 +138,6 @@ impl GroupView {
             bytes: meters.frame_bytes + u64::from(commit.frame_len) + self.part_bytes(commit),
             meters,
             volumes: record.map(|record| PointVolume::of(record, &commit.volumes)).unwrap_or_default(),
-            layouts: record.map(|record| PointLayout::of(record, &commit.volumes)).unwrap_or_default(),
             generation: commit.generation,
             first_epoch: record.map_or(epoch, |record| record.first_epoch),
             after_rollback_to: record.and_then(|record| record.after_rollback_to),
