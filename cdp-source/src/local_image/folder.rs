@@ -268,16 +268,19 @@ impl ImageFolder {
         Ok(Listed { path: path.to_owned(), bytes: image.len_bytes()?, footer: image.footer().clone(), checked })
     }
 
-    /// Removes images that are too many; gives their files. What cannot be read as an image of the group is left.
+    /// Removes images that are too many, `just_made` not being one of them; gives their files. What cannot be read as an image of the group is left.
     ///
     /// # Errors
     /// Where the folder is gone, or one cannot be removed.
-    pub fn prune(&self, key: &DataKey, keep: usize) -> Result<Vec<PathBuf>, ImageError> {
+    pub fn prune(&self, key: &DataKey, keep: usize, just_made: &Path) -> Result<Vec<PathBuf>, ImageError> {
         self.check()?;
-        let images = self.list(key)?.images;
-        let is_whole: Vec<bool> = images.iter().map(|listed| !listed.is_damaged()).collect();
+        let mut images = self.list(key)?.images;
+        // Whatever its time says: a clock that was set back must not make it the oldest.
+        images.sort_by_key(|listed| listed.path != just_made);
+        let unreadable: Vec<Option<u64>> =
+            images.iter().map(|listed| Some(listed.unreadable_blocks()).filter(|_| !listed.is_damaged())).collect();
         let mut gone = Vec::new();
-        for at in to_remove(&is_whole, keep) {
+        for at in to_remove(&unreadable, keep) {
             let path = &images[at].path;
             self.remove(path)?;
             self.remove(&path.with_extension("json"))?;
@@ -287,16 +290,20 @@ impl ImageFolder {
     }
 }
 
-/// Which of some images go, newest first: those that have at least `keep` newer ones that are whole. So the newest whole one never does.
+/// Which of some images go, newest first, each with the blocks that the device could not read, `None` where it is damaged: those that have at
+/// least `keep` newer ones that are whole. So the newest whole one never does; nor does the newest of those that lack the fewest blocks: images of a dying
+/// disk do not push out the last good one.
 #[must_use]
-pub fn to_remove(is_whole: &[bool], keep: usize) -> Vec<usize> {
+pub fn to_remove(unreadable: &[Option<u64>], keep: usize) -> Vec<usize> {
+    let fewest = unreadable.iter().flatten().min();
+    let best = unreadable.iter().position(|blocks| blocks.as_ref() == fewest && blocks.is_some());
     let mut newer = 0;
     let mut gone = Vec::new();
-    for (at, is_whole) in is_whole.iter().enumerate() {
-        if newer >= keep.max(1) {
+    for (at, blocks) in unreadable.iter().enumerate() {
+        if newer >= keep.max(1) && best != Some(at) {
             gone.push(at);
         }
-        newer += usize::from(*is_whole);
+        newer += usize::from(blocks.is_some());
     }
     gone
 }
@@ -306,6 +313,12 @@ impl Listed {
     #[must_use]
     pub fn is_damaged(&self) -> bool {
         self.checked.as_ref().is_some_and(|checked| checked.damage.is_some())
+    }
+
+    /// Blocks that the device could not read, of all volumes.
+    #[must_use]
+    pub fn unreadable_blocks(&self) -> u64 {
+        self.footer.volumes.iter().map(|entry| entry.unreadable_blocks).sum()
     }
 
     /// What is told of it, as JSON.

@@ -5,8 +5,8 @@
 //!
 //! Why the image is the point's: a block that was written after it was read here was marked, and so captured by a point behind that read,
 //! at the latest by the one that closes the image; captures come through the tee, or are named there and read again. What is read again here holds at least
-//! what was captured before it. Of a volume that is compared instead of tracked, a block that changed and changed back between two comparisons is not seen,
-//! here as in its points.
+//! what was captured before it. Of volumes that are compared instead of tracked there
+//! are no images: a block that changed and changed back between two comparisons would be in no capture.
 
 use super::check;
 use super::folder::{self, Checked, ImageFolder, refuse_protected};
@@ -83,6 +83,9 @@ pub enum MakeError {
     /// The agent ends, or takes up another configuration.
     #[error("the agent is stopping")]
     Stopped,
+    /// There is none of this group.
+    #[error("{0}")]
+    Never(String),
     /// The image, its disk or its folder.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -121,7 +124,7 @@ impl Making<'_> {
         }
         drop(lock);
         let (path, footer, bytes) = made?;
-        match folder.prune(self.key, self.config.keep) {
+        match folder.prune(self.key, self.config.keep, &path) {
             Ok(gone) => gone.iter().for_each(|path| {
                 tracing::info!(group = self.group, path = %path.display(), "an older local image is removed");
             }),
@@ -131,7 +134,9 @@ impl Making<'_> {
             }
         }
         let seconds = self.clock.monotonic().saturating_sub(from).as_secs_f64();
-        Ok(LastImage { epoch: footer.epoch, time: footer.cut_time, made: footer.made, bytes, seconds, path })
+        let unreadable_blocks = footer.volumes.iter().map(|entry| entry.unreadable_blocks).sum();
+        let (epoch, time, made) = (footer.epoch, footer.cut_time, footer.made);
+        Ok(LastImage { epoch, time, made, bytes, seconds, path, unreadable_blocks })
     }
 
     fn make_in(&self, place: &ImageFolder) -> Result<(PathBuf, Footer, u64), MakeError> {
@@ -176,7 +181,12 @@ impl Making<'_> {
         self.say(Input::Image(ImageRequest::Begin { tee, reply }))?;
         loop {
             match answer.recv_timeout(LOOK_EVERY) {
-                Ok(begun) => return begun.map_err(MakeError::NotYet),
+                Ok(begun) => {
+                    return begun.map_err(|refusal| match refusal {
+                        tee::NotBegun::Later(reason) => MakeError::NotYet(reason),
+                        tee::NotBegun::Never(reason) => MakeError::Never(reason),
+                    });
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(MakeError::Stopped),
                 Err(RecvTimeoutError::Timeout) => self.look()?,
             }

@@ -121,7 +121,9 @@ struct Keeper {
 
 impl Keeper {
     fn new(schedule: Schedule, stop: Arc<AtomicBool>) -> Self {
-        let kept = Kept::load(&schedule.state, &schedule.group);
+        let mut kept = Kept::load(&schedule.state, &schedule.group);
+        // One in another folder is not there for who looks into this one.
+        kept.last = kept.last.filter(|last| last.path.starts_with(&schedule.config.folder));
         let since = Timestamp(schedule.clock.wall_ms());
         Self { schedule, stop, kept, since, not_before: Timestamp(i64::MIN), is_told_not_yet: false, tries: 0 }
     }
@@ -152,7 +154,10 @@ impl Keeper {
 
     fn due(&self) -> Timestamp {
         let LocalImageConfig { every_s, at, .. } = self.schedule.config;
-        due(self.kept.last.as_ref().map(|last| last.time), self.since, every_s, at)
+        let now = Timestamp(self.schedule.clock.wall_ms());
+        // One of the future is of a clock that was wrong: nobody waits for that time to come.
+        let last = self.kept.last.as_ref().map(|last| last.time).filter(|last| *last <= now);
+        due(last, self.since.min(now), every_s, at)
     }
 
     fn wait(&self) -> Duration {

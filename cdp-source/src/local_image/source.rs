@@ -1,7 +1,6 @@
 //! A local image as what a restore asks: the same questions, answered from a file instead of over the line.
 //!
-//! A frame that is damaged, or that the disk cannot read, is told as lost, block by block, with the reason; what stands in the way of all answers
-//! (the index) is an error. What is told is opened with the group's key by whoever asked, as what comes over the line is.
+//! A frame, or a piece of the index, that is damaged or that the disk cannot read is told as lost, block by block, with the reason. What is told is opened with the group's key by whoever asked, as what comes over the line is.
 
 use super::ImageError;
 use super::format::Place;
@@ -29,7 +28,7 @@ struct Answering {
 }
 
 enum Piece {
-    Holding(Extent, Place),
+    Holding(Extent, Result<Place, String>),
     Frame(u64, Vec<Extent>),
     Answer(Answer),
 }
@@ -50,26 +49,30 @@ impl ImagePoint {
         Self { image, point, asked: VecDeque::new(), answering: None, told: None }
     }
 
-    fn begin(&mut self, slot: VolumeSlot, question: &Question) -> Result<Answering, ImageError> {
+    fn begin(&mut self, slot: VolumeSlot, question: &Question) -> Answering {
         let left = match question {
             // It has one point, and knows nothing of what came after; its key is whoever's who reads it.
             Question::Points | Question::Key => VecDeque::new(),
             Question::Changes { .. } => VecDeque::from([Piece::Answer(Answer::ChangesUnknown)]),
             Question::Holdings { .. } => {
-                let places = self.places(slot, question)?;
+                let places = self.places(slot, question);
                 places.into_iter().map(|(extent, place)| Piece::Holding(extent, place)).collect()
             }
-            Question::Content { .. } => by_frame(self.places(slot, question)?),
+            Question::Content { .. } => by_frame(self.places(slot, question)),
         };
-        Ok(Answering { slot, left })
+        Answering { slot, left }
     }
 
-    fn places(&mut self, slot: VolumeSlot, question: &Question) -> Result<Vec<(Extent, Place)>, ImageError> {
+    /// Where the blocks are, or why that cannot be told: damage of the index is told like that of a frame.
+    fn places(&mut self, slot: VolumeSlot, question: &Question) -> Vec<(Extent, Result<Place, String>)> {
         let mut all = Vec::new();
         for extent in question.extents().unwrap_or_default() {
-            all.extend(self.image.places(slot, extent)?);
+            match self.image.places(slot, extent) {
+                Ok(places) => all.extend(places.into_iter().map(|(extent, place)| (extent, Ok(place)))),
+                Err(error) => all.push((extent, Err(told(error)))),
+            }
         }
-        Ok(all)
+        all
     }
 
     fn answer(&mut self, slot: VolumeSlot, piece: Piece) -> Answer {
@@ -77,9 +80,10 @@ impl ImagePoint {
             Piece::Answer(answer) => answer,
             Piece::Holding(extent, place) => {
                 let held = match place {
-                    Place::Zeros => Held::Hole,
-                    Place::Unreadable => Held::Unreadable,
-                    Place::Frame(at) => self.held(slot, at),
+                    Ok(Place::Zeros) => Held::Hole,
+                    Ok(Place::Unreadable) => Held::Unreadable,
+                    Ok(Place::Frame(at)) => self.held(slot, at),
+                    Err(_) => Held::Damaged,
                 };
                 Answer::Holdings { runs: vec![Told::Run(extent.count, held)] }
             }
@@ -89,7 +93,7 @@ impl ImagePoint {
                     Answer::Frame { blocks, bytes, more: false }
                 }
                 Err(error) => {
-                    let reason = reason(&format!("{:#}", anyhow::Error::new(error)));
+                    let reason = told(error);
                     if let [first, rest @ ..] = extents.as_slice() {
                         self.lose_rest(rest, &reason);
                         lost(*first, &reason)
@@ -128,19 +132,24 @@ impl ImagePoint {
 }
 
 /// A frame once, with all that is wanted of it, in the frames' order: the disk reads forward.
-fn by_frame(places: Vec<(Extent, Place)>) -> VecDeque<Piece> {
+fn by_frame(places: Vec<(Extent, Result<Place, String>)>) -> VecDeque<Piece> {
     let (mut frames, mut left) = (BTreeMap::<u64, Vec<Extent>>::new(), VecDeque::new());
     for (extent, place) in places {
         match place {
-            Place::Frame(at) => frames.entry(at).or_default().push(extent),
-            Place::Zeros => left.push_back(Piece::Answer(lost(extent, "the image has them as zeros"))),
-            Place::Unreadable => {
+            Ok(Place::Frame(at)) => frames.entry(at).or_default().push(extent),
+            Err(reason) => left.push_back(Piece::Answer(lost(extent, &reason))),
+            Ok(Place::Zeros) => left.push_back(Piece::Answer(lost(extent, "the image has them as zeros"))),
+            Ok(Place::Unreadable) => {
                 left.push_back(Piece::Answer(lost(extent, "the device could not read them when the image was made")));
             }
         }
     }
     left.extend(frames.into_iter().map(|(at, extents)| Piece::Frame(at, extents)));
     left
+}
+
+fn told(error: ImageError) -> String {
+    reason(&format!("{:#}", anyhow::Error::new(error)))
 }
 
 fn lost(extent: Extent, reason: &str) -> Answer {
@@ -169,7 +178,7 @@ impl PointSource for ImagePoint {
     fn next_piece(&mut self) -> Result<Option<Answer>, LineError> {
         if self.answering.is_none() {
             let (slot, question) = self.asked.pop_front().ok_or(LineError::Answer("nothing was asked"))?;
-            self.answering = Some(self.begin(slot, &question)?);
+            self.answering = Some(self.begin(slot, &question));
         }
         let next = self.answering.as_mut().and_then(|answering| Some((answering.slot, answering.left.pop_front()?)));
         let Some((slot, piece)) = next else {

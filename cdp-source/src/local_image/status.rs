@@ -38,6 +38,9 @@ pub struct LastImage {
     pub seconds: f64,
     /// Its file.
     pub path: PathBuf,
+    /// Blocks that the devices could not read.
+    #[serde(default)]
+    pub unreadable_blocks: u64,
 }
 
 /// Why there is no newer one.
@@ -84,7 +87,12 @@ impl LocalImageStatus {
             let hint = failure.hint.as_ref().map_or_else(String::new, |hint| format!(" ({hint})"));
             format!("the last try, at {}, failed: {}{hint}", rfc3339(failure.time), failure.reason)
         });
-        failed.or_else(|| self.overdue.then(|| "it is overdue".to_owned()))
+        let lacking = self
+            .last
+            .as_ref()
+            .filter(|last| last.unreadable_blocks > 0)
+            .map(|last| format!("the last lacks {} blocks that the device could not read", last.unreadable_blocks));
+        failed.or_else(|| self.overdue.then(|| "it is overdue".to_owned())).or(lacking)
     }
 }
 

@@ -24,10 +24,19 @@ pub enum ImageRequest {
         /// Where to.
         tee: Tee,
         /// Answered with what the image is of, or why it cannot be begun now.
-        reply: Sender<Result<Begun, String>>,
+        reply: Sender<Result<Begun, NotBegun>>,
     },
     /// Tell which blocks did not fit: `ImageEvent::Named`.
     Name,
+}
+
+/// Why an image is not begun.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotBegun {
+    /// It cannot be now; later it can.
+    Later(String),
+    /// It cannot be of this group.
+    Never(String),
 }
 
 /// What an image is of.

@@ -1,11 +1,11 @@
 //! Images written, read, asked and damaged, held against volumes that are just remembered.
 
-use super::ImageError;
 use super::check::{Found, examine, verify};
 use super::format::{Footer, FormatError, ImageVolume, Place};
 use super::reader::ImageFile;
 use super::source::ImagePoint;
 use super::writer::{ImageWriter, Start};
+use super::{ImageError, failed};
 use crate::capture::CapturedVolume;
 use crate::restore::line::PointSource;
 use cdp_protocol::codec::open_content;
@@ -18,7 +18,7 @@ use cdp_protocol::units::{
     AttemptId, BLOCK_BYTES, Block, Class, Epoch, Extent, Generation, GroupId, KeyId, Timestamp, VolumeSlot, blocks_in,
 };
 use cdp_seams::storage::Storage;
-use cdp_seams::storage::sim::SimStorage;
+use cdp_seams::storage::sim::{Fault, SimStorage};
 use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, proptest};
 use roaring::RoaringBitmap;
 use std::path::Path;
@@ -75,10 +75,15 @@ fn start(sizes: [u64; 2]) -> Start {
 
 /// Writes an image; gives it and what it is to hold.
 fn written(disk: &SimStorage, sizes: [u64; 2], all: &[Vec<Put>]) -> (Image, Footer) {
-    disk.create_dir_all(Path::new("/images")).expect("made");
-    let file = disk.create_new(Path::new(PATH)).expect("made");
-    let table = disk.create_new(Path::new("/images/table")).expect("made");
-    let mut writer = ImageWriter::new(file, Path::new(PATH), table, &start(sizes), &key()).expect("begun");
+    try_written(disk, sizes, all).expect("written")
+}
+
+fn try_written(disk: &SimStorage, sizes: [u64; 2], all: &[Vec<Put>]) -> Result<(Image, Footer), ImageError> {
+    let (path, table) = (Path::new(PATH), Path::new("/images/table"));
+    disk.create_dir_all(Path::new("/images")).map_err(failed("make", path))?;
+    let file = disk.create_new(path).map_err(failed("make", path))?;
+    let table = disk.create_new(table).map_err(failed("make", table))?;
+    let mut writer = ImageWriter::new(file, path, table, &start(sizes), &key())?;
     let mut image: Image = vec![std::collections::BTreeMap::new(); 2];
     for step in all {
         let mut captured = [CapturedVolume::default(), CapturedVolume::default()];
@@ -92,11 +97,11 @@ fn written(disk: &SimStorage, sizes: [u64; 2], all: &[Vec<Put>]) -> (Image, Foot
             }
         }
         for (volume, captured) in captured.iter().enumerate() {
-            writer.put(volume, captured).expect("written");
+            writer.put(volume, captured)?;
         }
     }
     // What is excluded is zeros in the end.
-    writer.put_zeros(0, &RoaringBitmap::from_iter([3, 4])).expect("noted");
+    writer.put_zeros(0, &RoaringBitmap::from_iter([3, 4]))?;
     image[0].extend([(3, Some(0)), (4, Some(0))]);
     let mut footer = Footer {
         group: GROUP,
@@ -107,16 +112,16 @@ fn written(disk: &SimStorage, sizes: [u64; 2], all: &[Vec<Put>]) -> (Image, Foot
         made: Timestamp(78),
         class: Class::Crash,
         label: None,
-        volumes: writer.index().expect("indexed"),
+        volumes: writer.index()?,
     };
-    let file = disk.open(Path::new(PATH)).expect("open");
-    let mut opened = ImageFile::of(file, Path::new(PATH), footer.clone());
-    let found = examine(&mut opened, &key(), &mut |_| true).expect("whole").expect("not ended");
+    let file = disk.open(path).map_err(failed("open", path))?;
+    let mut opened = ImageFile::of(file, path, footer.clone());
+    let found = examine(&mut opened, &key(), &mut |_| true)?.expect("not ended");
     for (entry, found) in footer.volumes.iter_mut().zip(found) {
         entry.image_hash = found.image_hash;
     }
-    writer.finish(&footer, &key()).expect("finished");
-    (image, footer)
+    writer.finish(&footer, &key())?;
+    Ok((image, footer))
 }
 
 fn open(disk: &SimStorage) -> Result<ImageFile, ImageError> {
@@ -215,15 +220,16 @@ fn answers_are(
     Ok(())
 }
 
+/// What a small image is made of.
+fn few() -> Vec<Vec<Put>> {
+    let put = |volume, start, count, fill| Put { volume, start, count, fill };
+    vec![vec![put(0, 10, 40, Some(1)), put(0, 50, 2, None)], vec![put(1, 0, 25, Some(2)), put(0, 20, 3, Some(3))]]
+}
+
 /// A small image, and its bytes.
 fn small() -> (SimStorage, Vec<u8>) {
     let disk = SimStorage::new(1);
-    let put = |volume, start, count, fill| Put { volume, start, count, fill };
-    written(
-        &disk,
-        SMALL,
-        &[vec![put(0, 10, 40, Some(1)), put(0, 50, 2, None)], vec![put(1, 0, 25, Some(2)), put(0, 20, 3, Some(3))]],
-    );
+    written(&disk, SMALL, &few());
     let bytes = cdp_seams::storage::read_all(&disk, Path::new(PATH), 1 << 20).expect("read");
     (disk, bytes)
 }
@@ -300,4 +306,39 @@ fn a_frame_that_is_damaged_is_told_as_that_and_the_others_are_given() {
             |answer| matches!(answer, Answer::Holdings { runs } if matches!(runs[0], Told::Run(_, Held::Damaged)))
         )
     );
+}
+
+#[test]
+fn a_call_that_fails_is_told_wherever_it_is() {
+    let calls = small().0.calls();
+    let (mut ended, mut is_told) = (0, false);
+    for kind in [std::io::ErrorKind::StorageFull, std::io::ErrorKind::Other] {
+        for call in 0..calls {
+            let disk = SimStorage::new(1);
+            disk.fault_at(call, Fault::Error(kind));
+            let made = try_written(&disk, SMALL, &few());
+            disk.clear_faults();
+            ended += u64::from(made.is_err());
+            is_told |= made.as_ref().err().and_then(ImageError::hint).is_some_and(|hint| hint.contains("full"));
+            // What was written and not synced may be whole all the same; it has no name yet.
+            assert!(made.is_err() || open(&disk).is_ok(), "call {call} was passed over");
+        }
+    }
+    assert!(ended > calls && is_told, "{ended} of twice {calls} calls ended it");
+}
+
+#[test]
+fn a_damaged_index_is_told_as_lost_blocks_and_the_other_volume_is_given() {
+    let (disk, mut bytes) = small();
+    let footer = open(&disk).expect("an image").footer().clone();
+    bytes[footer.volumes[0].directory_at as usize + 20] ^= 1;
+    set(&disk, &bytes);
+    let mut point = ImagePoint::new(open(&disk).expect("the footer is whole"));
+    let slots = [0, 1].map(|volume: usize| footer.volumes[volume].volume.slot);
+    let content = |point: &mut ImagePoint, slot| ask(point, slot, Question::Content { extents: vec![(Block(10), 5)] });
+    let lost = content(&mut point, slots[0]);
+    assert!(matches!(lost.as_slice(), [Answer::Lost { count: 5, .. }]), "{lost:?}");
+    let held = ask(&mut point, slots[0], Question::Holdings { extents: vec![(Block(10), 5)] });
+    assert_eq!(held, [Answer::Holdings { runs: vec![Told::Run(5, Held::Damaged)] }]);
+    assert!(matches!(content(&mut point, slots[1]).as_slice(), [Answer::Frame { .. }]));
 }

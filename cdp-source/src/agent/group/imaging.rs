@@ -5,7 +5,7 @@
 
 use super::Group;
 use crate::capture::Capture;
-use crate::local_image::tee::{Begun, Closing, ImageRequest};
+use crate::local_image::tee::{Begun, Closing, ImageRequest, NotBegun};
 use cdp_protocol::units::{Class, Epoch, Timestamp};
 
 impl Group {
@@ -23,13 +23,20 @@ impl Group {
         }
     }
 
-    fn begin_image(&self) -> Result<Begun, String> {
+    fn begin_image(&self) -> Result<Begun, NotBegun> {
+        let later = |reason: &str| NotBegun::Later(reason.to_owned());
         if let Some(reason) = self.no_points_because().filter(|_| !self.is_only_put_off()) {
-            return Err(format!("no points are made: {reason}"));
+            return Err(NotBegun::Later(format!("no points are made: {reason}")));
         }
-        let open = self.open.filter(|_| self.devices.is_some()).ok_or("the target has not been reached yet")?;
+        let (Some(open), Some(devices)) = (self.open, &self.devices) else {
+            return Err(later("the target has not been reached yet"));
+        };
+        if !devices.tracker.sees_conflicts() {
+            let reason = "its volumes are compared, not tracked (tracker scan): an image of them would not be exact";
+            return Err(NotBegun::Never(reason.to_owned()));
+        }
         if self.captured_epoch.is_none() && !open.has_point || self.is_too_large() {
-            return Err("the first copy, or a large backlog, is under way".into());
+            return Err(later("the first copy, or a large backlog, is under way"));
         }
         let (generation, epoch) = (open.generation, Epoch(open.next_epoch.0.saturating_sub(1)));
         Ok(Begun { generation, epoch, volumes: self.setup.facts.volumes.clone() })

@@ -5,7 +5,7 @@ use super::*;
 use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::{AttemptId, Class, Epoch, KeyId};
 use cdp_seams::storage::SystemStorage;
-use proptest::prelude::{any, prop_assert, proptest};
+use proptest::prelude::{prop_assert, proptest};
 
 const GROUP: GroupId = GroupId([3; 16]);
 
@@ -43,15 +43,20 @@ fn publish(folder: &ImageFolder, key: &DataKey, epoch: u64) -> PathBuf {
 
 proptest! {
     #[test]
-    fn the_newest_whole_image_never_goes_and_so_many_whole_ones_stay(is_whole in proptest::collection::vec(any::<bool>(), 0..20), keep in 0..6_usize) {
-        let gone = to_remove(&is_whole, keep);
-        let newest = is_whole.iter().position(|is_whole| *is_whole);
+    fn the_newest_whole_image_and_the_best_never_go_and_so_many_whole_ones_stay(
+        unreadable in proptest::collection::vec(proptest::option::of(0..3_u64), 0..20),
+        keep in 0..6_usize,
+    ) {
+        let gone = to_remove(&unreadable, keep);
+        let newest = unreadable.iter().position(Option::is_some);
         prop_assert!(newest.is_none_or(|newest| !gone.contains(&newest)));
-        let left = (0..is_whole.len()).filter(|at| is_whole[*at] && !gone.contains(at)).count();
-        let whole = is_whole.iter().filter(|is_whole| **is_whole).count();
-        prop_assert!(left == whole.min(keep.max(1)));
-        // Oldest first: what goes has nothing older that stays.
-        prop_assert!(gone.first().is_none_or(|first| gone.len() == is_whole.len() - first));
+        let stays = |at: &usize| unreadable[*at].is_some() && !gone.contains(at);
+        let (left, whole) = ((0..unreadable.len()).filter(stays).count(), unreadable.iter().flatten().count());
+        let wanted = whole.min(keep.max(1));
+        prop_assert!(left == wanted || left == wanted + 1, "{left} of {whole} are left");
+        let fewest = |blocks: &mut dyn Iterator<Item = u64>| blocks.min();
+        let kept = fewest(&mut (0..unreadable.len()).filter(stays).filter_map(|at| unreadable[at]));
+        prop_assert!(kept == fewest(&mut unreadable.iter().flatten().copied()), "none that is kept lacks as little");
     }
 }
 
@@ -88,7 +93,7 @@ fn nothing_is_written_once_the_marker_is_gone_or_another() {
     std::fs::rename(&path, &away).expect("moved");
     std::fs::create_dir(&path).expect("made");
     assert!(matches!(folder.check(), Err(ImageError::NoMarker(_))));
-    assert!(folder.begin().is_err() && folder.clean().is_err() && folder.prune(&key, 1).is_err());
+    assert!(folder.begin().is_err() && folder.clean().is_err() && folder.prune(&key, 1, Path::new("x")).is_err());
     assert!(folder.publish(&footer(1), 0, Checked::at(Timestamp(0), None)).is_err());
     std::fs::copy(away.join(MARKER), path.join(MARKER)).expect("copied");
     assert!(folder.check().is_err(), "another file of the same content is another folder");
@@ -114,8 +119,11 @@ fn old_images_go_with_their_manifests_and_what_is_not_ours_stays() {
     let mut newest = folder.list(&key).expect("listed").images.remove(0);
     newest.checked = Some(Checked::at(Timestamp(0), Some("rot".into())));
     folder.write_manifest(&newest).expect("written");
-    assert_eq!(folder.prune(&key, 2).expect("pruned"), [made[0].clone()]);
+    assert_eq!(folder.prune(&key, 2, &made[3]).expect("pruned"), [made[0].clone()]);
     assert!(!made[0].with_extension("json").exists() && made[1].with_extension("json").exists());
     assert!(path.join("foreign.cdpimage").exists());
-    assert!(folder.prune(&key, 2).expect("pruned").is_empty());
+    assert!(folder.prune(&key, 2, &made[3]).expect("pruned").is_empty());
+    // The clock was set back: what was just made seems to be the oldest, and stays.
+    assert_eq!(folder.prune(&key, 1, &made[1]).expect("pruned"), [made[3].clone(), made[2].clone()]);
+    assert!(made[1].exists());
 }
