@@ -59,6 +59,7 @@ fn allowed_sleeps(path: &Path) -> usize {
     match name.as_str() {
         "cdp-source/src/agent/mod.rs" => 2,
         "cdp-source/src/cli/restore.rs"
+        | "cdp-source/src/cli/image.rs"
         | "cdp-source/src/control.rs"
         | "cdp-target/src/control.rs"
         | "cdp-target/src/cli/context.rs" => 1,

@@ -26,7 +26,7 @@ pub struct Capture {
 }
 
 /// What was read of one volume.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct CapturedVolume {
     blocks: RoaringBitmap,
     /// Those of them that are zeros.

@@ -4,6 +4,8 @@
 //! that an operator's comments stay. A slot, once written, belongs to that volume for ever; which slot is next is kept
 //! in the group's own folder (`state`), because a removed volume leaves no trace here.
 
+mod local_image;
+
 use crate::cut::CutLimits;
 use crate::packing::Setting;
 use cdp_protocol::limits::{VOLUMES_MAX, is_name};
@@ -14,6 +16,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
+
+pub use local_image::{LocalImageConfig, TimeOfDay};
 
 /// Bytes the file may have.
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -30,6 +34,7 @@ const GROUP_KEYS: &[&str] = &[
     "freeze",
     "freeze_deadline_ms",
     "hooks",
+    "local_image",
     "volumes",
 ];
 const HOOKS_KEYS: &[&str] = &["pre_cut", "post_cut", "deadline_ms", "every_s"];
@@ -85,6 +90,8 @@ pub struct GroupConfig {
     pub freeze_deadline_ms: u64,
     /// Programs that are run around the cut of a point that is asked for.
     pub hooks: Option<HooksConfig>,
+    /// Full images on a disk or share at the office.
+    pub local_image: Option<LocalImageConfig>,
     /// Its volumes.
     #[serde(default)]
     pub volumes: Vec<VolumeConfig>,
@@ -238,6 +245,7 @@ impl GroupConfig {
             freeze: FreezePolicy::default(),
             freeze_deadline_ms: default_deadline_ms(),
             hooks: None,
+            local_image: None,
             volumes: Vec::new(),
         }
     }
@@ -276,6 +284,9 @@ impl GroupConfig {
         }
         if let Some(hooks) = &self.hooks {
             hooks.check().or_else(refuse)?;
+        }
+        if let Some(local_image) = &self.local_image {
+            local_image.check().or_else(refuse)?;
         }
         if self.exclude.len() > EXCLUDES_MAX {
             return refuse(format!("exclude has {} files, at most {EXCLUDES_MAX} are allowed", self.exclude.len()));
@@ -371,6 +382,9 @@ fn check_all_keys(root: &toml::Table) -> Result<(), ConfigError> {
         check_keys(table, GROUP_KEYS, &format!("[groups.{group}]"))?;
         if let Some(hooks) = table.get("hooks").and_then(toml::Value::as_table) {
             check_keys(hooks, HOOKS_KEYS, &format!("[groups.{group}.hooks]"))?;
+        }
+        if let Some(local_image) = table.get("local_image").and_then(toml::Value::as_table) {
+            check_keys(local_image, local_image::KEYS, &format!("[groups.{group}.local_image]"))?;
         }
         for volume in table.get("volumes").and_then(toml::Value::as_array).into_iter().flatten() {
             if let Some(table) = volume.as_table() {

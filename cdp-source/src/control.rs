@@ -53,6 +53,11 @@ pub enum Request {
         /// Of which group.
         group: String,
     },
+    /// A local image now; answered once that is known, not made.
+    Image {
+        /// Of which group.
+        group: String,
+    },
 }
 
 /// What the agent answers.
@@ -75,6 +80,8 @@ pub enum Reply {
         /// Why no points are made, while a volume is restored.
         held: Option<String>,
     },
+    /// To `Image`.
+    Image,
     /// To anything.
     Failed {
         /// Why, in a line.

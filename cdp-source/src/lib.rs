@@ -17,6 +17,7 @@ pub mod freeze;
 pub mod hooks;
 pub mod join;
 pub mod layout;
+pub mod local_image;
 pub mod metrics;
 pub mod mounts;
 pub mod packing;

@@ -55,6 +55,14 @@ pub const CUTS_UNCHANGED_TOTAL: &str = "cdp_source_cuts_unchanged_total";
 pub const FREEZES_TOTAL: &str = "cdp_source_freezes_total";
 /// Runs of hooks since the agent's start that failed or were killed at their deadline.
 pub const HOOK_FAILURES_TOTAL: &str = "cdp_source_hook_failures_total";
+/// When the point of the newest local image was cut, in seconds since 1970; not told where there is none.
+pub const LOCAL_IMAGE_TIMESTAMP_SECONDS: &str = "cdp_source_local_image_timestamp_seconds";
+/// Bytes of the newest local image.
+pub const LOCAL_IMAGE_BYTES: &str = "cdp_source_local_image_bytes";
+/// 1 where a local image should have been there by now.
+pub const LOCAL_IMAGE_OVERDUE: &str = "cdp_source_local_image_overdue";
+/// 1 where the last try to make a local image failed.
+pub const LOCAL_IMAGE_FAILED: &str = "cdp_source_local_image_failed";
 /// 1 where points are made and acked as they should be.
 pub const CONTINUOUS: &str = "cdp_source_continuous";
 /// Writes that the tracker counted.
@@ -153,6 +161,14 @@ pub fn record(status: &GroupStatus) {
     count(COMPLETIONS_LOST_TOTAL, trust.completions_lost);
     count(BLIND_WRITES_TOTAL, trust.blind_writes);
     count(RESCANS_TOTAL, trust.rescans);
+    if let Some(images) = &status.local_image {
+        if let Some(last) = &images.last {
+            set(LOCAL_IMAGE_TIMESTAMP_SECONDS, last.time.0 as f64 / 1000.0);
+            set(LOCAL_IMAGE_BYTES, last.bytes as f64);
+        }
+        set(LOCAL_IMAGE_OVERDUE, f64::from(u8::from(images.overdue)));
+        set(LOCAL_IMAGE_FAILED, f64::from(u8::from(images.failure.is_some())));
+    }
     status.volumes.iter().for_each(|volume| record_volume(&status.group, volume));
 }
 

@@ -24,12 +24,36 @@ pub struct Mount {
 /// Every mounted file system that lies on a block device; none where the kernel does not tell.
 #[must_use]
 pub fn mounts(storage: &dyn Storage) -> Vec<Mount> {
+    parse(&mountinfo(storage), number_of)
+}
+
+fn mountinfo(storage: &dyn Storage) -> String {
     // Its length reads as 0, so it is read until nothing more comes.
     let mut bytes = vec![0; BYTES_MAX];
-    let Ok(read) = storage.open(Path::new(MOUNTINFO)).and_then(|file| file.read_at(&mut bytes, 0)) else {
-        return Vec::new();
+    let read = storage.open(Path::new(MOUNTINFO)).and_then(|file| file.read_at(&mut bytes, 0)).unwrap_or(0);
+    String::from_utf8_lossy(&bytes[..read]).into_owned()
+}
+
+/// Number of the block device that a path's file system lies on; `None` where it lies on none (a share), or that cannot be told.
+#[must_use]
+pub fn device_below(storage: &dyn Storage, path: &Path) -> Option<String> {
+    let path = std::fs::canonicalize(path).ok()?;
+    let found = stat(&path).ok()?;
+    if major(found.st_dev) != 0 {
+        return Some(format!("{}:{}", major(found.st_dev), minor(found.st_dev)));
+    }
+    number_of(&mounted_from(&mountinfo(storage), &path)?)
+}
+
+/// What the file system was mounted from that a path lies on: that of the longest mount point above it, the last where there are several.
+fn mounted_from(text: &str, path: &Path) -> Option<String> {
+    let mount = |line: &str| {
+        let (place, origin) = line.split_once(" - ")?;
+        let mounted_on = unescape(place.split(' ').nth(4)?);
+        let device = unescape(origin.split(' ').nth(1)?);
+        path.starts_with(&mounted_on).then_some((mounted_on.len(), device))
     };
-    parse(&String::from_utf8_lossy(&bytes[..read]), number_of)
+    text.lines().filter_map(mount).max_by_key(|(len, _)| *len).map(|(_, device)| device)
 }
 
 fn parse(text: &str, number_of: impl Fn(&str) -> Option<String>) -> Vec<Mount> {
@@ -91,6 +115,22 @@ broken line\n";
         let expected =
             [mount("254:0", "/", "ext4"), mount("7:1", "/srv/two words\\", "xfs"), mount("8:17", "/home", "btrfs")];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_path_lies_on_the_longest_mount_above_it() {
+        let text = "\
+27 1 254:0 / / rw - ext4 /dev/vda rw\n\
+41 27 0:50 /@ /srv/images rw - btrfs /dev/sdb1 rw\n\
+42 27 0:51 / /srv/share rw - nfs4 nas:/backup rw\n";
+        for (path, device) in [
+            ("/srv/images/main", "/dev/sdb1"),
+            ("/srv/imagesx", "/dev/vda"),
+            ("/srv/share", "nas:/backup"),
+            ("/", "/dev/vda"),
+        ] {
+            assert_eq!(mounted_from(text, Path::new(path)).as_deref(), Some(device), "{path}");
+        }
     }
 
     #[test]

@@ -245,6 +245,14 @@ impl StateFolder {
         self.lock("restore.lock")
     }
 
+    /// Becomes the one that makes a local image of the group.
+    ///
+    /// # Errors
+    /// `Locked` where there is one.
+    pub fn lock_images(&self, group: &str) -> Result<Lock, StateError> {
+        self.lock(&format!("groups/{group}/local-image.lock"))
+    }
+
     /// The group's state, `None` before its first volume.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 //! loop device over a file that lies on one. Only looks, at `/proc` and `/sys`; what is an image that cannot be written to is no data.
 
 use crate::config::Config;
-use crate::mounts::{Mount, mounts, number_of};
+use crate::mounts::{Mount, device_below, mounts, number_of};
 use crate::stack::stack;
 use crate::tracker::device::node_of;
 use cdp_seams::storage::{Storage, read_all};
@@ -46,7 +46,9 @@ pub struct Wanted {
 impl From<&Config> for Wanted {
     fn from(config: &Config) -> Self {
         let volumes = config.groups.values().flat_map(|group| group.volumes.iter().map(|volume| volume.device.clone()));
-        Self { volumes: volumes.collect(), left: config.leave_unprotected.clone() }
+        // A disk of images is there for just that; where they lie beside other data, that is data.
+        let images = config.groups.values().filter_map(|group| Some(group.local_image.as_ref()?.folder.clone()));
+        Self { volumes: volumes.collect(), left: config.leave_unprotected.iter().cloned().chain(images).collect() }
     }
 }
 
@@ -64,6 +66,13 @@ pub fn unprotected(storage: &dyn Storage, wanted: &Wanted) -> Vec<Unprotected> {
         entry.device = node_of(&entry.number).unwrap_or_else(|_| PathBuf::from(&entry.number));
     }
     found
+}
+
+/// The one of these volumes that a folder lies on, by whatever is built upon it; `None` also where its file system is on no device here (a share).
+#[must_use]
+pub fn lies_on<'a>(storage: &dyn Storage, folder: &Path, volumes: &'a [PathBuf]) -> Option<&'a PathBuf> {
+    let below = Below::of(storage, &device_below(storage, folder)?);
+    volumes.iter().find(|path| Volume::of(storage, path).is_some_and(|volume| below.has(&volume)))
 }
 
 /// One entry a device, in the order of the mounts.

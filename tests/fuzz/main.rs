@@ -15,6 +15,7 @@ mod edits;
 mod exports;
 mod history;
 mod images;
+mod local_images;
 mod nbd;
 mod recovery;
 mod store;
@@ -91,6 +92,11 @@ targets! {
     spool_index: words::SpoolIndex,
     group_state: words::GroupStateText,
     saved_record: words::SavedRecord,
+    local_header: local_images::LocalHeader,
+    local_footer: local_images::LocalFooter,
+    local_directory: local_images::LocalDirectory,
+    local_slice: local_images::LocalSlice,
+    local_image: local_images::LocalImage,
     export_record: exports::ExportRecord,
     nbd_option: nbd::OptionWords,
     nbd_request: nbd::RequestWords,

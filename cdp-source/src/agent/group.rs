@@ -14,6 +14,7 @@ mod answers;
 mod auditing;
 mod capturing;
 mod hooking;
+mod imaging;
 mod layouts;
 mod learning;
 mod leaving;
@@ -39,6 +40,7 @@ use crate::audit::Audit;
 use crate::audit::line::LineAudit;
 use crate::control::{PointReply, Reply};
 use crate::cut::HeldInstant;
+use crate::local_image::tee::Tee;
 use capturing::Cuts;
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Timestamp, VolumeSlot, blocks_in};
@@ -161,6 +163,8 @@ struct Group {
     rescan: Option<String>,
     /// Whether the tracker was flipped before parts are read.
     primed: bool,
+    /// The local image that is being made.
+    image: Option<Tee>,
     /// What parts are read for: the next point may be of it.
     instant: Option<HeldInstant>,
     /// Whether the memo was kept beside the tracker's, and so may be older than what the target has of us.
@@ -253,6 +257,7 @@ impl Group {
             put_off: None,
             rescan: None,
             primed: false,
+            image: None,
             instant: None,
             memo_is_kept,
             next_cut: Duration::ZERO,
@@ -401,7 +406,8 @@ impl Group {
             Input::Point(request) => match self.no_points_because() {
                 // What is put off can be made, but not waited for.
                 Some(reason) if request.wait || !self.is_only_put_off() => refuse(request, reason),
-                _ if !self.is_taken_up && !request.wait => {
+                // An image needs no target, once points are made.
+                _ if !(self.is_taken_up || request.wait || request.closes_image && self.open.is_some()) => {
                     refuse(request, "the target has not been reached yet");
                 }
                 _ => {
@@ -413,6 +419,7 @@ impl Group {
                     self.wanted.push_back(request);
                 }
             },
+            Input::Image(request) => self.image(request),
             Input::Hook(event) => self.hook(event),
             Input::Stop(_) => {}
         }

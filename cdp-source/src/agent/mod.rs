@@ -20,6 +20,8 @@ use crate::cut::CutLimits;
 use crate::digests::{self, Digests};
 use crate::encoder::Encoder;
 use crate::freeze::Freezer;
+use crate::local_image::schedule::{Images, Schedule};
+use crate::local_image::status::LocalImageStatus;
 use crate::metrics;
 use crate::packing::Chooser;
 use crate::restore::learn::{self, LearnError, Lost};
@@ -64,6 +66,8 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 struct RunningGroup {
     inputs: Sender<Input>,
     thread: JoinHandle<()>,
+    /// Makes its local images, where it is to have any.
+    images: Option<Images>,
     /// Told when its volumes were opened for the first time.
     opened: Option<oneshot::Receiver<()>>,
 }
@@ -229,8 +233,10 @@ async fn start(
     let slots = config.groups.iter().flat_map(|(name, group)| group.volumes.iter().map(move |v| (name, v.slot)));
     let mut own: Vec<PathBuf> = slots.map(|(name, slot)| digests::slots_path(&state.digests(name), slot)).collect();
     own.extend(config.groups.keys().map(|name| spool::file_path(&state.spool(name))));
+    let volumes = config.groups.values().flat_map(|group| group.volumes.iter().map(|volume| volume.device.clone()));
+    let protected: Vec<PathBuf> = volumes.collect();
     for (name, group) in config.groups {
-        let own = own.clone();
+        let (own, protected) = (own.clone(), protected.clone());
         let (state, name, identity) = (state.clone(), name.clone(), identity.clone());
         let (uplink, encoder, shared) = (uplink.clone(), Arc::clone(&encoder), Arc::clone(shared));
         let instance = instance.clone();
@@ -239,7 +245,8 @@ async fn start(
                 forget_tracking(&state, &name);
                 return Ok(None);
             }
-            start_group(&state, &name, group, own, &identity, instance, &uplink, encoder, &shared).map(Some)
+            start_group(&state, &name, group, (own, protected), &identity, instance, &uplink, encoder, &shared)
+                .map(Some)
         });
         groups.extend(started.await.context("start a group")??);
     }
@@ -252,7 +259,7 @@ fn start_group(
     state: &StateFolder,
     name: &str,
     config: GroupConfig,
-    own: Vec<PathBuf>,
+    (own, protected): (Vec<PathBuf>, Vec<PathBuf>),
     identity: &Identity,
     instance: Instance,
     uplink: &Uplink,
@@ -280,12 +287,29 @@ fn start_group(
                 meters: VolumeMeters::default(),
             })
             .collect(),
+        local_image: config
+            .local_image
+            .as_ref()
+            .map(|config| LocalImageStatus { folder: config.folder.clone(), ..LocalImageStatus::default() }),
         ..GroupStatus::default()
     }));
     let (inputs, receiver) = channel();
     shared.add(name, facts.group, inputs.clone(), Arc::clone(&status));
     let data_key = state.data_key(name)?;
     let (begin, envelope) = (Begin { key: facts.key, volumes: volumes.clone() }, facts.envelope.clone());
+    let images = config.local_image.clone().map(|local_image| Schedule {
+        state: state.clone(),
+        group: name.to_owned(),
+        facts: facts.clone(),
+        key: data_key.clone(),
+        config: local_image,
+        devices: config.volumes.iter().map(|volume| volume.device.clone()).collect(),
+        protected,
+        inputs: inputs.clone(),
+        clock: Arc::new(SystemClock::new()),
+        random: Arc::new(SystemRandom),
+        status: Arc::clone(&status),
+    });
     let (storage, folder) = (Arc::clone(state.storage()), state.digests(name));
     let digests = Digests::open(storage, &folder, facts.group, data_key.digest_key(), &volumes, &SystemRandom);
     let layouts = DiskLayouts::new(&volumes, config.volumes.iter().map(|volume| volume.device.clone()));
@@ -337,7 +361,11 @@ fn start_group(
         .name(format!("group-{name}"))
         .spawn(move || group::run(setup, &receiver, sender))
         .context("start a group's thread")?;
-    Ok(RunningGroup { inputs, thread, opened: Some(has_opened) })
+    let images = images.map(Images::start).transpose().context("start the thread of a group's local images")?;
+    if let Some(images) = &images {
+        shared.set_images(name, images.clone());
+    }
+    Ok(RunningGroup { inputs, thread, images, opened: Some(has_opened) })
 }
 
 /// Asks the target, on a line of its own, for digests that are lost.
@@ -404,6 +432,7 @@ pub(crate) fn forget_tracking(state: &StateFolder, name: &str) {
 /// Ends the groups, then the line.
 async fn stop((uplink, groups): (Uplink, Vec<RunningGroup>), ending: Ending) {
     for group in &groups {
+        group.images.iter().for_each(Images::stop);
         // A thread that has died needs no telling.
         let _ = group.inputs.send(Input::Stop(ending));
     }

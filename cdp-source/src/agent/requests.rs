@@ -4,6 +4,7 @@ use super::group::{Input, PointRequest};
 use super::status::{AgentStatus, GroupStatus};
 use super::uplink::Uplink;
 use crate::control::{Handler, Reply, Request};
+use crate::local_image::schedule::Images;
 use crate::unprotected::{Unprotected, Wanted, unprotected};
 use cdp_protocol::units::GroupId;
 use cdp_seams::storage::Storage;
@@ -32,6 +33,7 @@ struct Known {
     id: GroupId,
     inputs: Sender<Input>,
     status: Arc<Mutex<GroupStatus>>,
+    images: Option<Images>,
 }
 
 impl Shared {
@@ -61,7 +63,14 @@ impl Shared {
 
     /// Makes a group known, in the place of an earlier one of its name.
     pub(super) fn add(&self, name: &str, id: GroupId, inputs: Sender<Input>, status: Arc<Mutex<GroupStatus>>) {
-        self.lock().insert(name.to_owned(), Known { id, inputs, status });
+        self.lock().insert(name.to_owned(), Known { id, inputs, status, images: None });
+    }
+
+    /// What makes a group's local images.
+    pub(super) fn set_images(&self, name: &str, images: Images) {
+        if let Some(known) = self.lock().get_mut(name) {
+            known.images = Some(images);
+        }
     }
 
     /// The line, in the place of an earlier one.
@@ -132,6 +141,7 @@ pub(super) fn handler(shared: Arc<Shared>, reload: mpsc::Sender<ReloadDone>) -> 
                 }
                 Request::Points { group } => points(&shared, &group).await,
                 Request::Restoring { group } => restoring(&shared, &group).await,
+                Request::Image { group } => image(&shared, &group),
             }
         })
     })
@@ -168,7 +178,7 @@ async fn point(shared: &Shared, group: &str, label: Option<String>, wait: bool) 
         Err(reply) => return reply,
     };
     let (reply, answer) = oneshot::channel();
-    if inputs.send(Input::Point(PointRequest { label, wait, reply })).is_err() {
+    if inputs.send(Input::Point(PointRequest { label, wait, closes_image: false, reply })).is_err() {
         return failed("the group is stopping");
     }
     answer.await.unwrap_or_else(|_| failed("the group is stopping; ask again"))
@@ -185,6 +195,18 @@ async fn restoring(shared: &Shared, group: &str) -> Reply {
     }
     let held = answer.await;
     held.map_or_else(|_| failed("the group is stopping; ask again"), |held| Reply::Restoring { held })
+}
+
+fn image(shared: &Shared, group: &str) -> Reply {
+    match shared.find(group, |known| known.images.clone()) {
+        Err(reply) => reply,
+        Ok(Some(images)) if images.make_now() => Reply::Image,
+        Ok(Some(_)) => failed("the agent is stopping"),
+        Ok(None) => Reply::Failed {
+            message: format!("group {group} has no local_image in source.toml, or the agent has not read it yet"),
+            hint: Some(format!("write local_image.folder under [groups.{group}], and start the agent again")),
+        },
+    }
 }
 
 async fn points(shared: &Shared, group: &str) -> Reply {

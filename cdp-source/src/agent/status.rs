@@ -1,6 +1,7 @@
 //! What the agent tells of itself: to `status`, and to the metrics.
 
 use crate::hooks::HookRun;
+use crate::local_image::status::LocalImageStatus;
 use crate::tracker::{TrackerReport, TrustReport};
 use crate::unprotected::Unprotected;
 use cdp_protocol::record::volume_meters::VolumeMeters;
@@ -131,6 +132,9 @@ pub struct GroupStatus {
     pub freeze_failure: Option<String>,
     /// How the hooks went; `None` where none are configured.
     pub hooks: Option<HooksStatus>,
+    /// How its local images stand; `None` where none are configured.
+    #[serde(default)]
+    pub local_image: Option<LocalImageStatus>,
     /// What the tracker says of itself.
     pub tracker: TrackerStatus,
 }

@@ -2,6 +2,7 @@
 
 use crate::config::ConfigError;
 use crate::control::ControlError;
+use crate::local_image::ImageError;
 use crate::probe::ProbeError;
 use crate::restore::disk::DiskError;
 use crate::restore::line::LineError;
@@ -72,6 +73,9 @@ fn judge(error: &anyhow::Error) -> (bool, Option<String>) {
         if let Some(error) = cause.downcast_ref::<LineError>() {
             return judge_line(error);
         }
+        if let Some(error) = cause.downcast_ref::<ImageError>() {
+            return (error.is_users(), error.hint());
+        }
         if let Some(error) = cause.downcast_ref::<ControlError>() {
             return match error {
                 ControlError::NotRunning(_) => (true, Some("start it: cdp-source run".into())),
@@ -91,5 +95,6 @@ fn judge_line(error: &LineError) -> (bool, Option<String>) {
         LineError::Failed(_) => (false, Some("the target's log says more".into())),
         LineError::Answer(_) => (false, Some("see that both sides are of the same version".into())),
         LineError::Runtime(_) => (false, None),
+        LineError::Image(error) => (error.is_users(), error.hint()),
     }
 }

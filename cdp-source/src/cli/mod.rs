@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr.
 
 pub mod failure;
+mod image;
 mod layout;
 mod protect;
 mod restore;
@@ -48,6 +49,9 @@ enum Command {
     Points(PointsArgs),
     /// Put a volume back to a recovery point, moving only what differs; or a machine's whole disk.
     Restore(RestoreArgs),
+    /// Local images: full copies of a group on a disk or share here, to restore from without the target.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// What works on this machine, what not, and what to do.
     Doctor(JsonArgs),
     /// Beside a file system that the agent freezes; the agent starts it.
@@ -103,6 +107,11 @@ impl RestoreArgs {
     /// The device that is written to, where it is not the volume's own.
     fn other_device(&self) -> Option<&Path> {
         self.to.as_deref().or(self.disk.as_deref())
+    }
+
+    /// Where local images are read from, by an absolute path.
+    fn images(&self) -> Option<PathBuf> {
+        self.from.as_ref().map(|from| std::path::absolute(from).unwrap_or_else(|_| from.clone()))
     }
 }
 
@@ -166,6 +175,9 @@ struct RestoreArgs {
     /// Restore to this device instead of the volume's own, which is read where it can be.
     #[arg(long, value_name = "DEVICE")]
     to: Option<PathBuf>,
+    /// Take it from a local image, of this folder or this file, instead of from the target: no line is needed.
+    #[arg(long, value_name = "FOLDER", conflicts_with = "disk")]
+    from: Option<PathBuf>,
     /// Say what would be moved and how long that takes on this line; change nothing.
     #[arg(long)]
     dry_run: bool,
@@ -178,6 +190,40 @@ struct RestoreArgs {
     /// Print one JSON document.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// Make the configured folder ready for the group's images, once, with its disk or share mounted.
+    Init(ImageArgs),
+    /// Have the agent make an image now, and wait for it.
+    Now(ImageArgs),
+    /// The images that are there, newest first.
+    Ls(ImageArgs),
+    /// Read an image again and prove it; all there are without --at.
+    Verify(VerifyArgs),
+}
+
+#[derive(Debug, Args)]
+struct ImageArgs {
+    /// The group.
+    #[arg(long, default_value = "main")]
+    group: String,
+    /// The folder, instead of the configured one.
+    #[arg(long, value_name = "FOLDER")]
+    from: Option<PathBuf>,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// The image's point: its number, `latest`, a label, a time, or an age as 10m, 2h or 3d.
+    #[arg(long, value_name = "POINT")]
+    at: Option<String>,
 }
 
 /// Reads the command line, does what it says, and gives the exit status: 0 done, 1 the user's mistake, 2 our fault.
@@ -198,6 +244,7 @@ pub fn main() -> ExitCode {
         Command::Point(args) => show::point(&state, args),
         Command::Points(args) => show::points(&state, args),
         Command::Restore(args) => restore::restore(&state, args),
+        Command::Image(command) => image::image(&state, command),
         Command::Doctor(args) => show::doctor(&state, args.json),
         Command::ThawWatchdog { deadline_ms } => run::thaw_watchdog(Duration::from_millis(*deadline_ms)),
     };

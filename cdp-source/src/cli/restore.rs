@@ -6,18 +6,18 @@
 mod keeping;
 mod machine;
 mod report;
+mod source;
 
 use super::failure::UserError;
 use super::{RestoreArgs, layout, run};
 use crate::config::{Config, GroupConfig, VolumeConfig};
-use crate::connect::Identity;
 use crate::digests::KnownDigests;
 use crate::probe::{self, Probe};
 use crate::reader::{self, BlockReader, ReadTarget};
 use crate::restore::compare::{self, Old, RestoreError, Side, Subject};
 use crate::restore::disk::{self, Disk};
 use crate::restore::fetch;
-use crate::restore::line::{LineError, PointLine};
+use crate::restore::line::{LineError, PointLine, PointSource};
 use crate::restore::marker::Restoring;
 use crate::restore::{Plan, Progress};
 use crate::state::StateFolder;
@@ -33,6 +33,7 @@ use keeping::Keeping;
 use machine::Machine;
 use report::{Bar, Done, Estimate, Outcome};
 use roaring::RoaringBitmap;
+use source::Origin;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -50,9 +51,10 @@ struct Office<'a> {
     state: &'a StateFolder,
     args: &'a RestoreArgs,
     config: Config,
-    identity: Identity,
+    /// Where the point is asked back from.
+    from: Origin,
     group: GroupId,
-    /// The volume as it is protected here; none where a disk is put back, which may be another machine's.
+    /// The volume as it is protected here, or as the image has it; none where a disk is put back, which may be another machine's.
     own: Option<VolumeConfig>,
 }
 
@@ -67,14 +69,14 @@ pub(super) fn restore(state: &StateFolder, args: &RestoreArgs) -> Result<ExitCod
     let office = Office::of(state, args)?;
     let _lock = if args.dry_run { None } else { Some(state.lock_restore()?) };
     let begun = office.begun()?;
-    let same = begun.as_ref().filter(|begun| begun.at == args.at);
+    let same = begun.as_ref().filter(|begun| begun.at == args.at && begun.from == args.images());
     let at = same.map_or_else(|| args.at.clone(), |begun| begun.epoch.to_string());
-    let mut line = PointLine::open(office.identity.clone(), office.group, &at)?;
+    let mut line = office.from.open(&office, &at)?;
     let point = line.point().clone();
-    let (volume, key) = (office.volume_of(&point)?, office.key(&mut line)?);
+    let (volume, key) = (office.volume_of(&point)?, office.key(&mut *line)?);
     let job = Job { office, volume, key };
     let begun = begun.filter(|begun| begun.slot == job.volume.slot);
-    let done = if args.dry_run { job.look(&mut line) } else { job.run(line, begun) }?;
+    let done = if args.dry_run { job.look(&mut *line) } else { job.run(line, begun) }?;
     report::print(state, args, &point, &done)
 }
 
@@ -99,23 +101,32 @@ pub(super) fn points(state: &StateFolder, group: &str) -> Result<Vec<PointSummar
 impl<'a> Office<'a> {
     fn of(state: &'a StateFolder, args: &'a RestoreArgs) -> Result<Self> {
         let config = state.config()?;
-        let identity = run::load(state)?;
         if args.disk.is_some() {
+            let identity = run::load(state)?;
             let group = machine::group(state, &identity, &args.group)?;
-            return Ok(Self { state, args, config, identity, group, own: None });
+            return Ok(Self { state, args, config, from: Origin::Target(Box::new(identity)), group, own: None });
         }
+        let (from, group) = match &args.from {
+            Some(path) => Origin::images(state, &args.group, path)?,
+            None => Origin::target(state, &args.group)?,
+        };
         let name = args.volume.as_deref().unwrap_or_default();
         let volumes = config.groups.get(&args.group).map(|group| group.volumes.as_slice()).unwrap_or_default();
-        let volume = volumes.iter().find(|volume| volume.name == name).cloned().ok_or_else(|| {
-            let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
-            let error = UserError::new(format!("group {} has no volume named {name:?}", args.group));
-            match names.as_slice() {
-                [] => error.hint("cdp-source status lists what is protected"),
-                names => error.hint(format!("it has {}", names.join(", "))),
+        let own = match volumes.iter().find(|volume| volume.name == name) {
+            Some(volume) => volume.clone(),
+            None if from.is_image() && args.to.is_some() => from.volume(state, group, args)?,
+            None => {
+                let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
+                let error = UserError::new(format!("group {} has no volume named {name:?}", args.group));
+                let error = match names.as_slice() {
+                    [] if from.is_image() => error.hint("--to names the device to restore to"),
+                    [] => error.hint("cdp-source status lists what is protected"),
+                    names => error.hint(format!("it has {}", names.join(", "))),
+                };
+                return Err(error.into());
             }
-        })?;
-        let facts = state.group(&args.group)?.with_context(|| format!("group {} has no state", args.group))?;
-        Ok(Self { state, args, config, identity, group: facts.group, own: Some(volume) })
+        };
+        Ok(Self { state, args, config, from, group, own: Some(own) })
     }
 
     /// The restore that was begun and is gone on with. One in place is finished first; one to another device, which holds nothing of the office's
@@ -162,7 +173,7 @@ impl<'a> Office<'a> {
     }
 
     /// The key that the point's content is told under.
-    fn key(&self, line: &mut PointLine) -> Result<DataKey> {
+    fn key(&self, line: &mut dyn PointSource) -> Result<DataKey> {
         match &self.own {
             Some(_) => Ok(self.state.data_key(&self.args.group)?),
             None => machine::key(self.state, &self.args.group, line),
@@ -177,10 +188,11 @@ impl Job<'_> {
 
     /// The digests of the volume; only where it is restored in place: another device is another's content.
     fn known(&self, size_bytes: u64) -> Option<KnownDigests> {
-        let Office { state, args, group, .. } = &self.office;
+        let Office { state, args, group, from, .. } = &self.office;
         let folder = state.digests(&args.group);
         let known = KnownDigests::open(state.storage(), &folder, *group, self.volume.slot, blocks_in(size_bytes));
-        known.filter(|_| args.other_device().is_none())
+        // An image does not tell what was sent after it.
+        known.filter(|_| args.other_device().is_none() && !from.is_image())
     }
 
     /// What is to be written to, looked at.
@@ -223,14 +235,15 @@ impl Job<'_> {
 
     /// The old volume, where it can be read.
     fn old(&self, size_bytes: u64) -> Option<Box<dyn BlockReader>> {
-        self.office.args.to.as_ref()?;
+        let has_device = |own: &VolumeConfig| !own.device.as_os_str().is_empty();
+        self.office.args.to.as_ref().filter(|_| self.office.own.as_ref().is_some_and(has_device))?;
         self.own_reader(size_bytes)
             .inspect_err(|error| eprintln!("the old volume is no source of blocks: {error:#}"))
             .ok()
     }
 
     /// A dry run: what differs, and what the line carries of it.
-    fn look(&self, line: &mut PointLine) -> Result<Outcome> {
+    fn look(&self, line: &mut dyn PointSource) -> Result<Outcome> {
         let size_bytes = self.volume.size_bytes;
         let probe = self.place()?;
         disk::refuse_small(&probe, size_bytes)?;
@@ -247,12 +260,12 @@ impl Job<'_> {
         let sample: RoaringBitmap = spread(&plan.fetch, SAMPLE_BLOCKS);
         let (sample_bytes, _) = fetch::sample(line, &self.subject(), &sample, &mut plan)?;
         let estimate = Estimate::of(&plan, &sample, sample_bytes, clock.monotonic().saturating_sub(began));
-        let (volume, line_bytes) = (self.volume.name.clone(), line.received_bytes());
-        Ok(Outcome { volume, plan, device: probe.device, line_bytes, machine, done: Done::Looked(estimate) })
+        let (volume, line_bytes, image) = (self.volume.name.clone(), line.received_bytes(), self.office.from.image());
+        Ok(Outcome { volume, plan, device: probe.device, image, line_bytes, machine, done: Done::Looked(estimate) })
     }
 
     /// What a whole disk is at the point, where one is put back.
-    fn machine(&self, line: &mut PointLine, probe: &Probe) -> Result<Option<Machine>> {
+    fn machine(&self, line: &mut dyn PointSource, probe: &Probe) -> Result<Option<Machine>> {
         if self.office.args.disk.is_none() {
             return Ok(None);
         }
@@ -260,7 +273,7 @@ impl Job<'_> {
         Machine::look(line, &self.subject(), self.volume.size_bytes, probe, may_guess).map(Some)
     }
 
-    fn compare(&self, side: &mut Side<'_>, line: &mut PointLine, bar: &mut Bar) -> Result<Plan> {
+    fn compare(&self, side: &mut Side<'_>, line: &mut dyn PointSource, bar: &mut Bar) -> Result<Plan> {
         let size_bytes = self.volume.size_bytes;
         let (known, mut old, subject) = (self.known(size_bytes), self.old(size_bytes), self.subject());
         let writes = matches!(side, Side::Disk(_));
@@ -277,7 +290,7 @@ impl Job<'_> {
         Ok(compare::plan(side, (&asked, &unkept), old, line, &subject, &mut on_progress)?)
     }
 
-    fn run(&self, mut line: PointLine, begun: Option<Restoring>) -> Result<Outcome> {
+    fn run(&self, mut line: Box<dyn PointSource>, begun: Option<Restoring>) -> Result<Outcome> {
         let Office { state, args, .. } = &self.office;
         let clock = SystemClock::new();
         let probe = self.place()?;
@@ -293,7 +306,7 @@ impl Job<'_> {
         if args.disk.is_some() && keeping.overwrites_nothing() {
             machine::refuse_unknown(&mut disk)?;
         }
-        let mut machine = self.machine(&mut line, &probe)?;
+        let mut machine = self.machine(&mut *line, &probe)?;
         let point = line.point().head;
         let mut marker = keeping.marker(self.volume.slot, point.epoch, clock.wall_ms());
         marker.device = disk::identity(&**state.storage(), &probe);
@@ -302,10 +315,10 @@ impl Job<'_> {
             keeping.begin(state, &args.group, &marker)?;
         }
         let mut bar = Bar::new(&self.volume.name);
-        let mut plan = self.compare(&mut Side::Disk(&mut disk), &mut line, &mut bar)?;
+        let mut plan = self.compare(&mut Side::Disk(&mut disk), &mut *line, &mut bar)?;
         bar.clear();
         if is_in_place {
-            self.refuse_sealed(&mut line, &mut plan, &keeping)?;
+            self.refuse_sealed(&mut *line, &mut plan, &keeping)?;
             keeping.refuse_lost(point.epoch, &plan)?;
         }
         let outcome = plan.clone();
@@ -334,11 +347,12 @@ impl Job<'_> {
         let done = Done::Restored { kept: keeping.kept(), fetched_bytes, seconds };
         let (volume, line_bytes) = (self.volume.name.clone(), compared_bytes + fetched_bytes);
         let plan = Plan { lost: plan.lost, ..outcome };
-        Ok(Outcome { volume, plan, device: probe.device, line_bytes, machine, done })
+        let image = self.office.from.image();
+        Ok(Outcome { volume, plan, device: probe.device, image, line_bytes, machine, done })
     }
 
     /// Tries some of what was compared blindly: where none of it opens with the group's key, nothing is overwritten for it.
-    fn refuse_sealed(&self, line: &mut PointLine, plan: &mut Plan, keeping: &Keeping<'_>) -> Result<()> {
+    fn refuse_sealed(&self, line: &mut dyn PointSource, plan: &mut Plan, keeping: &Keeping<'_>) -> Result<()> {
         let sample = spread(&plan.sealed, SAMPLE_BLOCKS);
         if sample.is_empty() {
             return Ok(());
@@ -355,7 +369,13 @@ impl Job<'_> {
     }
 
     /// Writes what the plan names; comes back on another line where one is lost. Gives the bytes that came over the line.
-    fn write(&self, disk: &mut Disk, plan: &mut Plan, line: PointLine, bar: &mut Bar) -> Result<u64, RestoreError> {
+    fn write(
+        &self,
+        disk: &mut Disk,
+        plan: &mut Plan,
+        line: Box<dyn PointSource>,
+        bar: &mut Bar,
+    ) -> Result<u64, RestoreError> {
         let (subject, head, before) = (self.subject(), line.point().head, plan.zero.len());
         let mut on_progress = |progress: Progress| bar.show(progress);
         fetch::write_zeros(disk, plan, &mut on_progress)?;
@@ -363,7 +383,7 @@ impl Job<'_> {
         let all = before + plan.fetch.len();
         loop {
             let (left, from) = (plan.fetch.len(), line.received_bytes());
-            let fetched = fetch::fetch(disk, plan, all - left, &mut line, &subject, &mut on_progress);
+            let fetched = fetch::fetch(disk, plan, all - left, &mut *line, &subject, &mut on_progress);
             bytes += line.received_bytes() - from;
             let error = match fetched {
                 Ok(()) => return Ok(bytes),
@@ -378,13 +398,19 @@ impl Job<'_> {
     }
 
     /// Another line, with the same point open on it.
-    fn another_line(&self, mut error: LineError, head: Head, tries: &mut u32) -> Result<PointLine, LineError> {
+    fn another_line(
+        &self,
+        mut error: LineError,
+        head: Head,
+        tries: &mut u32,
+    ) -> Result<Box<dyn PointSource>, LineError> {
+        let Origin::Target(identity) = &self.office.from else { return Err(error) };
         while *tries < LINE_TRIES {
             eprintln!("{error}; trying again");
             std::thread::sleep(LINE_PAUSE * 2_u32.pow((*tries).min(5)));
             *tries += 1;
-            match PointLine::open(self.office.identity.clone(), self.office.group, &head.epoch.to_string()) {
-                Ok(line) if line.point().head == head => return Ok(line),
+            match PointLine::open((**identity).clone(), self.office.group, &head.epoch.to_string()) {
+                Ok(line) if line.point().head == head => return Ok(Box::new(line)),
                 Ok(_) => return Err(LineError::Answer("another point has this number now")),
                 Err(other) if other.is_lost() => error = other,
                 Err(other) => return Err(other),

@@ -143,6 +143,7 @@ fn group_lines(group: &GroupStatus) -> Vec<String> {
     lines.extend(target_audit_line(&group.audit));
     lines.extend(group.hooks.iter().flat_map(hook_lines));
     lines.extend(freeze_line(group));
+    lines.extend(group.local_image.iter().flat_map(super::image::status_lines));
     lines.extend(group.excludes.iter().map(exclude_line));
     for volume in &group.volumes {
         let (name, device) = (&volume.name, volume.device.display());
@@ -285,6 +286,16 @@ fn with_times(mut value: Value) -> Value {
             && let Some(time) = cut.get_mut("time")
         {
             replace(time);
+        }
+        for (part, field) in [("last", "time"), ("last", "made"), ("failure", "time")] {
+            if let Some(time) = group["local_image"].get_mut(part).and_then(|part| part.get_mut(field)) {
+                replace(time);
+            }
+        }
+        for time in ["next", "since"] {
+            if let Some(time) = group["local_image"].get_mut(time) {
+                replace(time);
+            }
         }
         for hook in ["pre_cut", "post_cut"] {
             if let Some(time) = group["hooks"][hook].get_mut("time") {

@@ -5,7 +5,7 @@
 //! device. To another device all blocks are asked for, since the old volume may be written to meanwhile.
 
 use super::disk::{Disk, DiskError};
-use super::line::{LineError, PointLine};
+use super::line::{LineError, PointSource};
 use super::{OnProgress, Plan, Progress};
 use crate::audit::Found;
 use crate::digests::KnownDigests;
@@ -109,7 +109,7 @@ pub fn candidates(
     reader: &mut dyn BlockReader,
     blocks: u64,
     known: Option<&KnownDigests>,
-    line: &mut PointLine,
+    line: &mut dyn PointSource,
     subject: &Subject<'_>,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<(RoaringBitmap, RoaringBitmap), RestoreError> {
@@ -147,7 +147,7 @@ pub fn candidates(
 
 /// The blocks that the target was sent after a point; `None` where it cannot tell.
 fn changes(
-    line: &mut PointLine,
+    line: &mut dyn PointSource,
     slot: VolumeSlot,
     since: cdp_protocol::units::Head,
 ) -> Result<Option<RoaringBitmap>, LineError> {
@@ -184,7 +184,7 @@ pub fn plan(
     disk: &mut Side<'_>,
     (candidates, unkept): (&RoaringBitmap, &RoaringBitmap),
     mut old: Option<Old<'_>>,
-    line: &mut PointLine,
+    line: &mut dyn PointSource,
     subject: &Subject<'_>,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Plan, RestoreError> {
@@ -265,13 +265,13 @@ pub(super) fn questions(all: &RoaringBitmap, blocks_max: u32) -> impl Iterator<I
 }
 
 /// Asks what the point has of these blocks.
-pub(super) fn ask_holdings(line: &mut PointLine, slot: VolumeSlot, extents: &[Extent]) -> Result<(), LineError> {
+pub(super) fn ask_holdings(line: &mut dyn PointSource, slot: VolumeSlot, extents: &[Extent]) -> Result<(), LineError> {
     line.ask(slot, Question::Holdings { extents: named(extents) })
 }
 
 /// The answer to a question: what the point has of each of the blocks, in their order.
 pub(super) fn holdings(
-    line: &mut PointLine,
+    line: &mut dyn PointSource,
     extents: &[Extent],
     subject: &Subject<'_>,
 ) -> Result<Vec<Point>, LineError> {
@@ -302,7 +302,7 @@ fn opened(held: &Held, blocks: &[Block], subject: &Subject<'_>) -> Vec<Point> {
         Held::Hole => alike(Point::Hole),
         Held::Nothing => alike(Point::Lost("the point does not have them: they were never sent")),
         Held::Unreadable => alike(Point::Lost("the source's device could not read them when the point was made")),
-        Held::Damaged => alike(Point::Lost("what the target has of them is damaged")),
+        Held::Damaged => alike(Point::Lost("what is held of them there is damaged")),
         Held::Frame { header, digests } => {
             let extent = Extent { start: blocks[0], count: blocks.len() as u32 };
             let opened = holding::open(&subject.group, subject.slot, extent, (header, digests), subject.key);

@@ -6,7 +6,7 @@
 
 use super::compare::{RestoreError, Subject, questions};
 use super::disk::{Disk, DiskError};
-use super::line::{LineError, PointLine};
+use super::line::{LineError, PointSource};
 use super::{OnProgress, Plan, Progress};
 use crate::reader;
 use cdp_protocol::codec::open_content;
@@ -47,7 +47,7 @@ pub fn fetch(
     disk: &mut Disk,
     plan: &mut Plan,
     before: u64,
-    line: &mut PointLine,
+    line: &mut dyn PointSource,
     subject: &Subject<'_>,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<(), RestoreError> {
@@ -78,7 +78,7 @@ pub fn fetch(
 /// # Errors
 /// Where the line is lost.
 pub fn sample(
-    line: &mut PointLine,
+    line: &mut dyn PointSource,
     subject: &Subject<'_>,
     blocks: &RoaringBitmap,
     plan: &mut Plan,
@@ -99,7 +99,7 @@ pub fn sample(
 ///
 /// # Errors
 /// Where the line is lost, or the point does not have all of them.
-pub fn read_at(line: &mut PointLine, subject: &Subject<'_>, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+pub fn read_at(line: &mut dyn PointSource, subject: &Subject<'_>, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
     let end = offset + buffer.len() as u64;
     let first = offset / BLOCK_BYTES as u64;
     let blocks: RoaringBitmap = (first..blocks_in(end)).map(|block| block as u32).collect();
@@ -169,7 +169,7 @@ struct Fetched {
     lost: Vec<(Extent, String)>,
 }
 
-fn fetched(line: &mut PointLine, subject: &Subject<'_>, mut asked: Asked) -> Result<Fetched, LineError> {
+fn fetched(line: &mut dyn PointSource, subject: &Subject<'_>, mut asked: Asked) -> Result<Fetched, LineError> {
     let (mut fetched, mut frame, mut of) = (Fetched::default(), Vec::new(), Vec::new());
     while let Some(piece) = line.next_piece()? {
         match piece {
@@ -210,7 +210,7 @@ impl Fetched {
         }
         for block in &missing {
             let is_told = |(extent, _): &&(Extent, String)| extent.start.0 <= block && u64::from(block) < extent.end();
-            let reason = self.lost.iter().find(is_told).map_or("the target gave nothing for them", |(_, why)| why);
+            let reason = self.lost.iter().find(is_told).map_or("nothing came for them", |(_, why)| why);
             plan.lose(Block(block), reason);
         }
         missing
@@ -227,7 +227,7 @@ impl Fetched {
                         self.blocks.extend(blocks.map(|(block, bytes)| (block, bytes.to_vec())));
                         continue;
                     }
-                    None => "the frame that the target gave does not have them".to_owned(),
+                    None => "the frame that came does not have them".to_owned(),
                 },
                 Ok((extents, None))
                     if extents.iter().any(|held| held.start <= extent.start && extent.end() <= held.end()) =>
@@ -235,7 +235,7 @@ impl Fetched {
                     self.blocks.extend(extent.blocks().map(|block| (block, vec![0; BLOCK_BYTES])));
                     continue;
                 }
-                Ok((_, None)) => "the frame that the target gave does not have them".to_owned(),
+                Ok((_, None)) => "the frame that came does not have them".to_owned(),
                 Err(why) => why.clone(),
             };
             self.lost.push((*extent, why));
@@ -245,9 +245,9 @@ impl Fetched {
 
 /// A frame's extents and content; no content where its blocks are zeros.
 fn opened(bytes: &[u8], subject: &Subject<'_>) -> Result<(Vec<Extent>, Option<Vec<u8>>), String> {
-    let frame = frame::decode(&subject.group, bytes).map_err(|error| format!("the target gave no frame: {error}"))?;
+    let frame = frame::decode(&subject.group, bytes).map_err(|error| format!("what came is no frame: {error}"))?;
     if frame.header.volume != subject.slot {
-        return Err("the target gave another volume's frame".to_owned());
+        return Err("the frame that came is another volume's".to_owned());
     }
     let key = subject.key.attempt_key(&frame.header.attempt);
     let content = open_content(&frame, &key).map_err(|error| {
@@ -257,12 +257,12 @@ fn opened(bytes: &[u8], subject: &Subject<'_>) -> Result<(Vec<Extent>, Option<Ve
         Encoding::Hole => Ok((frame.header.extents, None)),
         encoding if encoding.has_content() => Ok((frame.header.extents, Some(content))),
         Encoding::Unreadable => Err("the source's device could not read them when the point was made".to_owned()),
-        _ => Err("the target has lost them".to_owned()),
+        _ => Err("they were lost before".to_owned()),
     }
 }
 
 /// The content of blocks that lie within one of the extents.
-fn of_blocks<'a>(extents: &[Extent], content: &'a [u8], wanted: Extent) -> Option<&'a [u8]> {
+pub(crate) fn of_blocks<'a>(extents: &[Extent], content: &'a [u8], wanted: Extent) -> Option<&'a [u8]> {
     let mut before = 0;
     for extent in extents {
         if extent.start <= wanted.start && wanted.end() <= extent.end() {

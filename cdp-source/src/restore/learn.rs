@@ -4,7 +4,7 @@
 //! death. Reads no volume and writes none.
 
 use super::compare::{self, Point, Subject};
-use super::line::{LineError, PointLine};
+use super::line::{LineError, PointLine, PointSource};
 use crate::audit::Found;
 use crate::connect::Identity;
 use crate::digests::Learning;
@@ -82,7 +82,7 @@ pub fn learn(lost: &Lost<'_>, identity: Identity, goes_on: &mut dyn FnMut(u64, u
 type Take<'a> = dyn FnMut(&[Extent], Vec<Option<Found>>) -> Result<(), LearnError> + 'a;
 
 /// Asks what the point has of every block of a volume.
-fn ask(line: &mut PointLine, subject: &Subject<'_>, blocks: u64, take: &mut Take<'_>) -> Result<(), LearnError> {
+fn ask(line: &mut dyn PointSource, subject: &Subject<'_>, blocks: u64, take: &mut Take<'_>) -> Result<(), LearnError> {
     let mut all = RoaringBitmap::new();
     if let Some(last) = blocks.checked_sub(1) {
         all.insert_range(0..=last as u32);
@@ -114,6 +114,8 @@ fn found(held: Point) -> Option<Found> {
 fn of_line(error: &LineError) -> LearnError {
     match error {
         LineError::Connect(_) | LineError::Lost(_) | LineError::Runtime(_) => LearnError::Lost(error.to_string()),
-        LineError::Refused(_) | LineError::Failed(_) | LineError::Answer(_) => LearnError::Refused(error.to_string()),
+        LineError::Refused(_) | LineError::Failed(_) | LineError::Answer(_) | LineError::Image(_) => {
+            LearnError::Refused(error.to_string())
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! nothing is asked. Does not come back by itself: whoever uses it opens another one.
 
 use crate::connect::{ConnectError, Identity, QuicConnector};
+use crate::local_image::ImageError;
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{self, PROTOCOL_VERSION, SourceMessage, TargetMessage};
 use cdp_protocol::recall::{Answer, Asked, OpenedPoint, Question};
@@ -49,6 +50,43 @@ pub enum LineError {
     /// The target says what no target of this version does.
     #[error("the target's answer cannot be read: {0}")]
     Answer(&'static str),
+    /// A local image, asked in the target's place.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+/// What has a point open and is asked about it: the target over a line, or a local image.
+pub trait PointSource {
+    /// The point that is open.
+    fn point(&self) -> &OpenedPoint;
+    /// Bytes that came so far.
+    fn received_bytes(&self) -> u64;
+    /// Whether another question may be asked before the next answer is taken.
+    fn may_ask(&self) -> bool;
+    /// Asks; the answer comes behind those to the questions before.
+    ///
+    /// # Errors
+    /// Where nobody is there to be asked.
+    fn ask(&mut self, volume: VolumeSlot, question: Question) -> Result<(), LineError>;
+    /// The next piece of the answer to the oldest question; `None` at its end.
+    ///
+    /// # Errors
+    /// Where it cannot be answered.
+    fn next_piece(&mut self) -> Result<Option<Answer>, LineError>;
+}
+
+/// The group's key, of a target that has it: content is told under it.
+///
+/// # Errors
+/// Where the line is gone, or the target cannot answer.
+pub fn told_key(line: &mut dyn PointSource) -> Result<Option<DataKey>, LineError> {
+    line.ask(VolumeSlot(0), Question::Key)?;
+    let mut told = None;
+    while let Some(piece) = line.next_piece()? {
+        let Answer::Key { key } = piece else { return Err(LineError::Answer("it is of something else")) };
+        told = Some(key.to_key());
+    }
+    Ok(told)
 }
 
 impl LineError {
@@ -97,30 +135,22 @@ impl PointLine {
         let point = exchange.greet(&*clock, group, at)?;
         Ok(Self { line, exchange, waiting: VecDeque::new(), next_request: 1, point, runtime })
     }
+}
 
-    /// The point that is open.
-    #[must_use]
-    pub const fn point(&self) -> &OpenedPoint {
+impl PointSource for PointLine {
+    fn point(&self) -> &OpenedPoint {
         &self.point
     }
 
-    /// Bytes of messages that came.
-    #[must_use]
-    pub const fn received_bytes(&self) -> u64 {
+    fn received_bytes(&self) -> u64 {
         self.exchange.received_bytes
     }
 
-    /// Whether another question may be asked before the next answer is taken.
-    #[must_use]
-    pub fn may_ask(&self) -> bool {
+    fn may_ask(&self) -> bool {
         self.waiting.len() < QUESTIONS_AHEAD
     }
 
-    /// Asks; the answer comes behind those to the questions before.
-    ///
-    /// # Errors
-    /// Where the line is gone.
-    pub fn ask(&mut self, volume: VolumeSlot, question: Question) -> Result<(), LineError> {
+    fn ask(&mut self, volume: VolumeSlot, question: Question) -> Result<(), LineError> {
         let request = self.next_request;
         self.next_request += 1;
         self.exchange.say(SourceMessage::AskPoint(Asked { request, volume, question }))?;
@@ -128,25 +158,7 @@ impl PointLine {
         Ok(())
     }
 
-    /// The group's key, of a target that has it: content is told under it.
-    ///
-    /// # Errors
-    /// Where the line is gone, or the target cannot answer.
-    pub fn key(&mut self) -> Result<Option<DataKey>, LineError> {
-        self.ask(VolumeSlot(0), Question::Key)?;
-        let mut told = None;
-        while let Some(piece) = self.next_piece()? {
-            let Answer::Key { key } = piece else { return Err(LineError::Answer("it is of something else")) };
-            told = Some(key.to_key());
-        }
-        Ok(told)
-    }
-
-    /// The next piece of the answer to the oldest question; `None` at its end.
-    ///
-    /// # Errors
-    /// Where the line is gone, or the target cannot answer.
-    pub fn next_piece(&mut self) -> Result<Option<Answer>, LineError> {
+    fn next_piece(&mut self) -> Result<Option<Answer>, LineError> {
         match self.exchange.hear()? {
             TargetMessage::Answer { request, answer } if self.waiting.front() == Some(&request) => match answer {
                 Answer::Done => {

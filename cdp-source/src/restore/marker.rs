@@ -36,6 +36,9 @@ pub struct Restoring {
     pub at: String,
     /// When it was begun.
     pub begun: Timestamp,
+    /// The local image, or the folder of images, that it is restored from, where it is not the target.
+    #[serde(default)]
+    pub from: Option<PathBuf>,
     /// The point that what is overwritten was kept as, where one was made.
     pub kept: Option<Epoch>,
 }
@@ -51,7 +54,19 @@ impl Restoring {
         begun: Timestamp,
     ) -> Self {
         let (volume, to, at) = (volume.to_owned(), to.map(Path::to_owned), at.to_owned());
-        Self { version: VERSION, volume, slot, to, is_disk: false, device: None, epoch, at, begun, kept: None }
+        Self {
+            version: VERSION,
+            volume,
+            slot,
+            to,
+            is_disk: false,
+            device: None,
+            epoch,
+            at,
+            begun,
+            from: None,
+            kept: None,
+        }
     }
 
     /// Whether the agent has to hold the group's points: a volume of it is written to.
@@ -73,9 +88,11 @@ impl Restoring {
     /// How to go on, for people.
     #[must_use]
     pub fn command(&self, group: &str) -> String {
-        let option = if self.is_disk { "--disk" } else { "--to" };
-        let to = self.to.as_ref().map_or_else(String::new, |to| format!(" {option} {}", to.display()));
-        format!("cdp-source restore --group {group} {} --at {}{to}", self.volume, self.epoch)
+        let told = |flag: &str, path: &Option<PathBuf>| {
+            path.as_ref().map_or_else(String::new, |path| format!(" --{flag} {}", path.display()))
+        };
+        let (to, from) = (told(if self.is_disk { "disk" } else { "to" }, &self.to), told("from", &self.from));
+        format!("cdp-source restore --group {group} {} --at {}{to}{from}", self.volume, self.epoch)
     }
 
     /// The word of an agent that makes no points because of it, and has kept all there were.
@@ -165,6 +182,8 @@ mod tests {
         assert!(!disk.holds_points() && disk.command("main").ends_with(" data --at 7 --disk /dev/vdb"));
         disk.store(&state, "main").expect("stored");
         assert_eq!(Restoring::load(&state, "main").expect("readable"), Some(disk));
+        let from = Restoring { from: Some(PathBuf::from("/mnt/usb")), ..to };
+        assert!(from.command("main").ends_with(" --to /dev/vdb --from /mnt/usb"));
         Restoring::remove(&state, "main").expect("removed");
         Restoring::remove(&state, "main").expect("nothing to remove");
         assert_eq!(Restoring::load(&state, "main").expect("readable"), None);

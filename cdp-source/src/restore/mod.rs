@@ -4,7 +4,7 @@
 //! read back from the device; what the point does not have is told, and left as it is, never made zeros. The comparison writes nothing,
 //! and to begin again is to compare again: a restore that was killed anywhere goes on with the same command.
 //!
-//! `line` is the connection, `disk` the device, `compare` finds what differs, `fetch` gets and writes it, `marker` tells that a
+//! `line` is the connection, and what stands for one (a local image, `local_image/source`), `disk` the device, `compare` finds what differs, `fetch` gets and writes it, `marker` tells that a
 //! volume is neither old nor new, `learn` asks for digests that are lost, `partitions` has the kernel see what was written. What the agent does about it is `agent/group`'s, what an operator says `cli/restore`'s.
 
 pub mod compare;

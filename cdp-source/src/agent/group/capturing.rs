@@ -51,6 +51,7 @@ impl Group {
             self.fail_reading(volume);
             return Ok(());
         }
+        self.tee(&capture);
         self.take_out_unchanged(&mut capture);
         if !capture.is_empty() {
             self.send(capture, End::Part);
@@ -140,6 +141,7 @@ impl Group {
             self.fail_reading(volume);
             return false;
         }
+        self.tee(&capture);
         self.take_out_unchanged(&mut capture);
         if capture.is_empty() {
             self.unchanged(capture.cut_time);
@@ -261,6 +263,9 @@ impl Group {
         };
         let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false, class, warning };
         self.captured_epoch = Some(open.next_epoch);
+        if request.as_ref().is_some_and(|request| request.closes_image) {
+            self.close_image(open.next_epoch, capture.cut_time, class, point.label.clone());
+        }
         self.send(capture, End::Commit(draft));
         self.open = Some(Open { next_epoch: Epoch(open.next_epoch.0 + 1), ..open });
         if let Some(request) = request {

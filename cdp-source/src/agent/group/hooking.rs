@@ -56,7 +56,7 @@ impl Group {
         self.hooks_at = now + Duration::from_secs(every_s);
         // Nobody waits for the answer.
         let (reply, _) = oneshot::channel();
-        self.wanted.push_back(PointRequest { label: None, wait: false, reply });
+        self.wanted.push_back(PointRequest { label: None, wait: false, closes_image: false, reply });
     }
 
     /// Starts the hooks of the next point that is wanted, once it could be cut.

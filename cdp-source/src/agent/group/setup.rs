@@ -11,6 +11,7 @@ use crate::encoder::Encoder;
 use crate::exclusion::Exclusion;
 use crate::freeze::Freezer;
 use crate::hooks::HookEvent;
+use crate::local_image::tee::ImageRequest;
 use crate::reader::BlockReader;
 use crate::restore::learn::LearnError;
 use crate::saved::proofs::Proofs;
@@ -58,6 +59,8 @@ pub enum Input {
     Point(PointRequest),
     /// Whether a volume is being restored has changed; answered with why no points are made, if so.
     Restoring(oneshot::Sender<Option<String>>),
+    /// An image of the volumes is made at the office.
+    Image(ImageRequest),
     /// The hooks around a point have got further.
     Hook(HookEvent),
     /// The end. The tracking goes on in the kernel.
@@ -79,6 +82,8 @@ pub struct PointRequest {
     pub label: Option<String>,
     /// Whether to answer only once it is acked.
     pub wait: bool,
+    /// Whether it closes the local image that is being made.
+    pub closes_image: bool,
     /// Where the answer goes.
     pub reply: oneshot::Sender<Reply>,
 }

@@ -368,7 +368,7 @@ impl Running {
 
     fn point(&self, label: Option<&str>) -> oneshot::Receiver<Reply> {
         let (reply, answer) = oneshot::channel();
-        let request = PointRequest { label: label.map(str::to_owned), wait: true, reply };
+        let request = PointRequest { label: label.map(str::to_owned), wait: true, closes_image: false, reply };
         self.inputs.send(Input::Point(request)).expect("it runs");
         answer
     }

@@ -76,6 +76,7 @@ impl<'a> Keeping<'a> {
         let mut marker = Restoring::new(self.volume, slot, to, (epoch, &self.args.at), begun);
         marker.is_disk = self.args.disk.is_some();
         marker.kept = self.kept;
+        marker.from = self.args.images();
         marker
     }
 

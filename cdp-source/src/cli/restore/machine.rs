@@ -11,7 +11,7 @@ use crate::probe::Probe;
 use crate::restore::compare::Subject;
 use crate::restore::disk::Disk;
 use crate::restore::fetch;
-use crate::restore::line::PointLine;
+use crate::restore::line::{PointSource, told_key};
 use crate::state::StateFolder;
 use crate::tracker::device::Device;
 use anyhow::{Context, Result};
@@ -61,9 +61,9 @@ pub(super) fn volume_of(point: &OpenedPoint, name: Option<&str>) -> Result<Volum
 }
 
 /// The key that content is told under: the target's, which seals it anew; else this machine's own.
-pub(super) fn key(state: &StateFolder, group: &str, line: &mut PointLine) -> Result<DataKey> {
+pub(super) fn key(state: &StateFolder, group: &str, line: &mut dyn PointSource) -> Result<DataKey> {
     if line.point().has_key
-        && let Some(key) = line.key()?
+        && let Some(key) = told_key(line)?
     {
         return Ok(key);
     }
@@ -96,7 +96,7 @@ struct Finished {
 impl Machine {
     /// Looks at the point, and whether it can be put back onto the disk.
     pub(super) fn look(
-        line: &mut PointLine,
+        line: &mut dyn PointSource,
         subject: &Subject<'_>,
         size_bytes: u64,
         probe: &Probe,

@@ -25,7 +25,9 @@ pub(super) struct Outcome {
     pub(super) volume: String,
     pub(super) plan: Plan,
     pub(super) device: PathBuf,
-    /// Bytes that came over the line.
+    /// The local image that was read, where it was no line.
+    pub(super) image: Option<PathBuf>,
+    /// Bytes that came over the line, or from the image.
     pub(super) line_bytes: u64,
     /// What is said of a whole disk.
     pub(super) machine: Option<Machine>,
@@ -130,7 +132,9 @@ pub(super) fn print(
 }
 
 fn text(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> String {
-    let Outcome { volume: name, plan, device, line_bytes, done, .. } = outcome;
+    let Outcome { volume: name, plan, device, image, line_bytes, done, .. } = outcome;
+    let way =
+        image.as_ref().map_or_else(|| "over the line".to_owned(), |image| format!("read from {}", image.display()));
     let label = point.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
     let of = format!("point {}{label} of {}", point.head.epoch, rfc3339(point.cut_time));
     let (device, differing) = (device.display(), bytes(plan.differing_blocks()));
@@ -147,14 +151,14 @@ fn text(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> String {
                 format!(", about {} at {rate:.0} bytes a second", duration(seconds))
             });
             format!(
-                "{name} on {device} differs from {of} in {differing} bytes{copied}, {zeros} of them zeros there\nabout {} bytes over the line{time}; nothing was changed",
+                "{name} on {device} differs from {of} in {differing} bytes{copied}, {zeros} of them zeros there\nabout {} bytes {way}{time}; nothing was changed",
                 estimate.line_bytes
             )
         }
         Done::Restored { kept, fetched_bytes, seconds } => {
             let kept = kept.map_or_else(String::new, |kept| format!("\nwhat was overwritten is point {kept}"));
             format!(
-                "{name} on {device} is {of}: {differing} bytes differed{copied}, {zeros} of them zeros there\n{fetched_bytes} bytes of content in {line_bytes} over the line, {}{kept}",
+                "{name} on {device} is {of}: {differing} bytes differed{copied}, {zeros} of them zeros there\n{fetched_bytes} bytes of content in {line_bytes} {way}, {}{kept}",
                 duration(*seconds)
             )
         }
@@ -170,7 +174,8 @@ fn duration(seconds: f64) -> String {
 }
 
 fn document(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Value {
-    let Outcome { volume, plan, device, line_bytes, machine, done } = outcome;
+    let Outcome { volume, plan, device, image, line_bytes, machine, done } = outcome;
+    let (line_bytes, image_bytes) = if image.is_some() { (0, *line_bytes) } else { (*line_bytes, 0) };
     let lost = |lost: &Lost| json!({ "start": lost.extent.start, "count": lost.extent.count, "reason": lost.reason });
     let mut document = json!({
         "group": args.group,
@@ -189,6 +194,8 @@ fn document(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Value
         "unkept_bytes": bytes(plan.unkept_blocks),
         "asked_blocks": plan.asked_blocks,
         "line_bytes": line_bytes,
+        "image": image,
+        "image_bytes": image_bytes,
         "lost": plan.lost.iter().map(lost).collect::<Vec<_>>(),
     });
     if let Some(machine) = machine {

@@ -107,6 +107,13 @@ pub trait StorageFile: Send + Sync {
     /// # Errors
     /// As the file system says.
     fn sync(&self) -> io::Result<()>;
+    /// Lets go of what is cached of the file and durable, where the system does that: what is read next comes from the disk.
+    ///
+    /// # Errors
+    /// As the file system says.
+    fn forget(&self) -> io::Result<()> {
+        Ok(())
+    }
     /// Takes the file's exclusive lock for as long as it is open; `false` where another holder has it.
     ///
     /// # Errors

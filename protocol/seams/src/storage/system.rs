@@ -133,6 +133,10 @@ impl StorageFile for SystemFile {
         synced
     }
 
+    fn forget(&self) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?)
+    }
+
     fn try_lock(&self) -> io::Result<bool> {
         match rustix::fs::flock(&self.0, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(true),
