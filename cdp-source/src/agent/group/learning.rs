@@ -7,7 +7,7 @@
 
 use super::{GroupSetup, Input, lock, refuse};
 use crate::agent::status::GroupPhase;
-use crate::local_image::tee::ImageRequest;
+use crate::local_image::tee::{ImageRequest, NotBegun};
 use crate::restore::learn::LearnError;
 use cdp_protocol::session::memo::Memo;
 use cdp_seams::pulse;
@@ -84,7 +84,9 @@ fn answer(setup: &GroupSetup, input: Input) {
     match input {
         Input::Point(request) => refuse(request, &reason_of(setup)),
         Input::Restoring(reply) => _ = reply.send((setup.restoring)()),
-        Input::Image(ImageRequest::Begin { reply, .. }) => _ = reply.send(Err(reason_of(setup))),
+        Input::Image(ImageRequest::Begin { reply, .. }) => {
+            _ = reply.send(Err(NotBegun::Later(reason_of(setup))));
+        }
         Input::Image(ImageRequest::Name) | Input::Link(_) | Input::Encoded(_) | Input::Hook(_) | Input::Stop(_) => {}
     }
 }
