@@ -84,7 +84,9 @@ fn answer(setup: &GroupSetup, input: Input) {
     match input {
         Input::Point(request) => refuse(request, &reason_of(setup)),
         Input::Restoring(reply) => _ = reply.send((setup.restoring)()),
-        Input::Image(ImageRequest::Begin { reply, .. }) => _ = reply.send(Err(NotBegun::Later(reason_of(setup)))),
+        Input::Image(ImageRequest::Begin { reply, .. }) => {
+            _ = reply.send(Err(NotBegun::Later(reason_of(setup))));
+        }
         Input::Image(ImageRequest::Name) | Input::Link(_) | Input::Encoded(_) | Input::Hook(_) | Input::Stop(_) => {}
     }
 }
