@@ -8,10 +8,10 @@
 //!
 //! Blocking threads, and none of them a tokio worker. Nothing here writes to the store.
 
-mod ahead;
+pub(crate) mod ahead;
 mod channel;
 mod connection;
-mod disk;
+pub(crate) mod disk;
 pub mod exports;
 mod handshake;
 pub mod option;
