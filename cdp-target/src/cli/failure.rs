@@ -348,7 +348,7 @@ fn tree(error: &TreeError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some("`ls` lists what is there; the folder above is a good one to begin with"))
         }
         TreeError::IsAFolder => (Fault::User, Some("`ls` lists it, `cp -r` copies it")),
-        TreeError::Special(_) | TreeError::Encrypted => (Fault::User, None),
+        TreeError::Special(_) | TreeError::Encrypted | TreeError::Interrupted => (Fault::User, None),
         TreeError::Unsupported(_) => {
             (Fault::User, Some("`cdp-target nbd` serves the point as a disk, to any program that knows it"))
         }
@@ -356,7 +356,6 @@ fn tree(error: &TreeError) -> (Fault, Option<&'static str>) {
             (Fault::User, Some("`cdp-target drill` has the file system checked; take an older point"))
         }
         TreeError::Lost { .. } => (Fault::User, Some("`cdp-target verify` names the damaged points; take another one")),
-        TreeError::Interrupted => (Fault::User, None),
         TreeError::System(_) => (Fault::Ours, None),
     }
 }

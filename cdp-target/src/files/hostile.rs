@@ -5,7 +5,7 @@
 use super::tree::{Id, Kind, Piece, Tree, TreeError, Way};
 use super::volume::Shared;
 use super::volume::memory::memory;
-use proptest::test_runner::{RngAlgorithm, TestRng};
+use cdp_seams::random::{SimRandom, array};
 use std::path::Path;
 use std::process::Command;
 
@@ -67,8 +67,8 @@ impl Reading<'_> {
 
 /// Damages an image in many ways, and reads each.
 pub(super) fn damage(image: &[u8], open: Open, rounds: usize) {
-    let mut random = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
-    let mut draw = |below: usize| (proptest::prelude::RngCore::next_u64(&mut random) % below as u64) as usize;
+    let random = SimRandom::new(7);
+    let draw = |below: usize| (u64::from_le_bytes(array(&random)) % below as u64) as usize;
     let used: Vec<usize> = (0..image.len())
         .step_by(512)
         .filter(|at| image[*at..(at + 512).min(image.len())].iter().any(|byte| *byte != 0))

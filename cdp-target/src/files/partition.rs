@@ -44,11 +44,9 @@ pub(crate) fn partitions(disk: &Arc<Disk>) -> Result<(Vec<Partition>, Vec<String
 
 /// The error of the disk that a look at it gave.
 fn lost(error: io::Error) -> TreeError {
-    let is_ours = error.get_ref().is_some_and(|inner| inner.is::<TreeError>());
-    match error.into_inner() {
-        Some(inner) if is_ours => *inner.downcast().expect("it was looked at"),
-        Some(inner) => TreeError::System(io::Error::other(inner)),
-        None => TreeError::Damaged("it cannot be looked at".into()),
+    match error.downcast::<TreeError>() {
+        Ok(error) => error,
+        Err(error) => TreeError::System(error),
     }
 }
 

@@ -80,7 +80,7 @@ impl Window {
     }
 
     /// Takes a part of one piece from what is kept, or keeps it.
-    fn from_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), TreeError> {
+    fn take_from_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), TreeError> {
         let (number, within) = (offset / PIECE_BYTES, (offset % PIECE_BYTES) as usize);
         let mut pieces = self.pieces.borrow_mut();
         pieces.uses += 1;
@@ -111,7 +111,7 @@ impl Bytes for Window {
         while !rest.is_empty() {
             let len = (PIECE_BYTES - at % PIECE_BYTES).min(rest.len() as u64) as usize;
             let (part, behind) = rest.split_at_mut(len);
-            self.from_piece(at, part)?;
+            self.take_from_piece(at, part)?;
             (at, rest) = (at + len as u64, behind);
         }
         Ok(())

@@ -105,7 +105,7 @@ fn facts(at: &Path, below: &Path, compared: Compared, facts_of: &mut BTreeMap<Pa
         let content = match known.file_type() {
             kind if kind.is_file() => format!("file {}", blake3::hash(&std::fs::read(&path).expect("read"))),
             kind if kind.is_dir() => "folder".to_owned(),
-            kind if kind.is_symlink() => format!("link {:?}", std::fs::read_link(&path).expect("read")),
+            kind if kind.is_symlink() => format!("link {}", std::fs::read_link(&path).expect("read").display()),
             // Left out.
             _ => continue,
         };

@@ -9,6 +9,7 @@ use crate::files::partition::Partition;
 use crate::files::tree::{Entry, Id, Kind, Moment, Node, Tree, TreeError, Way, find, parts, shown};
 use crate::points::Instant;
 use crate::restore::image::one_line;
+use cdp_protocol::hex;
 use cdp_protocol::units::Epoch;
 use serde::Serialize;
 use std::io::{self, Write};
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 const ROWS_MAX: usize = 10_000;
 
 #[derive(Serialize)]
-struct Partitions<'a> {
+struct Disk<'a> {
     office: &'a str,
     group: &'a str,
     volume: &'a str,
@@ -115,7 +116,7 @@ fn list_partitions(session: &Session<'_>, is_json: bool) -> Result<ExitCode, Fai
             file_system,
             label: label.as_deref(),
         });
-        print(&json(&Partitions {
+        print(&json(&Disk {
             office: session.office(),
             group: session.group(),
             volume: &session.volume.name,
@@ -170,7 +171,10 @@ impl Listing<'_> {
         });
         let mut entries = match listed {
             Err(error) if is_first => return Err(error.into()),
-            Err(error) => return self.tell(path, &error),
+            Err(error) => {
+                self.tell(path, &error);
+                return Ok(());
+            }
             Ok(entries) => entries,
         };
         entries.sort_by(|left, right| left.name.cmp(&right.name));
@@ -189,10 +193,9 @@ impl Listing<'_> {
         Ok(())
     }
 
-    fn tell(&mut self, path: &[u8], error: &TreeError) -> Result<(), Failure> {
+    fn tell(&mut self, path: &[u8], error: &TreeError) {
         self.failed += 1;
         eprintln!("error: list /{}: {}", shown(path), one_line(error));
-        Ok(())
     }
 
     /// Adds an entry; gives what it is, where that can be read.
@@ -209,7 +212,7 @@ impl Listing<'_> {
         };
         let error = node.as_ref().err().or(unread.as_ref());
         if let Some(error) = error {
-            self.tell(&path, error)?;
+            self.tell(&path, error);
         }
         let error = error.map(|error| one_line(error));
         let known = node.as_ref().ok();
@@ -217,7 +220,7 @@ impl Listing<'_> {
         self.sink.line(Line {
             path: format!("/{}", shown(&path)),
             name: shown(&name),
-            name_hex: std::str::from_utf8(&name).is_err().then(|| hex(&name)),
+            name_hex: std::str::from_utf8(&name).is_err().then(|| hex::encode(&name)),
             kind: known.map(|node| kind_name(node.kind)),
             bytes: known.map(|node| node.size_bytes),
             mode: known.and_then(|node| node.mode).map(|mode| format!("{mode:04o}")),
@@ -236,10 +239,6 @@ impl Listing<'_> {
 
 fn below(folder: &[u8], name: &[u8]) -> Vec<u8> {
     if folder.is_empty() { name.to_vec() } else { [folder, b"/", name].concat() }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 const fn kind_name(kind: Kind) -> &'static str {

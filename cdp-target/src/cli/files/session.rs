@@ -64,7 +64,7 @@ impl<'a> Session<'a> {
         }
         let disk = Arc::new(Disk::of_point(Arc::clone(&point), volume.clone()));
         let (partitions, broken) = partitions(&disk)?;
-        broken.iter().for_each(|what| eprintln!("warning: {what}"));
+        warn(&broken);
         Ok(Self { arguments, points, point, volume, disk, partitions, clock })
     }
 
@@ -129,7 +129,7 @@ impl<'a> Session<'a> {
             let failure = Failure::from(error);
             if is_unknown { failure.hint("--kernel lets the kernel read it, as root") } else { failure }
         })?;
-        tree.warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
+        warn(&tree.warnings());
         let stop = match &self.arguments.what {
             What::Cp(_) => context::stop_on_signal(Path::new("")),
             // There is nothing to clean up.
@@ -141,17 +141,16 @@ impl<'a> Session<'a> {
     /// Has the kernel read it.
     fn attached(self, partition: Partition) -> Result<Opened, Failure> {
         let folder = tempfile::Builder::new().prefix("cdp-files.").tempdir()?;
-        let stop = match &self.arguments.what {
-            What::Cp(_) => context::stop_on_signal(Path::new("")),
-            _ => {
-                // Who reads our output may not go on reading: so nobody waits for that.
-                let path = folder.path().to_owned();
-                context::on_signal(move || {
-                    remove_leftovers(&path);
-                    std::process::exit(1);
-                });
-                Arc::default()
-            }
+        let stop = if matches!(self.arguments.what, What::Cp(_)) {
+            context::stop_on_signal(Path::new(""))
+        } else {
+            // Who reads our output may not go on reading: so nobody waits for that.
+            let path = folder.path().to_owned();
+            context::on_signal(move || {
+                remove_leftovers(&path);
+                std::process::exit(1);
+            });
+            Arc::default()
         };
         let storage = context::storage();
         let source = Source {
@@ -163,7 +162,7 @@ impl<'a> Session<'a> {
             clock: self.clock,
         };
         let (attached, root) = Attached::attach(source, folder)?;
-        attached.warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
+        warn(attached.warnings());
         Ok(Opened { tree: Box::new(KernelTree::new(root)), _attached: Some(attached), partition, stop })
     }
 
@@ -193,6 +192,12 @@ impl<'a> Session<'a> {
             None => format!("no partition has files: {known}"),
         };
         Failure::mistake(line).hint("say which with --partition NUMBER; `ls` without a path lists them")
+    }
+}
+
+fn warn(what: &[String]) {
+    for line in what {
+        eprintln!("warning: {line}");
     }
 }
 

@@ -30,7 +30,7 @@ impl Place<'_> {
     pub(super) fn make_folder(&self, force: bool, mode: Mode) -> Result<OwnedFd, CopyError> {
         match rustix::fs::mkdirat(self.folder, self.name, mode) {
             Err(Errno::EXIST) if force => {}
-            made => made.map_err(CopyError::write(self.name))?,
+            other => other.map_err(CopyError::write(self.name))?,
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::openat(self.folder, self.name, flags, Mode::empty()).map_err(|errno| match errno {
@@ -82,8 +82,7 @@ impl<'a> Partial<'a> {
             Err(Errno::INVAL | Errno::NOSYS) if !self.place.is_taken() => {
                 rustix::fs::renameat(folder, &self.name, folder, name)
             }
-            Err(Errno::INVAL | Errno::NOSYS) => Err(Errno::EXIST),
-            Err(Errno::ISDIR | Errno::NOTDIR) => Err(Errno::EXIST),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::ISDIR | Errno::NOTDIR) => Err(Errno::EXIST),
             other => other,
         };
         renamed.map_err(CopyError::write(name))?;
@@ -109,7 +108,7 @@ fn named<T>(place: &Place<'_>, make: impl Fn(&str) -> Result<T, Errno>) -> Resul
         let name = format!(".cdp-files.{}.{}.partial", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         match make(&name) {
             Err(Errno::EXIST) => {}
-            made => return Ok((name, made.map_err(CopyError::write(place.name))?)),
+            other => return Ok((name, other.map_err(CopyError::write(place.name))?)),
         }
     }
     Err(CopyError::write(place.name)(Errno::EXIST))

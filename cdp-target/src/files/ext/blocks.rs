@@ -46,7 +46,7 @@ fn extent(ext: &Ext, inode: &Inode, at: u64) -> Result<Run, TreeError> {
         let is_well = magic == 0xf30a
             && depth <= DEPTH_MAX
             && above.is_none_or(|above| depth + 1 == above)
-            && entries as usize <= node.len() / 12 - 1;
+            && (entries as usize) < node.len() / 12;
         if !is_well {
             return Err(damaged(inode, "its tree of extents cannot be"));
         }

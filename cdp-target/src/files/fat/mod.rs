@@ -42,6 +42,9 @@ pub(crate) struct Fat {
     is_dirty: bool,
 }
 
+/// Takes an entry and its place; gives whether it has enough.
+type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<bool, TreeError> + 'a;
+
 #[derive(Clone, Copy, Debug)]
 enum Root {
     Area { offset: u64, bytes: u64 },
@@ -118,7 +121,7 @@ impl Fat {
         self.bytes.read(self.table + at, &mut entry[..len])?;
         let entry = le::<4>(&entry, 0);
         let (next, end) = match self.width {
-            Width::Twelve => (if cluster % 2 == 0 { entry & 0xfff } else { entry >> 4 }, 0xff8),
+            Width::Twelve => (if cluster.is_multiple_of(2) { entry & 0xfff } else { entry >> 4 }, 0xff8),
             Width::Sixteen => (entry, 0xfff8),
             Width::ThirtyTwo => (entry & 0x0fff_ffff, 0x0fff_fff8),
         };
@@ -155,11 +158,7 @@ impl Fat {
     }
 
     /// Goes through the raw entries of a folder, with their places, until `take` has enough.
-    fn each_entry(
-        &self,
-        folder: Id,
-        take: &mut dyn FnMut(u64, &[u8]) -> Result<bool, TreeError>,
-    ) -> Result<(), TreeError> {
+    fn each_entry(&self, folder: Id, take: &mut Take<'_>) -> Result<(), TreeError> {
         let first = match (folder, self.root) {
             (0, Root::Area { offset, bytes }) => {
                 self.each_in(offset, bytes, take)?;
@@ -190,12 +189,7 @@ impl Fat {
     }
 
     /// The entries of one run; gives whether it was enough.
-    fn each_in(
-        &self,
-        offset: u64,
-        bytes: u64,
-        take: &mut dyn FnMut(u64, &[u8]) -> Result<bool, TreeError>,
-    ) -> Result<bool, TreeError> {
+    fn each_in(&self, offset: u64, bytes: u64, take: &mut Take<'_>) -> Result<bool, TreeError> {
         let mut run = vec![0; bytes as usize];
         self.bytes.read(offset, &mut run)?;
         for (number, entry) in (0..).zip(run.chunks_exact(ENTRY_BYTES)) {

@@ -21,17 +21,17 @@ const DOS_NAME: u64 = 2;
 /// # Errors
 /// Where they cannot be read.
 pub(super) fn list(ntfs: &Ntfs, attributes: &[Attribute]) -> Result<Vec<Entry>, TreeError> {
-    let named = |kind| attributes.iter().find(|attribute| attribute.kind == kind && attribute.name == NAMES);
-    let root = named(kind::INDEX_ROOT).ok_or_else(|| damaged("a folder has no index"))?;
+    let of_names = |kind| attributes.iter().find(|attribute| attribute.kind == kind && attribute.name == NAMES);
+    let root = of_names(kind::INDEX_ROOT).ok_or_else(|| damaged("a folder has no index"))?;
     let Body::Here(root) = &root.body else { return Err(damaged("a folder's index begins elsewhere")) };
     let mut names = Names::default();
     names.collect(root, 16)?;
-    if let Some(Attribute { body: Body::Away(blocks), .. }) = named(kind::INDEX) {
+    if let Some(Attribute { body: Body::Away(blocks), .. }) = of_names(kind::INDEX) {
         let block_bytes = le::<4>(root, 8);
         if !block_bytes.is_power_of_two() || !(512..=65_536).contains(&block_bytes) {
             return Err(damaged("a folder's index has blocks of no size"));
         }
-        let used = match named(kind::BITMAP) {
+        let used = match of_names(kind::BITMAP) {
             Some(bitmap) => bitmap.body.whole(ntfs, BITMAP_BYTES_MAX)?,
             None => return Err(damaged("a folder's index does not say what of it is used")),
         };
