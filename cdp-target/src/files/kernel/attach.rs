@@ -14,6 +14,7 @@ use crate::nbd::socket::{Address, ListenError, Listener, escaped};
 use cdp_protocol::units::Head;
 use cdp_seams::clock::Clock;
 use cdp_seams::storage::Storage;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::{Pid, Signal};
@@ -31,8 +32,10 @@ use tempfile::TempDir;
 
 /// How long `nbdfuse` may take until its file is there.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often it is looked for. Nothing announces it.
-const START_LOOK: Duration = Duration::from_millis(10);
+/// What is mounted in our namespace; it tells when that changes.
+const MOUNTS: &str = "/proc/thread-self/mountinfo";
+/// How often it is looked whether the program has ended meanwhile, in nanoseconds.
+const START_LOOK_NS: i64 = 100_000_000;
 /// Bytes of what a program says that are shown.
 const SAID_MAX: usize = 400;
 
@@ -172,12 +175,14 @@ impl Attached {
             .map_err(KernelError::system("start nbdfuse"))?;
         let child = self.fuse.insert(child);
         let deadline = clock.monotonic() + START_TIMEOUT;
+        let mounts = rustix::fs::open(MOUNTS, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let mounts = mounts.map_err(KernelError::system("look at what is mounted"))?;
         while rustix::fs::stat(&file).is_err() {
             let ended = child.try_wait().map_err(KernelError::system("wait for nbdfuse"))?;
             if ended.is_some() || clock.monotonic() > deadline {
                 return Err(KernelError::Program { program: "nbdfuse", said: last_words(&said) });
             }
-            std::thread::sleep(START_LOOK);
+            wait_for_mount(&mounts);
         }
         Ok(())
     }
@@ -275,6 +280,13 @@ fn own_namespace() -> Result<(), KernelError> {
     // What others unmount goes here, too; what we mount is seen by nobody else.
     let private = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).map_err(KernelError::system("keep mounts to ourselves"))
+}
+
+/// Waits until something is mounted, or for a while.
+fn wait_for_mount(mounts: &OwnedFd) {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: START_LOOK_NS };
+    // A signal ends it early, which is as well.
+    let _ = poll(&mut [PollFd::new(mounts, PollFlags::PRI)], Some(&timeout));
 }
 
 fn is_there(program: &str) -> bool {
