@@ -34,14 +34,15 @@ struct Scene {
 impl Scene {
     /// A file system of `size_bytes` with a file of `file_bytes` that does not compress, of which blocks were changed here and there, and `more_bytes` more.
     fn new(size_bytes: u64, file_bytes: u64, more_bytes: u64) -> Result<Self> {
-        Self::with(size_bytes, file_bytes, more_bytes, |_| Ok(()))
+        Self::with(size_bytes, file_bytes, more_bytes, 200, |_| Ok(()))
     }
 
-    /// The same, once something was done to the office that has joined and protects nothing yet.
+    /// The same with another interval, once something was done to the office that has joined and protects nothing yet.
     fn with(
         size_bytes: u64,
         file_bytes: u64,
         more_bytes: u64,
+        interval_ms: u64,
         prepare: impl FnOnce(&Site) -> Result<()>,
     ) -> Result<Self> {
         let folder = tempfile::tempdir()?;
@@ -50,7 +51,7 @@ impl Scene {
         let (mut site, relay) = Site::new_behind_a_line(folder.path(), &folder.path().join("target"))?;
         prepare(&site)?;
         site.source(&["protect", &format!("data={}", device.node().display())])?;
-        site.set_group_option("interval_ms = 200")?;
+        site.set_group_option(&format!("interval_ms = {interval_ms}"))?;
         site.start_source()?;
         let mount = FileSystem::Ext4.mount(device.node(), &folder.path().join("mounted"))?;
         write_noise(&mount.folder().join("big"), 1, file_bytes)?;
@@ -304,7 +305,9 @@ fn a_target_without_the_key_gives_back_what_it_cannot_read() -> Result<()> {
     if !cdp_tests::privileged("a_target_without_the_key_gives_back_what_it_cannot_read") {
         return Ok(());
     }
-    let mut scene = Scene::with(256 * MIB, 16 * MIB, 4 * MIB, |site| {
+    // No point but the two: blocks of one that another has again would lie in its frames for nothing.
+    const AN_HOUR_MS: u64 = 3_600_000;
+    let mut scene = Scene::with(256 * MIB, 16 * MIB, 4 * MIB, AN_HOUR_MS, |site| {
         // The envelope is sealed to another than this target: it opens nothing.
         let (_, public) = EscrowKey::generate()?;
         let path = site.state.join("identity/target.json");
@@ -398,7 +401,8 @@ fn what_cannot_be_restored_is_refused_and_nothing_is_changed() -> Result<()> {
     ensure!(scene.output(&["--at", &at, "--dry-run"])?.status.success(), "to look is no matter");
     mount.unmount()?;
     // Somebody who has it for himself.
-    let exclusive = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::EXCL;
+    // Not handed on: the programs of the tests beside this one would have it then.
+    let exclusive = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
     let held = rustix::fs::open(scene.device.node(), exclusive, rustix::fs::Mode::empty())?;
     let busy = scene.refused(&["--at", &at])?;
     ensure!(busy.contains("is in use: the kernel says that it is busy"), "{busy}");

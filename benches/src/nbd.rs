@@ -47,10 +47,7 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
         store::POINTS,
         crate::scale::folder_bytes(&data)? >> 20
     );
-    let mut first_bytes = Vec::new();
-    for round in 0..ROUNDS {
-        first_bytes.push(first_byte(&data, &folder.join(format!("first-{round}.sock")))?);
-    }
+    let short = first_bytes(&data, folder)?;
     let (ours, theirs) = (Served::ours(&data, folder)?, Served::theirs(&qcow2, folder)?);
     tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", &ours.uri, &theirs.uri])?;
     println!("\n| median of {ROUNDS} pairs | `qemu-nbd`, qcow2 | `cdp-target nbd` | ratio, pair by pair | aim |");
@@ -74,9 +71,20 @@ pub(crate) fn run(folder: &Path) -> Result<()> {
             way.aim
         );
     }
-    println!("| from the command to the first byte, ms | | {:.0} | | 1000 |", median(&first_bytes));
-    println!("\nPeak of the server: {} MiB.", ours.daemon.peak_memory()? >> 20);
+    println!("| from the command to the first byte, {} points, ms | | {short:.0} | | 1000 |", store::POINTS);
+    let peak = ours.daemon.peak_memory()? >> 20;
+    ours.daemon.stop()?;
+    store::lengthen(&data)?;
+    let long = first_bytes(&data, folder)?;
+    println!("| from the command to the first byte, {} points, ms | | {long:.0} | | 1000 |", store::LONG_POINTS);
+    println!("\nPeak of the server: {peak} MiB.");
     Ok(())
+}
+
+/// The median of what it takes from the start of a server to the first bytes of the newest point, in milliseconds.
+fn first_bytes(data: &Path, folder: &Path) -> Result<f64> {
+    let rounds = (0..ROUNDS).map(|round| first_byte(data, &folder.join(format!("first-{round}.sock"))));
+    Ok(median(&rounds.collect::<Result<Vec<_>>>()?))
 }
 
 fn ways() -> Vec<Way> {

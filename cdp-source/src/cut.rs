@@ -38,11 +38,14 @@ pub struct CutLimits {
 }
 
 impl CutLimits {
-    /// The usual time bound for an interval between points: a quarter of it, and never below 100 ms. (At a short interval a
-    /// cut that takes longer than the interval delays the next one; one that gives up makes no point at all.)
+    /// No cut tries for longer: a minute.
+    pub const BOUND_MAX: Duration = Duration::from_secs(60);
+
+    /// The usual time bound for an interval between points: a quarter of it, never below 100 ms and never above `BOUND_MAX`. (At a
+    /// short interval a cut that takes longer than the interval delays the next one; one that gives up makes no point at all.)
     #[must_use]
     pub fn default_bound(interval: Duration) -> Duration {
-        (interval / 4).max(Duration::from_millis(100))
+        (interval / 4).clamp(Duration::from_millis(100), Self::BOUND_MAX)
     }
 }
 

@@ -11,6 +11,7 @@
 //! here costs bytes on the line and no more.
 
 mod known;
+mod learning;
 mod slots;
 mod state;
 mod told;
@@ -26,6 +27,7 @@ use cdp_protocol::units::{AttemptId, Block, Extent, GroupId, Head, Timestamp, Vo
 use cdp_seams::random::{self, Random};
 use cdp_seams::storage::Storage;
 pub use known::KnownDigests;
+pub use learning::Learning;
 use roaring::RoaringBitmap;
 pub use slots::slots_path;
 use slots::{RUN_BLOCKS_MAX, Slot, SlotFile};
@@ -160,6 +162,11 @@ impl Digests {
             return Err("they are another group's".into());
         }
         let mut kept = state.volumes;
+        let is_ours =
+            |volume: &VolumeDigests| kept.iter().any(|kept| (kept.slot, kept.blocks) == (volume.slot, volume.blocks));
+        if !self.volumes.iter().any(is_ours) {
+            return Err("they are of none of its volumes".into());
+        }
         for volume in &mut self.volumes {
             let slot = volume.slot;
             let failed = |error| format!("volume {slot}: {error}");

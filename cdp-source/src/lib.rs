@@ -16,6 +16,7 @@ pub mod exclusion;
 pub mod freeze;
 pub mod hooks;
 pub mod join;
+pub mod layout;
 pub mod metrics;
 pub mod mounts;
 pub mod packing;

@@ -244,7 +244,7 @@ fn name_of(file_type: std::fs::FileType) -> &'static str {
 }
 
 /// What a volume's first bytes say is on it. File systems come first: some leave an old partition table in place.
-fn signature(head: &[u8]) -> Option<&'static str> {
+pub(crate) fn signature(head: &[u8]) -> Option<&'static str> {
     const SIGNATURES: &[(usize, &[u8], &str)] = &[
         (0, b"XFSB", "xfs"),
         (65_600, b"_BHRfS_M", "btrfs"),

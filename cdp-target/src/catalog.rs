@@ -319,6 +319,7 @@ fn info(point: Point, time: Timestamp, unreadable: u64) -> PointInfo {
         cut_us: point.meters.cut_us,
         cut_rounds: point.meters.cut_rounds,
         volumes: point.volumes,
+        layouts: point.layouts,
         verified: None,
         damaged: point.damaged,
         warning: (!warnings.is_empty()).then(|| warnings.join("; ")),

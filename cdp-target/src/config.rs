@@ -78,6 +78,12 @@ pub struct Config {
     /// How long it may take, in seconds.
     #[serde(default = "drill_script_timeout_default")]
     pub drill_script_timeout_s: u64,
+    /// How long the machine has to come up that a drill boots from the images, in seconds; 0: none is booted.
+    #[serde(default)]
+    pub drill_boot_s: u64,
+    /// What stands on its serial console then; nothing is expected unless set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drill_boot_expect: Option<String>,
     /// How long points are kept.
     #[serde(default)]
     pub retention: Ladder,
@@ -86,7 +92,7 @@ pub struct Config {
 /// The key that is a table.
 const RETENTION: &str = "retention";
 /// All others, for the error about one that is not among them.
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 19] = [
     "listen",
     "names",
     "segment_bytes_max",
@@ -100,6 +106,8 @@ const KEYS: [&str; 17] = [
     "drill_folder",
     "drill_script",
     "drill_script_timeout_s",
+    "drill_boot_s",
+    "drill_boot_expect",
     "retention.every_s",
     "retention.hourly_s",
     "retention.daily_s",
@@ -194,6 +202,8 @@ impl Config {
             drill_folder: None,
             drill_script: None,
             drill_script_timeout_s: DRILL_SCRIPT_TIMEOUT_DEFAULT_S,
+            drill_boot_s: 0,
+            drill_boot_expect: None,
             retention: Ladder::DEFAULT,
         }
     }
@@ -263,13 +273,14 @@ impl Config {
     }
 
     /// Every length of time: its key, its value and the most it may be, in seconds.
-    const fn lengths_of_time(&self) -> [(&'static str, u64, u64); 9] {
+    const fn lengths_of_time(&self) -> [(&'static str, u64, u64); 10] {
         [
             ("scrub_interval_s", self.scrub_interval_s, INTERVAL_MAX_S),
             ("checkpoint_interval_s", self.checkpoint_interval_s, INTERVAL_MAX_S),
             ("prune_interval_s", self.prune_interval_s, INTERVAL_MAX_S),
             ("drill_interval_s", self.drill_interval_s, INTERVAL_MAX_S),
             ("drill_script_timeout_s", self.drill_script_timeout_s, INTERVAL_MAX_S),
+            ("drill_boot_s", self.drill_boot_s, INTERVAL_MAX_S),
             ("retention.every_s", self.retention.every_s, RUNG_MAX_S),
             ("retention.hourly_s", self.retention.hourly_s, RUNG_MAX_S),
             ("retention.daily_s", self.retention.daily_s, RUNG_MAX_S),
@@ -318,6 +329,9 @@ impl Config {
              # A program that checks them, and how long it may take, in seconds.\n\
              {}\n\
              drill_script_timeout_s = {}\n\n\
+             # How long a machine has that is booted from them, in seconds (0: none is), and what stands on its serial console then.\n\
+             drill_boot_s = {}\n\
+             {}\n\n\
              # Up to which age, in seconds, points are kept: every one, the first of an hour, of a day, of a week; 0: none.\n\
              retention.every_s = {}\n\
              retention.hourly_s = {}\n\
@@ -337,6 +351,11 @@ impl Config {
             path_line("drill_folder", self.drill_folder.as_deref(), "/var/tmp"),
             path_line("drill_script", self.drill_script.as_deref(), "/usr/local/sbin/check-images"),
             self.drill_script_timeout_s,
+            self.drill_boot_s,
+            self.drill_boot_expect.as_ref().map_or_else(
+                || "# drill_boot_expect = \"login:\"".to_owned(),
+                |text| format!("drill_boot_expect = {text:?}")
+            ),
             self.retention.every_s,
             self.retention.hourly_s,
             self.retention.daily_s,
@@ -410,6 +429,8 @@ mod tests {
         config.drill_folder = Some("/var/tmp/a b\"c".into());
         config.drill_script = Some("/x".into());
         config.drill_script_timeout_s = 9;
+        config.drill_boot_s = 10;
+        config.drill_boot_expect = Some("a \"login:\"".into());
         config.checkpoint_share = 2.0;
         config.prune_interval_s = 3;
         config.maintenance_bytes_per_s = 1 << 32;
@@ -438,6 +459,7 @@ mod tests {
         config.metrics_listen = Some(LISTEN_DEFAULT);
         config.drill_folder = Some("/x".into());
         config.drill_script = Some("/y".into());
+        config.drill_boot_expect = Some("login:".into());
         let text = config.to_text();
         let table = DeTable::parse(&text).expect("TOML");
         let written: Vec<String> = keys_of(table.get_ref()).into_iter().map(|(key, _)| key).collect();

@@ -3,7 +3,7 @@
 //! Invariant: a name means one thing. What could be read as a number, a time, an age or `latest` is never a label, and a
 //! time means the newest point at or before it. Where there is none, the error names the nearest before and after.
 
-use crate::journal::PointVolume;
+use crate::journal::{PointLayout, PointVolume};
 use cdp_protocol::label::{Reading, age_unit_ms};
 use cdp_protocol::limits::is_name;
 use cdp_protocol::units::{Class, Epoch, Timestamp};
@@ -36,6 +36,8 @@ pub struct PointInfo {
     pub cut_rounds: u32,
     /// What became of each volume since the point before; empty where its source did not count.
     pub volumes: Vec<PointVolume>,
+    /// How disks are laid out from this point on, where its commit tells.
+    pub layouts: Vec<PointLayout>,
     /// Since when nothing that it needs was found damaged: when the least recently read segment of it was read again. `None`
     /// while a part of it stands in the open segment or was not read again yet.
     pub verified: Option<Timestamp>,
@@ -274,6 +276,7 @@ mod tests {
             cut_us: 0,
             cut_rounds: 1,
             volumes: vec![],
+            layouts: vec![],
             verified: None,
             damaged: None,
             warning: None,

@@ -398,3 +398,82 @@ fn a_server_drills_by_itself_and_says_when_it_is_overdue() {
     }
     server.end();
 }
+
+/// A disk that says `text` on its first serial port when a BIOS starts it, and rests then.
+fn speaking_disk(store: &Store, text: &str) -> Vec<u8> {
+    let mut disk = disk(store, "dos", &[]);
+    let code = [
+        0x31, 0xc0, 0x8e, 0xd8, // ds = 0
+        0xbe, 0x15, 0x7c, // si = the text
+        0xac, 0x84, 0xc0, 0x74, 0x06, // while the next byte is none of zero
+        0xba, 0xf8, 0x03, 0xee, 0xeb, 0xf5, // give it to COM1
+        0xf4, 0xeb, 0xfd, // rest
+    ];
+    disk[..code.len()].copy_from_slice(&code);
+    disk[code.len()..code.len() + text.len()].copy_from_slice(text.as_bytes());
+    disk
+}
+
+#[test]
+fn a_disk_is_booted_and_has_to_come_up() {
+    if !(has("qemu-system-x86_64") && has("sfdisk")) {
+        return;
+    }
+    let store = Store::new();
+    let speaking = speaking_disk(&store, "office login: ");
+    store.fill_with_volumes(&[vec![("disk", &speaking), ("data", &[7; MIB])]]);
+    let before = history(&store.data());
+    let expecting = ["--json", "--boot", "5m", "--boot-expect", "login:"];
+    let report = store.json(&[&["drill", "paris/main"], &expecting[..]].concat());
+    let boot = &report["boot"];
+    assert_eq!((&boot["result"], &boot["screenshot"]), (&"passed".into(), &true.into()), "{boot}");
+    assert_eq!(boot["console"], "office login: ");
+    let drills = group_folder(&store).join("drills");
+    let names: Vec<PathBuf> =
+        std::fs::read_dir(&drills).expect("there").map(|entry| entry.expect("one").path()).collect();
+    let picture = names.iter().find(|path| path.extension().is_some_and(|ending| ending == "png")).expect("a picture");
+    assert!(std::fs::read(picture).expect("read").starts_with(b"\x89PNG"));
+    let page = picture.with_extension("txt");
+    assert!(std::fs::read_to_string(page).expect("read").contains("boot: passed"));
+    // What was to come does not, and what is to come is not said.
+    let report =
+        failed(&store, &["--boot", "1s", "--boot-expect", "Password:"], &["\"Password:\" did not stand", "boot:"]);
+    assert_eq!(report["boot"]["result"], "failed");
+    let report = store.json(&["drill", "paris/main", "--json", "--boot", "1s"]);
+    assert_eq!(report["boot"]["result"], "not_checked");
+    assert!(report["not_checked"].to_string().contains("look at the screenshot"), "{report}");
+    assert_eq!(history(&store.data()), before, "a machine that runs changes nothing of the history");
+    assert_eq!(left(&store), 0, "the images are gone");
+}
+
+#[test]
+fn what_cannot_be_booted_is_said_to_be_unchecked() {
+    let store = Store::new();
+    store.fill_with_volumes(&[vec![("data", &[7; MIB])]]);
+    let report = store.json(&["drill", "paris/main", "--json", "--boot", "1m", "--boot-expect", "login:"]);
+    assert!(report["not_checked"].to_string().contains("no volume is a disk"), "{report}");
+    for (arguments, word) in [
+        (&["--boot-expect", "login:"][..], "add --boot"),
+        (&["--boot", "1m", "--boot-expect", ""], "nothing is expected"),
+    ] {
+        let Output { status, stderr, .. } = store.run(&[&["drill", "paris/main"], arguments].concat());
+        let said = String::from_utf8_lossy(&stderr);
+        assert!(status.code() == Some(1) && said.contains(word), "{said}");
+    }
+}
+
+#[test]
+fn a_script_has_the_volumes_as_exports_too() {
+    if !has("nbdcopy") {
+        return;
+    }
+    let store = Store::new();
+    let data: Vec<u8> = (0..MIB).map(|at| (at / 4096) as u8).collect();
+    store.fill_with_volumes(&[vec![("data", &data)]]);
+    let lines = "nbdcopy \"nbd+unix:///data?socket=$CDP_DRILL_SOCKET\" copied\ncmp copied data.raw\necho the same";
+    let script = script(&store, "compare", lines);
+    let report = store.json(&["drill", "paris/main", "--json", "--script", text(&script)]);
+    assert_eq!(report["script"]["output"], "the same\n", "{report}");
+    assert!(!report["not_checked"].to_string().contains("exports"), "{report}");
+    assert_eq!(left(&store), 0);
+}

@@ -6,6 +6,7 @@ mod journal_support;
 
 use cdp_protocol::codec::{Draft, Sealer, open_content, open_digests};
 use cdp_protocol::frame::{self, Encoding};
+use cdp_protocol::layout::{Content, Layout, Partition, Table};
 use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::record::{Commit, FrameList, Meters};
@@ -133,10 +134,10 @@ fn frames_of_every_packing_are_still_read() {
     }
 }
 
-/// Commits of before the volumes were counted, and those of today: both are read, and encoded as they were, since the chain of points
-/// is made of their hashes.
+/// Commits of before the volumes were counted, those that tell no layout, and those that do: all are read, and encoded as they were, since
+/// the chain of points is made of their hashes.
 #[test]
-fn commits_of_both_forms_are_still_read_and_still_written() {
+fn commits_of_all_forms_are_still_read_and_still_written() {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/testdata/frame/1");
     let meters = VolumeMeters {
         written_bytes: Some(1 << 33),
@@ -150,9 +151,13 @@ fn commits_of_both_forms_are_still_read_and_still_written() {
         frame_bytes: 17_000,
     };
     let uncounted = VolumeMeters { written_bytes: None, ..VolumeMeters::default() };
-    for (name, volumes) in
-        [("commit.frame", vec![]), ("commit-volumes.frame", vec![(VolumeSlot(1), meters), (VolumeSlot(4), uncounted)])]
-    {
+    let both = vec![(VolumeSlot(1), meters), (VolumeSlot(4), uncounted)];
+    for (name, volumes, layouts) in [
+        ("commit.frame", vec![], vec![]),
+        ("commit-volumes.frame", both.clone(), vec![]),
+        ("commit-layouts.frame", both, vec![(VolumeSlot(4), layout())]),
+        ("commit-layout-alone.frame", vec![], vec![(VolumeSlot(1), layout())]),
+    ] {
         let commit = Commit {
             predecessor: None,
             frames: FrameList { count: 3, hash: FrameHash([6; 32]) },
@@ -164,6 +169,7 @@ fn commits_of_both_forms_are_still_read_and_still_written() {
             meters: Meters { cut_rounds: 1, cut_us: 900, dirty_blocks: 9, ..Meters::default() },
             label: Some("before-upgrade".into()),
             volumes,
+            layouts,
         };
         let sealer = Sealer::new(identity().group, Epoch(7), Generation(1), AttemptId([4; 16]), &key());
         let written = sealer.record(frame::Kind::Commit, Sequence(3), commit.encode());
@@ -172,6 +178,21 @@ fn commits_of_both_forms_are_still_read_and_still_written() {
         let (read, mac_at) = Commit::decode(frame.payload).expect("a commit");
         assert_eq!((read.encode().as_slice(), &read), (&frame.payload[..mac_at], &commit), "{name}");
     }
+}
+
+fn layout() -> Layout {
+    let partition = Partition {
+        number: 2,
+        start_bytes: 2 << 20,
+        size_bytes: 5 << 20,
+        kind: [0xaf; 16],
+        id: [3; 16],
+        is_active: true,
+        content: Content::Ext,
+        name: "root".into(),
+    };
+    let (table, partitions) = (Table::Gpt([4; 16]), vec![partition]);
+    Layout { sector_bytes: 512, size_bytes: 8 << 20, table, has_boot_code: true, partitions }
 }
 
 /// Writes a fixture where that was asked for; holds it against what is written now.

@@ -70,6 +70,7 @@ fn append(journal: &mut GroupJournal, random: &SimRandom, key: &DataKey, epoch: 
         meters: Meters::default(),
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
     for bytes in &frames {

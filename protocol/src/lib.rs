@@ -3,6 +3,7 @@
 //! No sockets, no files, no clock: time and random bytes come in as arguments. Where to look:
 //! * `units`, `limits`, `label`: newtypes, bounds, and what may name a point.
 //! * `frame`, `record`, `codec`, `packer`, `seal`, `escrow`: the bytes of a group's history and the keys over them.
+//! * `layout`: how a disk is laid out.
 //! * `message`: the control messages; `holding`: what a target says it holds; `recall`: what is asked of a point; `bundle`, `join`: how an office comes to its certificate.
 //! * `session`: who may say what when, and what is sent again after a broken line.
 
@@ -14,6 +15,7 @@ pub mod hex;
 pub mod holding;
 pub mod join;
 pub mod label;
+pub mod layout;
 pub mod limits;
 pub mod message;
 pub mod packer;

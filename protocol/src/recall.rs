@@ -3,16 +3,19 @@
 //! One point is open on a connection, for as long as that lasts; the target holds it against pruning meanwhile. A question is bounded in
 //! blocks and extents, and so is the number of those that wait; its answer is as many messages as it takes, the last of
 //! them `Done` or `Failed`. Needs no key at the target: then digests and content are told sealed as they came, whole frames at a time.
-//! Where it has the key, only what was asked for is sealed anew, and the frames have the blocks that were asked for and no other.
+//! Where it has the key, only what was asked for is sealed anew, and the frames have the blocks that were asked for and no other; and new
+//! hardware of the office, which has no key to open them with, is told it (`docs/decisions/2026-11-27-new-hardware-is-told-the-key.md`).
 //! Nothing here changes anything.
 
 use crate::holding::Held;
 use crate::limits::VOLUMES_MAX;
 use crate::message::PointSummary;
 use crate::record::Volume;
-use crate::seal::{DIGEST_BYTES, Digest};
+use crate::seal::{DIGEST_BYTES, DataKey, Digest};
 use crate::units::{Block, Class, Extent, Head, Timestamp, VolumeSlot};
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 /// Bytes of a point's name: a number, a time, an age, a label.
 pub const NAME_BYTES_MAX: usize = 128;
@@ -74,6 +77,8 @@ pub enum Question {
         /// First block and number of blocks.
         extents: Vec<(Block, u32)>,
     },
+    /// The group's key, under which content is told: of new hardware, which has none of its own.
+    Key,
 }
 
 impl Question {
@@ -146,6 +151,36 @@ pub enum Answer {
         /// Why, in one line.
         reason: String,
     },
+    /// To `Key`: the key; no piece where the target does not have it.
+    Key {
+        /// The key.
+        key: ToldKey,
+    },
+}
+
+/// A data key on the line: to the office whose it is, and to nobody else. Never printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
+#[serde(transparent)]
+pub struct ToldKey([u8; 32]);
+
+impl ToldKey {
+    /// The key, taken out.
+    #[must_use]
+    pub const fn to_key(&self) -> DataKey {
+        DataKey::new(self.0)
+    }
+}
+
+impl From<&DataKey> for ToldKey {
+    fn from(key: &DataKey) -> Self {
+        Self(*key.expose())
+    }
+}
+
+impl fmt::Debug for ToldKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ToldKey(…)")
+    }
 }
 
 /// Blocks one after the other that the point holds alike.
@@ -227,6 +262,7 @@ mod tests {
             (Question::Points, 0),
             (Question::Changes { since: head() }, 1),
             (Question::Holdings { extents: vec![] }, 2),
+            (Question::Key, 4),
         ] {
             assert_eq!(encode(&asked(question))[14], variant);
         }
@@ -266,6 +302,16 @@ mod tests {
         // The longest holding on top of a message that is all but full.
         let header = crate::frame::header_len(EXTENTS_MAX);
         assert!(HOLDINGS_BYTES_MAX + header + 1024 <= MESSAGE_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_key_is_told_as_it_is_and_never_printed() {
+        let told = TargetMessage::Answer { request: 7, answer: Answer::Key { key: (&DataKey::new([9; 32])).into() } };
+        let bytes = encode(&told);
+        assert_eq!(bytes, [&[15, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0][..], &[9; 32]].concat());
+        assert!(!format!("{told:?}").contains('9'));
+        let Ok(TargetMessage::Answer { answer: Answer::Key { key }, .. }) = decode(&bytes) else { panic!("a key") };
+        assert_eq!(key.to_key().expose(), &[9; 32]);
     }
 
     #[test]

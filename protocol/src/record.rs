@@ -4,10 +4,12 @@
 //! header and the record before it, so that only a holder of the group's data key can make them; whoever has no key
 //! still reads them. A commit is built when its epoch is sent: it names its predecessor, so the points form a chain.
 
+pub mod layouts;
 pub mod volume_meters;
 
 use crate::limits::{NAME_BYTES_MAX, VOLUMES_MAX};
 use crate::units::{AttemptId, Class, Epoch, FrameHash, Head, KeyId, Timestamp, VolumeSlot};
+use layouts::Layouts;
 use volume_meters::VolumeMeters;
 
 /// Bytes of a record's keyed hash.
@@ -83,6 +85,8 @@ pub struct Commit {
     pub label: Option<String>,
     /// What became of each volume since the point before, by rising slot; empty in commits of programs that did not count it.
     pub volumes: Vec<(VolumeSlot, VolumeMeters)>,
+    /// How disks are laid out, where that is not as it was told last.
+    pub layouts: Layouts,
 }
 
 /// The point before, and the attempt that made it: tells its frames even where its commit is damaged.
@@ -231,7 +235,8 @@ impl Commit {
             out.extend_from_slice(&number.to_le_bytes());
         }
         put_text(&mut out, self.label.as_deref().unwrap_or(""));
-        volume_meters::put(&mut out, &self.volumes);
+        volume_meters::put(&mut out, &self.volumes, !self.layouts.is_empty());
+        layouts::put(&mut out, &self.layouts);
         out
     }
 
@@ -273,6 +278,7 @@ impl Commit {
         };
         let label = Some(input.text()?).filter(|label| !label.is_empty());
         let volumes = volume_meters::take(&mut input)?;
+        let layouts = layouts::take(&mut input)?;
         let record = Self {
             predecessor,
             frames,
@@ -284,6 +290,7 @@ impl Commit {
             meters,
             label,
             volumes,
+            layouts,
         };
         Ok((record, input.finish()?))
     }
@@ -424,6 +431,7 @@ impl<'a> Input<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::{Layout, Table};
 
     fn with_mac(mut record: Vec<u8>) -> Vec<u8> {
         record.extend_from_slice(&[0; MAC_BYTES]);
@@ -445,6 +453,7 @@ mod tests {
             meters: Meters { cut_rounds: 2, cut_us: 3, dirty_blocks: 4, recaptured_blocks: 5, ..Meters::default() },
             label: Some("before-upgrade".into()),
             volumes: vec![],
+            layouts: vec![],
         }
     }
 
@@ -469,6 +478,19 @@ mod tests {
             assert!(Commit::decode(&bytes[..len]).is_err(), "cut to {len}");
         }
         assert!(Commit::decode(&[bytes, vec![0]].concat()).is_err());
+        let layout = Layout {
+            sector_bytes: 512,
+            size_bytes: 1 << 20,
+            table: Table::None,
+            has_boot_code: false,
+            partitions: vec![],
+        };
+        let laid_out = Commit { layouts: vec![(VolumeSlot(2), layout)], ..commit() };
+        let bytes = with_mac(laid_out.encode());
+        assert_eq!(Commit::decode(&bytes), Ok((laid_out, bytes.len() - MAC_BYTES)));
+        for len in (0..bytes.len()).filter(|len| *len != commit().encode().len() + MAC_BYTES) {
+            assert!(Commit::decode(&bytes[..len]).is_err(), "cut to {len}");
+        }
         let of_before = commit().encode();
         let counted = Commit { volumes: vec![(VolumeSlot(2), VolumeMeters::default())], ..commit() };
         let bytes = with_mac(counted.encode());

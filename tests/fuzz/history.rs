@@ -3,6 +3,7 @@
 use crate::{Check, Format};
 use cdp_protocol::codec::{Draft, FrameListHasher, Sealer, open_content};
 use cdp_protocol::frame::{self, Encoding, FIXED_BYTES, Header, Kind};
+use cdp_protocol::layout::{Content, Layout, Partition, Table};
 use cdp_protocol::limits::CONTENT_BYTES_MAX;
 use cdp_protocol::packer::{Packer, Packing};
 use cdp_protocol::record::volume_meters::VolumeMeters;
@@ -184,6 +185,21 @@ fn part_end() -> PartEnd {
     }
 }
 
+fn layout() -> Layout {
+    let partition = Partition {
+        number: 1,
+        start_bytes: 1 << 20,
+        size_bytes: 6 << 20,
+        kind: [0x0f; 16],
+        id: [3; 16],
+        is_active: false,
+        content: Content::Ext,
+        name: "root".into(),
+    };
+    let (table, partitions) = (Table::Gpt([4; 16]), vec![partition]);
+    Layout { sector_bytes: 512, size_bytes: 8 << 20, table, has_boot_code: true, partitions }
+}
+
 fn commit() -> Commit {
     Commit {
         predecessor: Some(Predecessor { head: head(), attempt: AttemptId([2; 16]) }),
@@ -199,6 +215,7 @@ fn commit() -> Commit {
             VolumeSlot(1),
             VolumeMeters { written_bytes: Some(9), dirty_blocks: 3, ..VolumeMeters::default() },
         )],
+        layouts: vec![(VolumeSlot(1), layout())],
     }
 }
 

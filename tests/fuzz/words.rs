@@ -11,6 +11,7 @@ use cdp_protocol::message::{
 };
 use cdp_protocol::recall::{Answer, Asked, OpenedPoint, Question, Told};
 use cdp_protocol::record::{FrameList, Meters, PartChain, Volume};
+use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{CommitDraft, End};
 use cdp_protocol::units::{
@@ -96,6 +97,7 @@ impl Format for SourceWords {
             asked(Question::Changes { since: head(7) }),
             asked(Question::Holdings { extents: vec![(Block(7), 2), (Block(90), 1)] }),
             asked(Question::Content { extents: vec![(Block(7), 2)] }),
+            asked(Question::Key),
         ]
         .map(|message| message::encode(&message))
         .to_vec()
@@ -191,6 +193,7 @@ impl Format for TargetWords {
             answer(Answer::Lost { start: Block(7), count: 2, reason: "damaged".into() }),
             answer(Answer::Done),
             answer(Answer::Failed { reason: "disk".into() }),
+            answer(Answer::Key { key: (&DataKey::new([5; 32])).into() }),
         ]
         .map(|message| message::encode(&message))
         .to_vec()
@@ -333,6 +336,7 @@ impl Format for SpoolIndex {
             after_rollback_to: None,
             label: Some("nightly".into()),
             volumes: Vec::new(),
+            layouts: Vec::new(),
         };
         let entries = vec![entry(0, End::Part), entry(1, End::Commit(draft))];
         let index = |entries| Index { number: 5, group: GROUP, generation: Generation(3), slab_bytes: 65536, entries };

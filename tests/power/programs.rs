@@ -18,6 +18,8 @@ const PIECE_BYTES_MAX: usize = 8 << 10;
 const REQUESTS_MAX: u64 = 60;
 /// Of what the source was told, so many of the newest are exported after each cut, and one older one.
 const CHECKED: usize = 2;
+/// Cuts after which it is said how far it is.
+const TOLD_EVERY: u64 = 50;
 
 fn lives(kind: FileSystem, cuts: u64, seed: u64) -> Result<()> {
     let scratch = tempfile::tempdir()?;
@@ -31,7 +33,11 @@ fn lives(kind: FileSystem, cuts: u64, seed: u64) -> Result<()> {
     let writer = Writer::start(volume, site.state.clone(), seed, PIECE_BYTES_MAX);
     let (mut lost, mut checked, start) = (0, 0, Instant::now());
     for cut in 0..cuts {
-        writer.wait_beyond(writer.acked().len())?;
+        if cut > 0 && cut % TOLD_EVERY == 0 {
+            eprintln!("{kind:?}: {cut} power cuts, {lost} sectors lost, {} points acked", writer.acked().len());
+        }
+        let waited = writer.wait_beyond(writer.acked().len());
+        waited.with_context(|| format!("before cut {cut}\n{}", state_of(&mut site)))?;
         machine.disk().cut_in(1 + random.below(REQUESTS_MAX));
         wait_for("the power to fail", PATIENCE, || Ok(machine.disk().is_cut().map(drop)))?;
         site.kill_target()?;

@@ -201,6 +201,7 @@ fn frames(group: GroupId, generation: Generation) -> Vec<Vec<u8>> {
         meters: Meters::default(),
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     frames.push(sealer.record(Kind::Commit, Sequence(2), commit.encode()));
     frames

@@ -63,6 +63,7 @@ fn outgoing(epoch: u64, generation: Generation, random: &SimRandom) -> Outgoing 
         after_rollback_to: None,
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     });
     let bytes = frames.iter().map(|bytes| bytes.len() as u64).sum();
     Outgoing { epoch: Epoch(epoch), attempt, frames, list: list.list(), bytes, end, sealer: Arc::new(sealer) }

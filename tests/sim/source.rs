@@ -224,6 +224,8 @@ impl Source {
             kept_memo: Box::new(MemoFile::new(Arc::new(self.disk.clone()), Path::new(STATE).join("memo"))),
             saver: None,
             proofs: None,
+            learner: None,
+            layouts: None,
             restoring: Box::new(|| None),
             opened: None,
             encoder: encoder(),

@@ -41,9 +41,9 @@ impl Writer {
         self.acked.lock().expect("no holder panics").clone()
     }
 
-    /// Waits until more points than `count` were acked.
+    /// Waits until more points than `count` were acked. A source comes back after a minute at most, and then it has yet to make one.
     pub fn wait_beyond(&self, count: usize) -> Result<()> {
-        wait_for("a point to be acked", PATIENCE, || {
+        wait_for("a point to be acked", 3 * PATIENCE, || {
             ensure!(!self.thread.is_finished(), "the writer failed");
             Ok((self.acked().len() > count).then_some(()))
         })

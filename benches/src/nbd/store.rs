@@ -21,10 +21,13 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-/// Bytes of the volume.
-pub(super) const BYTES: u64 = 512 << 20;
+/// Bytes of the volume: its content is six times what the server keeps decoded.
+pub(super) const BYTES: u64 = 2 << 30;
 /// Points, the first copy among them.
 pub(super) const POINTS: u64 = 200;
+/// Points of a long history: 30 days of one every 5 s.
+pub(super) const LONG_POINTS: u64 = 500_000;
+const POINTS_A_SYNC: u64 = 1000;
 const GROUP: GroupId = GroupId([7; 16]);
 const SLOT: VolumeSlot = VolumeSlot(0);
 const BLOCKS: u32 = (BYTES / BLOCK_BYTES as u64) as u32;
@@ -52,14 +55,31 @@ pub(super) fn make(data: &Path) -> Result<()> {
     let mut packer = Packer::new(Packing::zstd(ZSTD_LEVEL));
     for epoch in 1..=POINTS {
         append(&mut journal, &key, &mut packer, epoch)?;
+        journal.sync()?;
+    }
+    Ok(())
+}
+
+/// Makes the history a long one: points of a few blocks each.
+pub(super) fn lengthen(data: &Path) -> Result<()> {
+    let offices = std::fs::read_dir(data.join("offices"))?.collect::<Result<Vec<_>, _>>()?;
+    let [office] = offices.as_slice() else { anyhow::bail!("one office") };
+    let folder = office.path().join(format!("groups/{GROUP}"));
+    let (mut journal, _) = GroupJournal::open(Arc::new(SystemStorage), &folder, JournalLimits::default())?;
+    let (key, mut packer) = (DataKey::new([3; 32]), Packer::new(Packing::zstd(ZSTD_LEVEL)));
+    for epoch in POINTS + 1..=LONG_POINTS {
+        append(&mut journal, &key, &mut packer, epoch)?;
+        if epoch.is_multiple_of(POINTS_A_SYNC) {
+            journal.sync()?;
+        }
     }
     Ok(journal.sync()?)
 }
 
-/// A point: the first has all of the volume, the others a few runs of it.
+/// A point, not synced: the first has all of the volume, the others a few runs of it, those of the long history a block here and there.
 fn append(journal: &mut GroupJournal, key: &DataKey, packer: &mut Packer, epoch: u64) -> Result<()> {
     let random = SimRandom::new(epoch);
-    let sealer = Sealer::new(GROUP, Epoch(epoch), Generation(1), AttemptId([epoch as u8; 16]), key);
+    let sealer = Sealer::new(GROUP, Epoch(epoch), Generation(1), AttemptId(u128::from(epoch).to_le_bytes()), key);
     let volumes = vec![Volume { slot: SLOT, size_bytes: BYTES, name: "data".into() }];
     let mut frames = vec![sealer.begin(&Begin { key: KeyId([1; 8]), volumes })];
     let mut content = |frames: &mut Vec<Vec<u8>>, start: u32, count: u32| {
@@ -79,12 +99,12 @@ fn append(journal: &mut GroupJournal, key: &DataKey, packer: &mut Packer, epoch:
             frames.push(sealer.bare(Encoding::Hole, SLOT, Sequence(frames.len() as u64), hole));
         }
     } else {
-        let mut starts: Vec<u32> =
-            (0..RUNS).map(|_| random.below(u64::from(FULL_BLOCKS / RUN_BLOCKS)) as u32).collect();
+        let (runs, blocks) = if epoch > POINTS { (2, 1) } else { (RUNS, RUN_BLOCKS) };
+        let mut starts: Vec<u32> = (0..runs).map(|_| random.below(u64::from(FULL_BLOCKS / blocks)) as u32).collect();
         starts.sort_unstable();
         starts.dedup();
         for start in starts {
-            content(&mut frames, start * RUN_BLOCKS, RUN_BLOCKS);
+            content(&mut frames, start * blocks, blocks);
         }
     }
     let mut list = FrameListHasher::default();
@@ -104,13 +124,14 @@ fn append(journal: &mut GroupJournal, key: &DataKey, packer: &mut Packer, epoch:
         meters: Meters::default(),
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
     for bytes in &frames {
         let frame = frame::decode(&GROUP, bytes).context("a frame just made")?;
         journal.append(&frame, Timestamp(cut_time.0 + 200))?;
     }
-    Ok(journal.sync()?)
+    Ok(())
 }
 
 /// Half noise, half text.

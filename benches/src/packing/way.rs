@@ -178,6 +178,7 @@ fn around_a_point() -> u64 {
         meters: Meters::default(),
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     let commit = sealer().record(frame::Kind::Commit, Sequence(2), commit.encode());
     (begin.len() + commit.len()) as u64

@@ -226,6 +226,7 @@ impl Source {
             meters: Meters { frame_bytes: frames.iter().map(|frame| frame.len() as u64).sum(), ..Meters::default() },
             label: None,
             volumes: vec![],
+            layouts: Vec::new(),
         };
         frames.push(sealer.record(Kind::Commit, Sequence(FRAMES + 1), commit.encode()));
         let hash = frame::hash(frames.last().expect("the commit"));

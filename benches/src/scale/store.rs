@@ -210,6 +210,7 @@ impl History {
             meters: Meters { frame_bytes, ..Meters::default() },
             label: None,
             volumes: vec![],
+            layouts: Vec::new(),
         };
         let hash = attempt.end(Kind::Commit, commit.encode());
         self.append(&attempt)?;

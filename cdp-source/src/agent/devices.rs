@@ -2,7 +2,7 @@
 //!
 //! One tracker watches all volumes of a group, since they are cut at one instant: eBPF where every one of them can have
 //! it, `scan` otherwise. A volume of another size than it was protected with is refused: which of the two is wanted is
-//! for a person to say.
+//! for a person to say, by protecting it once more.
 
 use super::group::{Devices, FIRST_TRIES, Opener};
 use crate::config::{GroupConfig, TrackerChoice, VolumeConfig};
@@ -91,7 +91,7 @@ fn look(state: &StateFolder, facts: &GroupState, volume: &VolumeConfig) -> Resul
     let probe = probe::probe(&**state.storage(), &volume.device).with_context(|| format!("volume {name}"))?;
     match facts.protected_size_bytes(volume.slot) {
         Some(before) if before != probe.size_bytes => bail!(
-            "volume {name}: {} had {before} bytes when it was protected and has {}; unprotect it and protect it again to go on with the new size",
+            "volume {name}: {} had {before} bytes when it was protected and has {}; if this is the volume, and has grown: cdp-source protect NAME=DEVICE, or --disk DEVICE, once more",
             volume.device.display(),
             probe.size_bytes
         ),

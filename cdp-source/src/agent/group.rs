@@ -7,13 +7,15 @@
 //!
 //! Does not know the line: a `Link` takes attempts and answers with events. `capturing` is what it does of itself, `auditing`
 //! what it finds out besides, `metering` what it counts, `answers` what it does when it is told something, `spooling` what becomes of what
-//! the line does not take, `hooking` what is done around a point that is asked for, `opening` how it begins, `volumes` how it gets over devices
+//! the line does not take, `layouts` what its disks are, `learning` how digests that are lost come back, `hooking` what is done around a point that is asked for, `opening` how it begins, `volumes` how it gets over devices
 //! that fail, `leaving` what it leaves behind, `standing` what others see.
 
 mod answers;
 mod auditing;
 mod capturing;
 mod hooking;
+mod layouts;
+mod learning;
 mod leaving;
 mod metering;
 mod opening;
@@ -24,8 +26,11 @@ mod standing;
 pub mod steps;
 mod volumes;
 
+pub use layouts::DiskLayouts;
 pub use opening::FIRST_TRIES;
-pub use setup::{Connect, Devices, Ending, GroupSetup, Input, IsRestoring, KeptMemo, Link, Opener, PointRequest};
+pub use setup::{
+    Connect, Devices, Ending, GroupSetup, Input, IsRestoring, KeptMemo, Learner, Link, Opener, PointRequest,
+};
 
 use super::encoding::{Encoded, Encoding};
 use super::ledger::Ledger;
@@ -39,6 +44,7 @@ use cdp_protocol::session::memo::Memo;
 use cdp_protocol::units::{BLOCK_BYTES, Epoch, Generation, Timestamp, VolumeSlot, blocks_in};
 use cdp_seams::pulse;
 use hooking::Hooked;
+use learning::learn;
 use metering::Metering;
 use opening::first_open;
 use std::collections::VecDeque;
@@ -82,6 +88,9 @@ pub fn run(mut setup: GroupSetup, inputs: &Receiver<Input>, sender: Sender<Input
     let Some((devices, memo, is_kept)) = first_open(&mut setup, inputs) else { return };
     // Where nobody waits for it, it does not matter.
     let _ = setup.opened.take().map(|opened| opened.send(()));
+    if !learn(&mut setup, &memo, inputs) {
+        return;
+    }
     let mut group = Group::new(setup, devices, (memo, is_kept), sender);
     let ending = loop {
         pulse::beat();

@@ -22,6 +22,7 @@ use crate::encoder::Encoder;
 use crate::freeze::Freezer;
 use crate::metrics;
 use crate::packing::Chooser;
+use crate::restore::learn::{self, LearnError, Lost};
 use crate::restore::marker::Restoring;
 use crate::saved::proofs::Proofs;
 use crate::saved::saving::Saver;
@@ -34,12 +35,13 @@ use anyhow::{Context, Result};
 use cdp_protocol::message::Instance;
 use cdp_protocol::record::volume_meters::VolumeMeters;
 use cdp_protocol::record::{Begin, Volume};
+use cdp_protocol::seal::DataKey;
 use cdp_protocol::session::source::GroupFacts;
-use cdp_protocol::units::BLOCK_BYTES;
+use cdp_protocol::units::{BLOCK_BYTES, GroupId};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::{self, SystemRandom};
 use cdp_seams::service::{self, Watchdog};
-use group::{Ending, FIRST_TRIES, GroupSetup, Input, IsRestoring};
+use group::{DiskLayouts, Ending, FIRST_TRIES, GroupSetup, Input, IsRestoring, Learner};
 use requests::Shared;
 use status::{GroupStatus, VolumeStatus};
 use std::path::{Path, PathBuf};
@@ -229,7 +231,7 @@ async fn start(
     own.extend(config.groups.keys().map(|name| spool::file_path(&state.spool(name))));
     for (name, group) in config.groups {
         let own = own.clone();
-        let (state, name, escrow) = (state.clone(), name.clone(), identity.target.escrow_public.clone());
+        let (state, name, identity) = (state.clone(), name.clone(), identity.clone());
         let (uplink, encoder, shared) = (uplink.clone(), Arc::clone(&encoder), Arc::clone(shared));
         let instance = instance.clone();
         let started = tokio::task::spawn_blocking(move || {
@@ -237,7 +239,7 @@ async fn start(
                 forget_tracking(&state, &name);
                 return Ok(None);
             }
-            start_group(&state, &name, group, own, &escrow, instance, &uplink, encoder, &shared).map(Some)
+            start_group(&state, &name, group, own, &identity, instance, &uplink, encoder, &shared).map(Some)
         });
         groups.extend(started.await.context("start a group")??);
     }
@@ -251,7 +253,7 @@ fn start_group(
     name: &str,
     config: GroupConfig,
     own: Vec<PathBuf>,
-    escrow_public: &[u8],
+    identity: &Identity,
     instance: Instance,
     uplink: &Uplink,
     encoder: Arc<Encoder>,
@@ -262,7 +264,7 @@ fn start_group(
             "group {name} has no state: were its volumes written into source.toml by hand? use `cdp-source protect`"
         )
     })?;
-    state.renew_envelope(name, &mut facts, escrow_public)?;
+    state.renew_envelope(name, &mut facts, &identity.target.escrow_public)?;
     let volumes = wire_volumes(&config, &facts)?;
     let status = Arc::new(Mutex::new(GroupStatus {
         group: name.to_owned(),
@@ -286,6 +288,9 @@ fn start_group(
     let (begin, envelope) = (Begin { key: facts.key, volumes: volumes.clone() }, facts.envelope.clone());
     let (storage, folder) = (Arc::clone(state.storage()), state.digests(name));
     let digests = Digests::open(storage, &folder, facts.group, data_key.digest_key(), &volumes, &SystemRandom);
+    let layouts = DiskLayouts::new(&volumes, config.volumes.iter().map(|volume| volume.device.clone()));
+    let learner =
+        learner(state.clone(), name.to_owned(), identity.clone(), (facts.group, volumes.clone()), data_key.clone());
     let group_facts = GroupFacts { group: facts.group, name: name.to_owned(), instance, envelope, volumes };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let (storage, folder) = (Arc::clone(state.storage()), state.tracking(name));
@@ -300,6 +305,8 @@ fn start_group(
         facts: group_facts,
         begin,
         digests,
+        learner: Some(learner),
+        layouts: Some(layouts),
         spool,
         data_key,
         interval: Duration::from_millis(config.interval_ms),
@@ -331,6 +338,29 @@ fn start_group(
         .spawn(move || group::run(setup, &receiver, sender))
         .context("start a group's thread")?;
     Ok(RunningGroup { inputs, thread, opened: Some(has_opened) })
+}
+
+/// Asks the target, on a line of its own, for digests that are lost.
+fn learner(
+    state: StateFolder,
+    name: String,
+    identity: Identity,
+    (group, volumes): (GroupId, Vec<Volume>),
+    key: DataKey,
+) -> Learner {
+    Box::new(move |goes_on| {
+        let (storage, folder) = (state.storage(), state.digests(&name));
+        let lost = Lost { storage, folder: &folder, group, volumes: &volumes, key: &key };
+        learn::learn(&lost, identity.clone(), goes_on)?;
+        Ok::<_, LearnError>(Digests::open(
+            Arc::clone(storage),
+            &folder,
+            group,
+            key.digest_key(),
+            &volumes,
+            &SystemRandom,
+        ))
+    })
 }
 
 /// Which volume of a group is being restored in place; a file that cannot be read is no sign that none is.

@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr.
 
 pub mod failure;
+mod layout;
 mod protect;
 mod restore;
 mod run;
@@ -13,7 +14,7 @@ use crate::freeze;
 use crate::state::StateFolder;
 use cdp_seams::storage::SystemStorage;
 use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,7 +46,7 @@ enum Command {
     Point(PointArgs),
     /// The recovery points that the target holds, oldest first.
     Points(PointsArgs),
-    /// Put a volume back to a recovery point, moving only what differs.
+    /// Put a volume back to a recovery point, moving only what differs; or a machine's whole disk.
     Restore(RestoreArgs),
     /// What works on this machine, what not, and what to do.
     Doctor(JsonArgs),
@@ -74,8 +75,11 @@ struct ProtectArgs {
     /// Print one JSON document.
     #[arg(long)]
     json: bool,
+    /// A whole disk of this machine: its partition table, its boot area and all its partitions, as one volume.
+    #[arg(long, value_name = "DEVICE")]
+    disk: Vec<PathBuf>,
     /// A name and a block device or image file.
-    #[arg(required = true, value_name = "NAME=DEVICE")]
+    #[arg(required_unless_present = "disk", value_name = "NAME=DEVICE")]
     volumes: Vec<String>,
 }
 
@@ -93,6 +97,13 @@ struct JsonArgs {
     /// Print one JSON document.
     #[arg(long)]
     json: bool,
+}
+
+impl RestoreArgs {
+    /// The device that is written to, where it is not the volume's own.
+    fn other_device(&self) -> Option<&Path> {
+        self.to.as_deref().or(self.disk.as_deref())
+    }
 }
 
 /// A duration that a person gives.
@@ -138,13 +149,17 @@ struct PointsArgs {
     json: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 struct RestoreArgs {
     /// The volume's group.
     #[arg(long, default_value = "main")]
     group: String,
-    /// The volume.
-    volume: String,
+    /// The volume; with --disk only where the point has several.
+    #[arg(required_unless_present = "disk")]
+    volume: Option<String>,
+    /// Put a whole disk back onto this one, whose content is lost: from any rescue system, without an agent.
+    #[arg(long, value_name = "DEVICE", conflicts_with = "to")]
+    disk: Option<PathBuf>,
     /// The point: its number, `latest`, a label, a time, or an age as 10m, 2h or 3d.
     #[arg(long, value_name = "POINT")]
     at: String,

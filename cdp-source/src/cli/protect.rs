@@ -1,16 +1,19 @@
-//! `protect` and `unprotect`: change which volumes a group has.
+//! `protect` and `unprotect`: change which volumes a group has. A whole disk (`disk`) is a volume like any other.
 //!
 //! The configuration is changed under its lock and then, where an agent runs, taken up by it at once. Nothing is changed
-//! unless every volume of the command can be protected. The slot and size of a volume are durable before the
+//! unless every volume of the command can be protected. A volume that has grown goes on in its slot, with its new size. The slot and size of a volume are durable before the
 //! configuration names it: a crash in between wastes a slot and nothing else.
+
+mod disk;
 
 use super::failure::UserError;
 use super::show::{print, print_json};
-use super::{ProtectArgs, UnprotectArgs};
+use super::{ProtectArgs, UnprotectArgs, layout};
 use crate::agent;
 use crate::config::{self, Config, GroupConfig, TrackerChoice, VolumeConfig};
 use crate::control::{self, ControlError, Reply, Request};
 use crate::doctor;
+use crate::layout::Found;
 use crate::probe::{self, Probe};
 use crate::state::StateFolder;
 use crate::tracker::device::Device;
@@ -30,21 +33,33 @@ struct Candidate {
     probe: Probe,
     tracker: &'static str,
     warnings: Vec<String>,
+    /// How it is laid out, where it was named as a whole disk.
+    layout: Option<Found>,
+    /// Its slot, where it is protected already, and has grown since.
+    grown: Option<VolumeSlot>,
 }
 
 pub(super) fn protect(state: &StateFolder, args: &ProtectArgs) -> Result<ExitCode> {
-    let named = args.volumes.iter().map(|text| parse(text)).collect::<Result<Vec<_>>>()?;
+    let mut named = args.volumes.iter().map(|text| parse(text)).collect::<Result<Vec<_>>>()?;
+    for device in &args.disk {
+        named.push(disk::named(state, device)?);
+    }
     if !is_name(&args.group) {
         return Err(UserError::new(format!("{:?} cannot name a group", args.group)).hint(NAME_HINT).into());
     }
-    let looked = look_at(state, named, args.tracker)?;
+    let mut looked = look_at(state, named, args.tracker)?;
+    // The last of them are disks.
+    let volumes = looked.len() - args.disk.len();
+    for candidate in &mut looked[volumes..] {
+        candidate.layout = Some(disk::look(&candidate.probe)?);
+    }
     let lock = state.lock_changes()?;
     let config = state.config()?;
     let candidates = refuse_duplicates(state, &config, &args.group, looked)?;
     let slots = write(state, &config, args, &candidates)?;
     drop(lock);
     let is_taken_up = take_up(state)?;
-    report(args, &candidates, &slots, is_taken_up)?;
+    report(state, args, &candidates, &slots, is_taken_up)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -74,7 +89,7 @@ fn look_at(state: &StateFolder, named: Vec<(String, PathBuf)>, choice: TrackerCh
             UserError::new(format!("{}: {reason}", device.display())).hint("--tracker scan works here")
         })?;
         let warnings = warnings(storage, state, &probe, choice, tracker, obstacle.as_deref());
-        candidates.push(Candidate { name, device, probe, tracker, warnings });
+        candidates.push(Candidate { name, device, probe, tracker, warnings, layout: None, grown: None });
     }
     Ok(candidates)
 }
@@ -117,7 +132,12 @@ fn refuse_duplicates(
     let empty = GroupConfig::empty();
     let of_group = config.groups.get(group).unwrap_or(&empty);
     let mut accepted: Vec<Candidate> = Vec::new();
-    for candidate in looked {
+    for mut candidate in looked {
+        candidate.grown = grown(state, group, of_group, &candidate)?;
+        if candidate.grown.is_some() {
+            accepted.push(candidate);
+            continue;
+        }
         let is_taken = |name: &str| name == candidate.name;
         if of_group.volumes.iter().any(|v| is_taken(&v.name)) || accepted.iter().any(|c| is_taken(&c.name)) {
             return Err(UserError::new(format!("group {group} already has a volume named {:?}", candidate.name))
@@ -134,12 +154,21 @@ fn refuse_duplicates(
         }
         accepted.push(candidate);
     }
-    if of_group.volumes.len() + accepted.len() > VOLUMES_MAX {
+    let added = accepted.iter().filter(|candidate| candidate.grown.is_none()).count();
+    if of_group.volumes.len() + added > VOLUMES_MAX {
         return Err(UserError::new(format!("group {group} would have more than {VOLUMES_MAX} volumes"))
             .hint("use another --group")
             .into());
     }
     Ok(accepted)
+}
+
+/// The slot of a volume of the group that is this very one, and smaller than its device is by now.
+fn grown(state: &StateFolder, group: &str, config: &GroupConfig, candidate: &Candidate) -> Result<Option<VolumeSlot>> {
+    let same = |volume: &&VolumeConfig| (&volume.name, &volume.device) == (&candidate.name, &candidate.device);
+    let Some(volume) = config.volumes.iter().find(same) else { return Ok(None) };
+    let before = state.group(group)?.and_then(|facts| facts.protected_size_bytes(volume.slot));
+    Ok(before.filter(|before| *before < candidate.probe.size_bytes).map(|_| volume.slot))
 }
 
 fn write(
@@ -162,6 +191,11 @@ fn write(
     let mut text = state.config_text()?;
     let mut slots = Vec::new();
     for candidate in candidates {
+        if let Some(slot) = candidate.grown {
+            group.set_protected_size_bytes(slot, candidate.probe.size_bytes);
+            slots.push(slot);
+            continue;
+        }
         let slot = VolumeSlot(group.next_slot);
         group.next_slot = group.next_slot.checked_add(1).ok_or_else(|| {
             UserError::new(format!("group {} has used up its 65535 slots", args.group)).hint("use another --group")
@@ -181,12 +215,21 @@ fn write(
     Ok(slots)
 }
 
-fn report(args: &ProtectArgs, candidates: &[Candidate], slots: &[VolumeSlot], is_taken_up: bool) -> Result<()> {
+fn report(
+    state: &StateFolder,
+    args: &ProtectArgs,
+    candidates: &[Candidate],
+    slots: &[VolumeSlot],
+    is_taken_up: bool,
+) -> Result<()> {
     if args.json {
         let volumes: Vec<Value> = candidates
             .iter()
             .zip(slots)
-            .map(|(c, slot)| json!({ "name": c.name, "slot": slot, "found": c.probe, "tracker": c.tracker, "warnings": c.warnings }))
+            .map(|(c, slot)| {
+                let layout = c.layout.as_ref().map(layout::document);
+                json!({ "name": c.name, "slot": slot, "found": c.probe, "tracker": c.tracker, "warnings": c.warnings, "layout": layout })
+            })
             .collect();
         return print_json(&json!({ "group": args.group, "volumes": volumes, "taken_up": is_taken_up }));
     }
@@ -198,6 +241,12 @@ fn report(args: &ProtectArgs, candidates: &[Candidate], slots: &[VolumeSlot], is
             candidate.device.display(),
             candidate.tracker
         ))?;
+        if let Some(found) = &candidate.layout {
+            print(&disk::text(state, &candidate.probe, found))?;
+        }
+        if candidate.grown.is_some() {
+            print("  it has grown, and goes on with its new size")?;
+        }
         for warning in &candidate.warnings {
             eprintln!("warning: {name}: {warning}");
         }

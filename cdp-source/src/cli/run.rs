@@ -42,12 +42,15 @@ pub(super) fn join(state: &StateFolder, args: &JoinArgs) -> Result<ExitCode> {
     let joining = join::join(&bundle, args.target.as_deref(), Arc::clone(state.storage()), state.root(), clock);
     let joined = runtime()?.block_on(joining).map_err(judged)?;
     drop(lock);
-    let JoinedTarget { office_name, targets, .. } = &joined.target;
+    let JoinedTarget { office_name, targets, groups, .. } = &joined.target;
     print(&format!("joined as {office_name}, target {}", targets.join(", ")))?;
     if let Some(warning) = joined.clock_warning() {
         eprintln!("warning: {warning}");
     }
     eprintln!("hint: next: cdp-source protect NAME=DEVICE");
+    if !groups.is_empty() {
+        eprintln!("hint: to put a lost machine's disk back here: cdp-source restore --disk DEVICE --at POINT");
+    }
     Ok(ExitCode::SUCCESS)
 }
 

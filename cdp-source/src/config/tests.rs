@@ -25,6 +25,14 @@ fn volumes_come_and_go_and_comments_stay() {
 }
 
 #[test]
+fn every_interval_that_is_allowed_has_a_bound_that_is() {
+    for (interval_ms, bound_ms) in [(20, 100), (1000, 250), (300_000, 60_000), (86_400_000, 60_000)] {
+        let config = Config::parse(&format!("[groups.main]\ninterval_ms = {interval_ms}")).expect("valid");
+        assert_eq!(config.groups["main"].cut_bound_ms(), bound_ms, "{interval_ms}");
+    }
+}
+
+#[test]
 fn the_closest_known_key_is_named_at_every_level() {
     for (text, closest) in [
         ("metrics_listn = 1", "metrics_listen"),

@@ -11,7 +11,7 @@ pub mod pread;
 pub mod target;
 pub mod uring;
 
-use cdp_protocol::units::{BLOCK_BYTES, Block, Extent};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Extent, blocks_in};
 use roaring::RoaringBitmap;
 use std::io;
 
@@ -103,6 +103,32 @@ pub fn read_blocks(reader: &mut dyn BlockReader, requests: &[ReadRequest], done:
         return Ok(());
     }
     reader.read(&again, &mut |index, result| done(again[index].volume, again[index].extent.start, result))
+}
+
+/// Reads bytes of a volume, from anywhere within it.
+///
+/// # Errors
+/// Where any of them cannot be read.
+pub fn read_at(reader: &mut dyn BlockReader, volume: usize, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let end = offset + buffer.len() as u64;
+    let (first, count) = (offset / BLOCK_BYTES as u64, blocks_in(end) - offset / BLOCK_BYTES as u64);
+    let blocks = (first..first + count).map(|block| block as u32);
+    let requests: Vec<ReadRequest> =
+        runs(blocks, READ_BLOCKS_MAX).into_iter().map(|extent| ReadRequest { volume, extent }).collect();
+    let mut failure = None;
+    read_blocks(reader, &requests, &mut |_, block, result| match result {
+        Ok(bytes) => put_block(block, bytes, offset, buffer),
+        Err(error) => failure = Some(error),
+    })?;
+    failure.map_or(Ok(()), Err)
+}
+
+/// Puts what a block has of the bytes from `offset` on into the buffer for them.
+pub(crate) fn put_block(block: Block, bytes: &[u8], offset: u64, buffer: &mut [u8]) {
+    let start = block.to_bytes();
+    let (from, to) = (start.max(offset), (start + BLOCK_BYTES as u64).min(offset + buffer.len() as u64));
+    let piece = &bytes[(from - start) as usize..(to - start) as usize];
+    buffer[(from - offset) as usize..(to - offset) as usize].copy_from_slice(piece);
 }
 
 fn give(volume: usize, extent: Extent, bytes: &[u8], done: &mut BlockDone<'_>) {

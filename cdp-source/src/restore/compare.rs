@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::io;
 
 /// Blocks that are read at a time: 16 MiB.
-const WINDOW_BLOCKS: u32 = 4096;
+pub(super) const WINDOW_BLOCKS: u32 = 4096;
 
 /// Why a comparison, or what follows it, ended.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ pub struct Subject<'a> {
 
 /// What the point has of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Point {
+pub(super) enum Point {
     Hole,
     Content(Digest),
     /// Content whose digest cannot be opened here.
@@ -196,7 +196,7 @@ pub fn plan(
         while line.may_ask()
             && let Some(extents) = left.next()
         {
-            line.ask(subject.slot, Question::Holdings { extents: named(&extents) })?;
+            ask_holdings(line, subject.slot, &extents)?;
             under_way.push_back(extents);
         }
         let Some(extents) = under_way.pop_front() else { break };
@@ -264,8 +264,17 @@ pub(super) fn questions(all: &RoaringBitmap, blocks_max: u32) -> impl Iterator<I
     })
 }
 
+/// Asks what the point has of these blocks.
+pub(super) fn ask_holdings(line: &mut PointLine, slot: VolumeSlot, extents: &[Extent]) -> Result<(), LineError> {
+    line.ask(slot, Question::Holdings { extents: named(extents) })
+}
+
 /// The answer to a question: what the point has of each of the blocks, in their order.
-fn holdings(line: &mut PointLine, extents: &[Extent], subject: &Subject<'_>) -> Result<Vec<Point>, LineError> {
+pub(super) fn holdings(
+    line: &mut PointLine,
+    extents: &[Extent],
+    subject: &Subject<'_>,
+) -> Result<Vec<Point>, LineError> {
     let asked: Vec<Block> = extents.iter().flat_map(|extent| extent.blocks()).collect();
     let mut held = Vec::with_capacity(asked.len());
     while let Some(piece) = line.next_piece()? {

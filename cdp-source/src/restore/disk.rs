@@ -4,9 +4,11 @@
 //! an image file, that no loop device stands on it. What was written is read back before it counts. Owns the writes; the tracker sees them
 //! as it sees anybody's.
 
-use crate::probe::Probe;
+use super::partitions;
+use crate::probe::{self, Kind, Probe};
 use crate::reader::aligned::AlignedBuffer;
 use crate::reader::{self, BlockReader, READ_BLOCKS_MAX, ReadRequest, ReadTarget};
+use crate::tracker::device;
 use cdp_protocol::units::{BLOCK_BYTES, Block, Extent, blocks_in};
 use cdp_seams::storage::{Storage, read_all};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
@@ -31,7 +33,7 @@ pub enum DiskError {
         by: String,
     },
     /// It has less room than the volume.
-    #[error("{} has {size_bytes} bytes, the volume has {needed_bytes}", device.display())]
+    #[error("{} has {size_bytes} bytes, {needed_bytes} are needed", device.display())]
     TooSmall {
         /// The device.
         device: PathBuf,
@@ -70,7 +72,7 @@ impl DiskError {
     pub const fn hint(&self) -> Option<&'static str> {
         match self {
             Self::InUse { .. } => Some("stop what uses it and unmount it; --to DEVICE restores to another one"),
-            Self::TooSmall { .. } => Some("--to needs a device of at least the volume's size"),
+            Self::TooSmall { .. } => Some("take a device of at least the volume's size"),
             Self::ReadBack { .. } => Some("the device is not to be trusted: restore to another one with --to"),
             Self::Io { .. } | Self::Read(_) => None,
         }
@@ -100,9 +102,7 @@ impl Disk {
     /// Where it is in use, too small, or cannot be opened.
     pub fn open(storage: &dyn Storage, probe: &Probe, size_bytes: u64) -> Result<Self, DiskError> {
         let device = probe.device.clone();
-        if probe.size_bytes < size_bytes {
-            return Err(DiskError::TooSmall { device, size_bytes: probe.size_bytes, needed_bytes: size_bytes });
-        }
+        refuse_small(probe, size_bytes)?;
         if let Some(by) = user_of(storage, probe) {
             return Err(DiskError::InUse { device, by });
         }
@@ -121,6 +121,12 @@ impl Disk {
     #[must_use]
     pub fn device(&self) -> &Path {
         &self.device
+    }
+
+    /// Bytes of it that are open.
+    #[must_use]
+    pub const fn size_bytes(&self) -> u64 {
+        self.size_bytes
     }
 
     /// Reads it.
@@ -213,6 +219,39 @@ impl Disk {
         wrong.map_or(Ok(()), |block| Err(DiskError::ReadBack { device: self.device.clone(), block }))
     }
 
+    /// Reads bytes from anywhere on it.
+    ///
+    /// # Errors
+    /// Where it cannot be read.
+    pub fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        reader::read_at(&mut *self.reader, 0, offset, buffer)
+    }
+
+    /// Writes bytes anywhere on it, within whole blocks, and reads them back.
+    ///
+    /// # Errors
+    /// Where that fails, or the device gives back something else.
+    pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        let (start, end) = (offset / BLOCK_BYTES as u64, blocks_in(offset + bytes.len() as u64));
+        let extent = Extent { start: Block(start as u32), count: (end - start) as u32 };
+        let mut content = vec![0; extent.to_bytes() as usize];
+        let device = self.device.clone();
+        let known = (self.size_bytes - start * BLOCK_BYTES as u64).min(content.len() as u64) as usize;
+        let read = self.read_at(start * BLOCK_BYTES as u64, &mut content[..known]);
+        read.map_err(|source| DiskError::Io { step: "read", device, source })?;
+        let at = (offset - start * BLOCK_BYTES as u64) as usize;
+        content[at..at + bytes.len()].copy_from_slice(bytes);
+        self.write(extent, &content)
+    }
+
+    /// Has the kernel read its partition table again. Where it does not, a restart of the machine does.
+    ///
+    /// # Errors
+    /// Where somebody uses a partition, or the device has none.
+    pub fn read_partitions(&self) -> Result<(), DiskError> {
+        partitions::read_again(&self.file).map_err(failed("read the partition table of", &self.device))
+    }
+
     /// Makes durable what was written.
     ///
     /// # Errors
@@ -234,6 +273,17 @@ impl Disk {
     }
 }
 
+/// Refuses what has less room than is needed.
+///
+/// # Errors
+/// `TooSmall`.
+pub fn refuse_small(probe: &Probe, needed_bytes: u64) -> Result<(), DiskError> {
+    if probe.size_bytes >= needed_bytes {
+        return Ok(());
+    }
+    Err(DiskError::TooSmall { device: probe.device.clone(), size_bytes: probe.size_bytes, needed_bytes })
+}
+
 /// The first bytes of a node, to be read through the node itself: nobody has it mounted.
 #[must_use]
 pub fn whole(device: &Path, size_bytes: u64) -> ReadTarget {
@@ -253,8 +303,22 @@ fn user_of(storage: &dyn Storage, probe: &Probe) -> Option<String> {
     if !probe.holders.is_empty() {
         return Some(format!("{} is built upon it", probe.holders.join(", ")));
     }
+    if let Some(partition) = partitions_of(storage, probe)
+        .iter()
+        .find_map(|partition| user_of(storage, partition).map(|by| format!("{}: {by}", partition.device.display())))
+    {
+        return Some(partition);
+    }
     let by_loop = if probe.is_block() { None } else { loop_on(storage, &probe.device) };
     by_loop.map(|name| format!("/dev/{name} stands on it"))
+}
+
+/// The partitions of a whole disk that the kernel knows.
+fn partitions_of(storage: &dyn Storage, probe: &Probe) -> Vec<Probe> {
+    let Kind::Block { number, partition: None, .. } = &probe.kind else { return Vec::new() };
+    let numbers = device::partitions_of_number(number).unwrap_or_default();
+    let nodes = numbers.iter().filter_map(|number| device::node_of(&number.to_string()).ok());
+    nodes.filter_map(|node| probe::probe(storage, &node).ok()).collect()
 }
 
 /// The loop device that an image file is attached to.
@@ -291,7 +355,7 @@ mod tests {
     fn what_is_written_is_there_and_nothing_beside_it() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = image(folder.path());
-        let probe = crate::probe::probe(&SystemStorage, &path).expect("an image");
+        let probe = probe::probe(&SystemStorage, &path).expect("an image");
         let mut disk = Disk::open(&SystemStorage, &probe, SIZE_BYTES).expect("opened");
         assert_eq!((disk.blocks(), disk.is_block()), (71, false));
         let mut expected = bytes(&path);
@@ -304,6 +368,14 @@ mod tests {
         expected[50 * BLOCK_BYTES..57 * BLOCK_BYTES].fill(0);
         disk.sync().expect("synced");
         assert_eq!(bytes(&path), expected);
+        disk.write_at(5 * BLOCK_BYTES as u64 - 100, &[6; 600]).expect("written");
+        expected[5 * BLOCK_BYTES - 100..5 * BLOCK_BYTES + 500].fill(6);
+        disk.write_at(SIZE_BYTES - 512, &[8; 512]).expect("written");
+        expected[SIZE_BYTES as usize - 512..SIZE_BYTES as usize].fill(8);
+        assert_eq!(bytes(&path), expected);
+        let mut read = [0; 700];
+        disk.read_at(5 * BLOCK_BYTES as u64 - 150, &mut read).expect("read");
+        assert_eq!(read, expected[5 * BLOCK_BYTES - 150..5 * BLOCK_BYTES + 550]);
         // Of the last block as much as is there; the byte behind the volume is nobody's.
         disk.zero(Extent { start: Block(70), count: 1 }).expect("zeros");
         expected[70 * BLOCK_BYTES..SIZE_BYTES as usize].fill(0);
@@ -315,7 +387,7 @@ mod tests {
     #[test]
     fn a_device_with_too_little_room_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
-        let probe = crate::probe::probe(&SystemStorage, &image(folder.path())).expect("an image");
+        let probe = probe::probe(&SystemStorage, &image(folder.path())).expect("an image");
         let refused = Disk::open(&SystemStorage, &probe, SIZE_BYTES + 4097).err().expect("refused");
         assert!(matches!(refused, DiskError::TooSmall { .. }) && refused.is_users() && refused.hint().is_some());
     }

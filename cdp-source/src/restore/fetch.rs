@@ -8,12 +8,14 @@ use super::compare::{RestoreError, Subject, questions};
 use super::disk::{Disk, DiskError};
 use super::line::{LineError, PointLine};
 use super::{OnProgress, Plan, Progress};
+use crate::reader;
 use cdp_protocol::codec::open_content;
 use cdp_protocol::frame::{self, Encoding, FRAME_BYTES_MAX};
 use cdp_protocol::recall::{Answer, Question, named, to_extents};
-use cdp_protocol::units::{BLOCK_BYTES, Block, Extent};
+use cdp_protocol::units::{BLOCK_BYTES, Block, Extent, blocks_in};
 use roaring::RoaringBitmap;
 use std::collections::VecDeque;
+use std::io;
 
 /// Blocks that one question is about: 2 MiB, so that some progress is kept whatever happens to a thin line.
 const QUESTION_BLOCKS: u32 = 512;
@@ -91,6 +93,27 @@ pub fn sample(
         plan.fetch -= missing;
     }
     Ok((line.received_bytes() - before, opened_blocks))
+}
+
+/// Bytes of the point, from anywhere within the volume: a few blocks at a time, for whoever looks at what it is.
+///
+/// # Errors
+/// Where the line is lost, or the point does not have all of them.
+pub fn read_at(line: &mut PointLine, subject: &Subject<'_>, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let end = offset + buffer.len() as u64;
+    let first = offset / BLOCK_BYTES as u64;
+    let blocks: RoaringBitmap = (first..blocks_in(end)).map(|block| block as u32).collect();
+    for extents in questions(&blocks, QUESTION_BLOCKS) {
+        line.ask(subject.slot, Question::Content { extents: named(&extents) }).map_err(io::Error::other)?;
+        let fetched = fetched(line, subject, Asked::new(&extents)).map_err(io::Error::other)?;
+        if let Some((_, why)) = fetched.lost.first() {
+            return Err(io::Error::other(why.clone()));
+        }
+        for (block, bytes) in &fetched.blocks {
+            reader::put_block(*block, bytes, offset, buffer);
+        }
+    }
+    Ok(())
 }
 
 /// Writes blocks, in their order, and reads them back.

@@ -7,6 +7,7 @@ use crate::connect::{ConnectError, Identity, QuicConnector};
 use cdp_protocol::limits::MESSAGE_BYTES_MAX;
 use cdp_protocol::message::{self, PROTOCOL_VERSION, SourceMessage, TargetMessage};
 use cdp_protocol::recall::{Answer, Asked, OpenedPoint, Question};
+use cdp_protocol::seal::DataKey;
 use cdp_protocol::units::{GroupId, Timestamp, VolumeSlot};
 use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::line::{Control, Line, ReceiveStream, SendStream, read_packet, write_packet};
@@ -125,6 +126,20 @@ impl PointLine {
         self.exchange.say(SourceMessage::AskPoint(Asked { request, volume, question }))?;
         self.waiting.push_back(request);
         Ok(())
+    }
+
+    /// The group's key, of a target that has it: content is told under it.
+    ///
+    /// # Errors
+    /// Where the line is gone, or the target cannot answer.
+    pub fn key(&mut self) -> Result<Option<DataKey>, LineError> {
+        self.ask(VolumeSlot(0), Question::Key)?;
+        let mut told = None;
+        while let Some(piece) = self.next_piece()? {
+            let Answer::Key { key } = piece else { return Err(LineError::Answer("it is of something else")) };
+            told = Some(key.to_key());
+        }
+        Ok(told)
     }
 
     /// The next piece of the answer to the oldest question; `None` at its end.

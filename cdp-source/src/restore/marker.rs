@@ -24,6 +24,9 @@ pub struct Restoring {
     pub slot: VolumeSlot,
     /// The device that is written to, where it is not the volume's own.
     pub to: Option<PathBuf>,
+    /// Whether that is a whole disk, restored as one.
+    #[serde(default)]
+    pub is_disk: bool,
     /// The point.
     pub epoch: Epoch,
     /// How it was named: the same command means the same point, however late it is given again.
@@ -45,7 +48,7 @@ impl Restoring {
         begun: Timestamp,
     ) -> Self {
         let (volume, to, at) = (volume.to_owned(), to.map(Path::to_owned), at.to_owned());
-        Self { version: VERSION, volume, slot, to, epoch, at, begun, kept: None }
+        Self { version: VERSION, volume, slot, to, is_disk: false, epoch, at, begun, kept: None }
     }
 
     /// Whether the agent has to hold the group's points: a volume of it is written to.
@@ -67,7 +70,8 @@ impl Restoring {
     /// How to go on, for people.
     #[must_use]
     pub fn command(&self, group: &str) -> String {
-        let to = self.to.as_ref().map_or_else(String::new, |to| format!(" --to {}", to.display()));
+        let option = if self.is_disk { "--disk" } else { "--to" };
+        let to = self.to.as_ref().map_or_else(String::new, |to| format!(" {option} {}", to.display()));
         format!("cdp-source restore --group {group} {} --at {}{to}", self.volume, self.epoch)
     }
 
@@ -99,6 +103,8 @@ impl Restoring {
     /// Where it cannot be written.
     pub fn store(&self, state: &StateFolder, group: &str) -> Result<(), StateError> {
         let path = path(state, group);
+        // New hardware has no folder of the group yet.
+        path.parent().map_or(Ok(()), |folder| state.make(folder))?;
         let text = serde_json::to_string_pretty(self).expect("a marker is plain JSON");
         let stored = storage::replace(&**state.storage(), &path, text.as_bytes());
         stored.map_err(|source| StateError::Io { action: "write", path, source })
@@ -144,7 +150,6 @@ mod tests {
     fn what_is_under_way_is_told_until_it_is_over_and_garbage_is_no_sign_that_nothing_is() {
         let folder = tempfile::tempdir().expect("a folder");
         let state = StateFolder::new(Arc::new(SystemStorage), folder.path());
-        state.make(&folder.path().join("groups/main")).expect("made");
         assert_eq!(Restoring::load(&state, "main").expect("readable"), None);
         let begun = Restoring::new("data", VolumeSlot(3), None, (Epoch(7), "2h"), Timestamp(0));
         begun.store(&state, "main").expect("stored");
@@ -153,6 +158,10 @@ mod tests {
         assert_eq!(begun.command("main"), "cdp-source restore --group main data --at 7");
         let to = Restoring::new("data", VolumeSlot(3), Some(Path::new("/dev/vdb")), (Epoch(7), "2h"), Timestamp(0));
         assert!(!to.holds_points() && to.command("main").ends_with(" --to /dev/vdb"));
+        let disk = Restoring { is_disk: true, ..to.clone() };
+        assert!(!disk.holds_points() && disk.command("main").ends_with(" data --at 7 --disk /dev/vdb"));
+        disk.store(&state, "main").expect("stored");
+        assert_eq!(Restoring::load(&state, "main").expect("readable"), Some(disk));
         Restoring::remove(&state, "main").expect("removed");
         Restoring::remove(&state, "main").expect("nothing to remove");
         assert_eq!(Restoring::load(&state, "main").expect("readable"), None);

@@ -5,13 +5,15 @@
 //! and to begin again is to compare again: a restore that was killed anywhere goes on with the same command.
 //!
 //! `line` is the connection, `disk` the device, `compare` finds what differs, `fetch` gets and writes it, `marker` tells that a
-//! volume is neither old nor new. What the agent does about it is `agent/group`'s, what an operator says `cli/restore`'s.
+//! volume is neither old nor new, `learn` asks for digests that are lost, `partitions` has the kernel see what was written. What the agent does about it is `agent/group`'s, what an operator says `cli/restore`'s.
 
 pub mod compare;
 pub mod disk;
 pub mod fetch;
+pub mod learn;
 pub mod line;
 pub mod marker;
+mod partitions;
 
 use cdp_protocol::units::{Block, Extent};
 use roaring::RoaringBitmap;

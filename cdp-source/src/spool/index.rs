@@ -6,6 +6,7 @@
 
 use super::file::Place;
 use cdp_protocol::limits::VOLUMES_MAX;
+use cdp_protocol::record::layouts::LAYOUTS_BYTES_MAX;
 use cdp_protocol::record::{Commit, FrameList, MAC_BYTES};
 use cdp_protocol::session::memo::{MEMO_BYTES_MAX, Memo};
 use cdp_protocol::session::source::{CommitDraft, End};
@@ -22,8 +23,9 @@ const ENTRIES_MAX: u32 = 1 << 16;
 const FRAMES_MAX: u32 = (1 << 20) + VOLUMES_MAX as u32;
 /// Slabs of an attempt at most: all there are.
 const SLABS_MAX: u32 = 1 << 16;
-/// Bytes of a commit's record without its keyed hash at most: a group of the most volumes is told of in 5 kB.
-const COMMIT_BYTES_MAX: usize = 8192;
+/// Bytes of a commit's record without its keyed hash at most: a group of the most volumes is told of in 5 kB, and in as many bytes as layouts
+/// may have.
+const COMMIT_BYTES_MAX: usize = 8192 + LAYOUTS_BYTES_MAX;
 
 /// An index.
 #[derive(Debug, PartialEq)]
@@ -150,6 +152,7 @@ fn to_record(draft: &CommitDraft, frames: FrameList) -> Commit {
         meters: draft.meters,
         label: draft.label.clone(),
         volumes: draft.volumes.clone(),
+        layouts: draft.layouts.clone(),
     }
 }
 
@@ -168,6 +171,7 @@ fn from_record(bytes: &[u8], list: FrameList) -> Option<CommitDraft> {
         after_rollback_to: commit.after_rollback_to,
         label: commit.label,
         volumes: commit.volumes,
+        layouts: commit.layouts,
     })
 }
 
@@ -253,6 +257,7 @@ mod tests {
             after_rollback_to: Some(Epoch(2)),
             label: Some("before-upgrade".into()),
             volumes: vec![(VolumeSlot(3), VolumeMeters { dirty_blocks: 9, ..VolumeMeters::default() })],
+            layouts: Vec::new(),
         };
         Index {
             number: 12,

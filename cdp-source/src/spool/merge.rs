@@ -15,7 +15,7 @@ use bytes::Bytes;
 use cdp_protocol::codec::Sealer;
 use cdp_protocol::frame::Kind;
 use cdp_protocol::record::volume_meters::VolumeMeters;
-use cdp_protocol::record::{Begin, Meters};
+use cdp_protocol::record::{Begin, Meters, layouts};
 use cdp_protocol::session::memo::Memo;
 use cdp_protocol::session::source::{CommitDraft, End, Outgoing};
 use cdp_protocol::units::{AttemptId, BLOCK_BYTES, Block, Class, Epoch, Generation, Timestamp};
@@ -393,6 +393,14 @@ fn sealed_anew(captured: &CapturedVolume, frames: &FrameMeters) -> VolumeMeters 
 fn take_in(younger: &mut CommitDraft, older: &CommitDraft, pieces: &[Piece]) {
     younger.first_epoch = older.first_epoch;
     younger.after_rollback_to = older.after_rollback_to.or(younger.after_rollback_to);
+    for (slot, layout) in &older.layouts {
+        if !younger.layouts.iter().any(|(told, _)| told == slot) {
+            younger.layouts.push((*slot, layout.clone()));
+        }
+    }
+    younger.layouts.sort_by_key(|(slot, _)| *slot);
+    // Of tables beyond all measure the last are left out: the next agent tells them again.
+    younger.layouts = layouts::fitting(std::mem::take(&mut younger.layouts)).0;
     let meters = &mut younger.meters;
     meters.recaptured_blocks += older.meters.recaptured_blocks;
     for piece in pieces.iter().map(|piece| &piece.meters) {

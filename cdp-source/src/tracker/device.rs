@@ -159,6 +159,14 @@ impl Device {
         self.length.to_bytes()
     }
 
+    /// Bytes of a sector, as the disk counts them.
+    ///
+    /// # Errors
+    /// Where sysfs does not tell.
+    pub fn sector_bytes(&self) -> io::Result<u32> {
+        read_number(&self.disk.sysfs().join("queue/logical_block_size")).map(|bytes| bytes as u32)
+    }
+
     /// Where to read it.
     #[must_use]
     pub fn read_target(&self) -> ReadTarget {
@@ -198,6 +206,14 @@ pub(crate) fn partitions_of(disk: DeviceNumber) -> io::Result<Vec<DeviceNumber>>
     let folders = entries.iter().map(|entry| disk.sysfs().join(entry.file_name().unwrap_or_default()));
     let partitions = folders.filter(|folder| rustix::fs::stat(folder.join("partition")).is_ok());
     partitions.map(|folder| parse_device(&read_text(&folder.join("dev"))?)).collect()
+}
+
+/// The same of a whole disk's number, `major:minor`.
+///
+/// # Errors
+/// Where sysfs does not tell.
+pub fn partitions_of_number(number: &str) -> io::Result<Vec<DeviceNumber>> {
+    partitions_of(parse_device(number)?)
 }
 
 /// Whether the block device with this number is built of others by the kernel: device-mapper, md.

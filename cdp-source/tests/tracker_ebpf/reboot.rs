@@ -241,7 +241,7 @@ fn a_state_folder_that_takes_nothing_costs_a_comparison() {
 fn a_volume_that_somebody_holds_is_not_saved() {
     let Some(mut machine) = Machine::new(5, 3005) else { return };
     let tracker = machine.start().expect("tracked");
-    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::EXCL;
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
     let held = rustix::fs::open(&machine.node, flags, rustix::fs::Mode::empty()).expect("held");
     assert_eq!(machine.stop(tracker), Ok(false), "it is in use");
     drop(held);

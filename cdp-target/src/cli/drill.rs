@@ -5,14 +5,16 @@ use super::failure::Failure;
 use super::output::json;
 use super::{context, print};
 use crate::catalog::Catalog;
+use crate::drill::boot::Boot;
 use crate::drill::report::{self, Report, page};
-use crate::drill::{Drill, Script};
+use crate::drill::{Done, Drill, Script};
 use crate::points::PointName;
-use cdp_seams::clock::SystemClock;
+use cdp_seams::clock::{Clock, SystemClock};
 use cdp_seams::random::SystemRandom;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Arguments of `drill`.
@@ -31,6 +33,13 @@ pub(super) struct Arguments {
     /// How long the script may take (30s, 10m, 2h). By default `drill_script_timeout_s` of target.toml.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     script_timeout: Option<Duration>,
+    /// Boots a machine from the images in QEMU, without a network, and gives it so long to come up (30s, 10m). By default `drill_boot_s` of
+    /// target.toml.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    boot: Option<Duration>,
+    /// What stands on its serial console when it has come up. By default `drill_boot_expect` of target.toml.
+    #[arg(long, value_name = "TEXT")]
+    boot_expect: Option<String>,
     /// A folder with room for the images, which are gone at the end. By default `drill_folder` of target.toml, or `scratch` in the store.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
@@ -64,13 +73,14 @@ fn drill(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let point = name.find(&points)?;
     let keys = catalog.keys(&group)?;
     let config = store.config();
+    let boot = boot(arguments, config.drill_boot_s, config.drill_boot_expect.as_deref())?;
     let script = script(arguments, config.drill_script.as_deref(), config.drill_script_timeout_s)?;
     let scratch = arguments.scratch.clone().or_else(|| config.drill_folder.clone());
     let scratch = scratch.unwrap_or_else(|| store.folder().join("scratch"));
     let stop = context::stop_on_signal(&scratch);
     let bar = ProgressBar::no_length()
         .with_style(ProgressStyle::with_template("{msg} {bytes} {bytes_per_sec}").expect("the template is constant"));
-    let clock = SystemClock::new();
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let drill = Drill {
         store: &store,
         office: &arguments.group.office,
@@ -79,7 +89,8 @@ fn drill(arguments: &Arguments) -> Result<ExitCode, Failure> {
         point,
         scratch: &scratch,
         script: script.as_ref(),
-        clock: &clock,
+        boot: boot.as_ref(),
+        clock,
         random: &SystemRandom,
         stop: &stop,
         progress: &|what, bytes| {
@@ -87,10 +98,10 @@ fn drill(arguments: &Arguments) -> Result<ExitCode, Failure> {
             bar.inc(bytes);
         },
     };
-    let report = drill.run();
+    let done = drill.run();
     bar.finish_and_clear();
-    let report = report?;
-    let kept = report::keep(&store, group.place(), &report);
+    let Done { report, screenshot } = done?;
+    let kept = report::keep(&store, group.place(), &report, screenshot.as_deref());
     print(&if arguments.json { json(&report) } else { page(&report) })?;
     let kept = kept.map_err(|error| anyhow::Error::from(error).context("keep the report"))?;
     conclude(&report, &kept)
@@ -106,6 +117,21 @@ fn conclude(report: &Report, kept: &Path) -> Result<ExitCode, Failure> {
     let hint =
         format!("the whole report is kept in {}; take an older point, and see why this one is bad", kept.display());
     Err(Failure::mistake(format!("failed: {first}{more}")).hint(hint))
+}
+
+/// How the images are booted, where that is wanted.
+fn boot(arguments: &Arguments, default_s: u64, expected: Option<&str>) -> Result<Option<Boot>, Failure> {
+    let deadline = arguments.boot.unwrap_or(Duration::from_secs(default_s));
+    let expected = arguments.boot_expect.as_deref().or(expected).map(str::to_owned);
+    if deadline.is_zero() && arguments.boot_expect.is_some() {
+        return Err(Failure::mistake("--boot-expect without a machine that is booted").hint("add --boot 3m"));
+    }
+    if expected.as_deref() == Some("") {
+        return Err(
+            Failure::mistake("nothing is expected of a machine that is booted").hint("name a text, as \"login:\"")
+        );
+    }
+    Ok((!deadline.is_zero()).then_some(Boot { deadline, expected }))
 }
 
 /// The script, by an absolute path: it runs in another folder.

@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::output::{Table, bytes, duration_ms, json};
 use super::{context, print};
 use crate::catalog::Catalog;
-use crate::journal::PointVolume;
+use crate::journal::{PointLayout, PointVolume};
 use crate::points::{Instant, PointInfo, parse_instant};
 use cdp_protocol::units::{Class, Epoch, Timestamp};
 use serde::Serialize;
@@ -50,6 +50,9 @@ struct Line<'a> {
     cut_rounds: u32,
     /// What became of each volume since the point before.
     volumes: &'a [PointVolume],
+    /// How disks are laid out from this point on, where that is not as it was before.
+    #[serde(skip_serializing_if = "<[PointLayout]>::is_empty")]
+    layouts: &'a [PointLayout],
     first_epoch: Epoch,
     cut_time: Instant,
     received: Instant,
@@ -109,6 +112,7 @@ fn line(point: &PointInfo, gap_ms: Option<i64>) -> Line<'_> {
         cut_ms: point.cut_us as f64 / 1000.0,
         cut_rounds: point.cut_rounds,
         volumes: &point.volumes,
+        layouts: &point.layouts,
         first_epoch: point.first_epoch,
         cut_time: Instant(point.cut_time),
         received: Instant(point.received),
@@ -182,6 +186,7 @@ mod tests {
             cut_us: 1500,
             cut_rounds: 1,
             volumes: vec![],
+            layouts: vec![],
             verified: None,
             damaged: None,
             warning: None,

@@ -3,9 +3,12 @@
 //! Invariant: of the store's history a drill only reads; it writes its scratch folder, which goes with it, and its report. A drill has passed
 //! only if every block of every volume was read and proved, and nothing that was checked is wrong; what was not checked is said.
 
+pub mod boot;
 mod check;
+mod exports;
 pub mod probe;
 mod program;
+mod qmp;
 pub mod report;
 mod room;
 pub mod schedule;
@@ -18,11 +21,12 @@ use crate::restore::keyring::Keyring;
 use crate::restore::output::{self, Allowed, Needs, OutputError};
 use crate::restore::proof::Stored;
 use crate::store::Store;
+use boot::{Boot, Booted, DISKS_MAX, Starter};
 use cdp_protocol::record::Volume;
 use cdp_protocol::units::Timestamp;
 use cdp_seams::clock::Clock;
 use cdp_seams::random::Random;
-use cdp_seams::storage::StorageFile;
+use cdp_seams::storage::{Storage, StorageFile};
 use check::{Checked, Checker};
 use probe::probe;
 use program::{Ended, Runner};
@@ -31,11 +35,15 @@ use room::Room;
 use scratch::Scratch;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Ranges that cannot be read which are named, a volume.
 const BAD_NAMED_MAX: usize = 20;
+
+/// Bytes before the partition table, of a disk that a BIOS boots.
+const BOOT_CODE_BYTES: usize = 440;
 
 /// A script of the operator's.
 #[derive(Clone, Debug)]
@@ -62,8 +70,10 @@ pub struct Drill<'a> {
     pub scratch: &'a Path,
     /// What the operator checks.
     pub script: Option<&'a Script>,
+    /// How the images are booted, where that is wanted.
+    pub boot: Option<&'a Boot>,
     /// Time.
-    pub clock: &'a dyn Clock,
+    pub clock: Arc<dyn Clock>,
     /// For names.
     pub random: &'a dyn Random,
     /// Ends the drill where it turns true, which the drill does itself where room runs out.
@@ -92,6 +102,14 @@ struct Restored {
     path: PathBuf,
 }
 
+/// A drill that is over.
+pub struct Done {
+    /// What came of it.
+    pub report: Report,
+    /// The screen of the machine that was booted, as PNG.
+    pub screenshot: Option<Vec<u8>>,
+}
+
 /// What was found on the way.
 #[derive(Default)]
 struct Findings {
@@ -104,7 +122,7 @@ impl Drill<'_> {
     ///
     /// # Errors
     /// Where nothing can be said of the point: no room, an interruption.
-    pub fn run(&self) -> Result<Report, DrillError> {
+    pub fn run(&self) -> Result<Done, DrillError> {
         let scratch = Scratch::new(self.store.storage(), self.scratch, self.random)?;
         let room = Room::new(self.store.storage().as_ref(), &scratch, self.stop);
         let done = self.work(&scratch, &room);
@@ -114,7 +132,7 @@ impl Drill<'_> {
         }
     }
 
-    fn work(&self, scratch: &Scratch, room: &Room<'_>) -> Result<Report, DrillError> {
+    fn work(&self, scratch: &Scratch, room: &Room<'_>) -> Result<Done, DrillError> {
         let (begun, started) = (self.clock.monotonic(), Timestamp(self.clock.wall_ms()));
         let mut findings = Findings::default();
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(16);
@@ -132,10 +150,14 @@ impl Drill<'_> {
             self.check(volume, (scratch.path(), room), &mut findings);
             self.may_go_on()?;
         }
+        // Before the script, which may change them.
+        let booted = self.boot.map(|boot| self.boot(boot, &restored, scratch.path(), &mut findings));
+        self.may_go_on()?;
+        let (boot, screenshot) = booted.map_or((None, None), |booted| (Some(booted.report), booted.screenshot));
         let script = self.script.map(|script| self.run_script(script, &volumes, scratch.path(), &mut findings));
         self.may_go_on()?;
         let finished = Timestamp(self.clock.wall_ms());
-        Ok(Report {
+        let report = Report {
             version: 1,
             tool: concat!("cdp-target ", env!("CARGO_PKG_VERSION")).to_owned(),
             office: self.office.to_owned(),
@@ -155,7 +177,35 @@ impl Drill<'_> {
             total_ms: self.since(begun),
             volumes: restored.into_iter().map(|volume| volume.report).collect(),
             script,
-        })
+            boot,
+        };
+        Ok(Done { report, screenshot })
+    }
+
+    /// Starts a machine from the images: from the first that is a disk.
+    fn boot(&self, boot: &Boot, restored: &[Restored], folder: &Path, findings: &mut Findings) -> Booted {
+        (self.progress)("boot", 0);
+        let of_disks = |is_disk: bool| restored.iter().filter(move |volume| volume.report.table.is_some() == is_disk);
+        let images: Vec<String> =
+            of_disks(true).chain(of_disks(false)).map(|volume| format!("{}.raw", volume.report.name)).collect();
+        let booted = match of_disks(true).next() {
+            None => Booted::not_done("no volume is a disk with a partition table".to_owned()),
+            Some(_) if images.len() > DISKS_MAX => {
+                Booted::not_done(format!("a machine of more than {DISKS_MAX} disks is not started"))
+            }
+            Some(first) => {
+                let storage = self.store.storage().as_ref();
+                let starter = Starter { storage, clock: &*self.clock, stop: self.stop, folder };
+                starter.boot(boot, &images, has_boot_code(storage, &first.path))
+            }
+        };
+        let line = booted.reason.as_ref().map(|reason| format!("boot: {reason}"));
+        match booted.report.result {
+            Outcome::Failed => findings.failures.extend(line),
+            Outcome::NotChecked => findings.not_checked.extend(line),
+            Outcome::Passed => {}
+        }
+        booted
     }
 
     fn since(&self, begun: Duration) -> u64 {
@@ -249,7 +299,7 @@ impl Drill<'_> {
         report.table = layout.table.map(str::to_owned);
         let name = report.name.clone();
         findings.failures.extend(layout.broken.iter().map(|what| format!("volume {name}: {what}")));
-        let runner = Runner { clock: self.clock, stop: self.stop };
+        let runner = Runner { clock: &*self.clock, stop: self.stop };
         let checker = Checker { storage: self.store.storage().as_ref(), runner: &runner, folder, room };
         for place in &layout.places {
             let Checked { report: found, reason } = checker.check(image, place)?;
@@ -265,7 +315,7 @@ impl Drill<'_> {
         Ok(())
     }
 
-    /// Runs the operator's script over the images, which are its own to change.
+    /// Runs the operator's script over the images, which are its own to change, and beside NBD exports of the same.
     fn run_script(&self, script: &Script, volumes: &[Volume], folder: &Path, findings: &mut Findings) -> ScriptReport {
         (self.progress)("script", 0);
         let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
@@ -279,7 +329,14 @@ impl Drill<'_> {
             .env("CDP_DRILL_FOLDER", folder)
             .env("CDP_DRILL_VOLUMES", names.join(" "));
         let begun = self.clock.monotonic();
-        let run = Runner { clock: self.clock, stop: self.stop }.run(command, script.deadline);
+        let runner = Runner { clock: &*self.clock, stop: self.stop };
+        let run = self.with_exports(folder, |socket| {
+            match socket {
+                Ok(socket) => drop(command.env("CDP_DRILL_SOCKET", socket)),
+                Err(error) => findings.not_checked.push(format!("the NBD exports for the script: {error:#}")),
+            }
+            runner.run(command, script.deadline)
+        });
         let (result, exit, why) = match &run.ended {
             Ended::Exit(0) => (Outcome::Passed, Some(0), None),
             Ended::Exit(status) => (Outcome::Failed, Some(*status), Some(format!("it ended with {status}"))),
@@ -305,6 +362,13 @@ impl Findings {
             self.failures.push(format!("volume {}: {more} more ranges cannot be read", volume.name));
         }
     }
+}
+
+/// Whether a disk begins with code that a BIOS would run.
+fn has_boot_code(storage: &dyn Storage, image: &Path) -> bool {
+    let mut sector = [0; 512];
+    let read = storage.open(image).and_then(|file| file.read_at(&mut sector, 0));
+    read.is_ok() && sector[..BOOT_CODE_BYTES].iter().any(|byte| *byte != 0)
 }
 
 /// Room ran out while it wrote.

@@ -58,6 +58,9 @@ pub struct Report {
     pub volumes: Vec<VolumeReport>,
     /// The operator's script.
     pub script: Option<ScriptReport>,
+    /// The machine that was booted.
+    #[serde(default)]
+    pub boot: Option<BootReport>,
 }
 
 /// A volume.
@@ -125,17 +128,35 @@ pub struct ScriptReport {
     pub output: String,
 }
 
+/// A machine that was booted from the images.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BootReport {
+    /// How it came out.
+    pub result: Outcome,
+    /// What was to stand on its serial console.
+    pub expected: Option<String>,
+    /// How long it ran.
+    pub ms: u64,
+    /// The end of what it said there.
+    pub console: String,
+    /// What QEMU said.
+    pub output: String,
+    /// Whether there is a picture of its screen beside the report.
+    pub screenshot: bool,
+}
+
 /// The folder of a group's reports.
 #[must_use]
 pub fn folder(store: &Store, place: GroupPlace) -> PathBuf {
     store.group_folder(place).join("drills")
 }
 
-/// Keeps a report; gives its path. A crash leaves the report without its page, or with a page too many.
+/// Keeps a report, and the picture of a machine's screen; gives the report's path. A crash leaves the report without its page or its picture,
+/// or with one of these too many.
 ///
 /// # Errors
 /// As the file system says.
-pub fn keep(store: &Store, place: GroupPlace, report: &Report) -> io::Result<PathBuf> {
+pub fn keep(store: &Store, place: GroupPlace, report: &Report, screenshot: Option<&[u8]>) -> io::Result<PathBuf> {
     let (storage, folder) = (store.storage().as_ref(), folder(store, place));
     storage.create_dir_all(&folder)?;
     let stem = format!("{:016x}-{:016x}", report.finished_ms.max(0), report.epoch.0);
@@ -144,11 +165,15 @@ pub fn keep(store: &Store, place: GroupPlace, report: &Report) -> io::Result<Pat
     document.push(b'\n');
     replace(storage, &path, &document)?;
     replace(storage, &folder.join(format!("{stem}.txt")), page(report).as_bytes())?;
+    if let Some(screenshot) = screenshot {
+        replace(storage, &folder.join(format!("{stem}.png")), screenshot)?;
+    }
     let documents = documents(storage, &folder)?;
     for old in documents.iter().rev().skip(REPORTS_MAX) {
         storage.remove(&folder.join(old))?;
-        // It may never have had one.
+        // It may never have had these.
         let _ = storage.remove(&folder.join(old).with_extension("txt"));
+        let _ = storage.remove(&folder.join(old).with_extension("png"));
     }
     Ok(path)
 }
@@ -216,7 +241,17 @@ pub fn page(report: &Report) -> String {
         line(format!("\nscript {}: {}{exit}, {}", script.path, outcome(script.result), seconds(script.ms)));
         script.output.lines().for_each(|text| line(format!("    | {text}")));
     }
+    if let Some(boot) = &report.boot {
+        let picture = if boot.screenshot { ", its screen in the .png beside this" } else { "" };
+        line(format!("\nboot: {}, {}{picture}", outcome(boot.result), seconds(boot.ms)));
+        boot.output.lines().chain(boot.console.lines()).for_each(|text| line(format!("    | {}", plain(text))));
+    }
     page
+}
+
+/// Without what a terminal would take for commands.
+fn plain(text: &str) -> String {
+    text.chars().filter(|character| !character.is_control()).collect()
 }
 
 fn place_line(place: &PlaceReport) -> String {

@@ -16,6 +16,7 @@ pub(crate) mod bytes;
 mod caches;
 pub mod change;
 pub mod changes;
+mod changing;
 mod digests;
 pub mod file;
 mod images;
@@ -25,6 +26,7 @@ pub(crate) mod listing;
 pub mod manifest;
 pub mod pack;
 pub(crate) mod pieces;
+mod point;
 mod reach;
 pub mod recovery;
 pub mod removed;
@@ -44,15 +46,17 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use bytes::FieldError;
+pub use changing::short_claim;
 pub(crate) use images::extents;
 pub use listing::Overview;
 pub use manifest::{Damage, Fork, Manifest};
+pub use point::{Point, PointLayout, PointVolume};
 pub use recovery::RecoveryReport;
 pub(crate) use sealed::is_no_file;
 pub use unreadable::Unreadable;
-pub use view::{GroupView, Point, PointVolume};
+pub use view::GroupView;
+pub use writer::GroupJournal;
 pub(crate) use writer::synced_frame;
-pub use writer::{GroupJournal, short_claim};
 
 /// Who a group is. Changes only through the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]

@@ -6,7 +6,8 @@
 
 use super::file::FileId;
 use super::index::{CommitEntry, Entry, Lost, OpenIndex, Run, Summary};
-use super::manifest::{Checkpoint, Mark, PointRange, SealedSegment};
+use super::manifest::{Checkpoint, PointRange, SealedSegment};
+use super::point::Point;
 use super::reach::{Seen, told_by_index};
 use super::recovery::{open_place, walk_open};
 use super::sealed::Shelf;
@@ -16,10 +17,8 @@ use crate::checkpoint::index::ImageIndex;
 use crate::restore::keyring::Keyring;
 use crate::restore::point::PointImage;
 use crate::scrub::ScrubRecord;
-use cdp_protocol::message::PointSummary;
-use cdp_protocol::record::volume_meters::VolumeMeters;
-use cdp_protocol::record::{Commit, Meters, Volume};
-use cdp_protocol::units::{Class, Epoch, FrameHash, Generation, Timestamp, VolumeSlot};
+use cdp_protocol::record::Volume;
+use cdp_protocol::units::{Epoch, Timestamp};
 use cdp_seams::storage::{Storage, StorageFile};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -54,77 +53,6 @@ struct Facts {
     manifest: Manifest,
     /// Damages that have a repair, once that was looked for.
     healed: OnceLock<BTreeSet<(u64, u64)>>,
-}
-
-/// A recovery point.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Point {
-    /// Its number.
-    pub epoch: Epoch,
-    /// Hash of its commit.
-    pub hash: FrameHash,
-    /// The instant of the cut, by the source's clock.
-    pub cut_time: Timestamp,
-    /// When the target received it.
-    pub received: Timestamp,
-    /// How much applications may rely on it.
-    pub class: Class,
-    /// Its name.
-    pub label: Option<String>,
-    /// Whether it is kept from pruning.
-    pub pinned: bool,
-    /// Bytes its epoch takes in the journal, with the parts it stands on.
-    pub bytes: u64,
-    /// What the cut and the epoch amounted to.
-    pub meters: Meters,
-    /// What became of each volume since the point before; empty where its source did not count.
-    pub volumes: Vec<PointVolume>,
-    /// The source's incarnation.
-    pub generation: Generation,
-    /// The lowest epoch number merged into it.
-    pub first_epoch: Epoch,
-    /// The older point the source went on from, where it did.
-    pub after_rollback_to: Option<Epoch>,
-    /// What is damaged that it needs.
-    pub damaged: Option<String>,
-}
-
-impl Point {
-    /// As its source may list it.
-    #[must_use]
-    pub fn summary(self) -> PointSummary {
-        PointSummary {
-            epoch: self.epoch,
-            cut_time: self.cut_time,
-            class: self.class,
-            label: self.label,
-            bytes: self.bytes,
-            cut_us: self.meters.cut_us,
-            cut_rounds: self.meters.cut_rounds,
-        }
-    }
-}
-
-/// What became of a volume since the point before.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct PointVolume {
-    /// Its name; its slot where the point has no volume of that slot.
-    pub name: String,
-    /// By its source's count.
-    #[serde(flatten)]
-    pub meters: VolumeMeters,
-}
-
-impl PointVolume {
-    /// The volumes of a commit, by the names that they have in its attempt.
-    pub(crate) fn of(commit: &Commit, volumes: &[Volume]) -> Vec<Self> {
-        let name = |slot: VolumeSlot| volumes.iter().find(|volume| volume.slot == slot);
-        let named = |(slot, meters): &(VolumeSlot, VolumeMeters)| Self {
-            name: name(*slot).map_or_else(|| slot.to_string(), |volume| volume.name.clone()),
-            meters: *meters,
-        };
-        commit.volumes.iter().map(named).collect()
-    }
 }
 
 /// Points whose reading needs what a damage took.
@@ -543,38 +471,6 @@ impl GroupView {
         match newer.next() {
             Some((points, number)) => (points.first <= epoch).then_some(number),
             None => Some(self.facts.manifest.open),
-        }
-    }
-
-    pub(super) fn to_point(&self, commit: &CommitEntry, reaches: &[(Reach, &Damage)]) -> Point {
-        let epoch = commit.head.epoch;
-        let mark = self.facts.manifest.marks.get(&epoch).cloned().unwrap_or_default();
-        let Mark { label, pinned } = mark;
-        let record = commit.record.as_ref();
-        let hits = |reach: &Reach| reach.0 <= epoch && reach.1.is_none_or(|last| epoch <= last);
-        let hit = reaches.iter().find(|(reach, _)| hits(reach));
-        let damaged =
-            hit.map(|(_, damage)| format!("{} at offset {}: {}", damage.place(), damage.offset, damage.describe()));
-        let lost = || "its commit is damaged".to_owned();
-        let meters = record.map(|record| record.meters).unwrap_or_default();
-        Point {
-            epoch,
-            hash: commit.head.hash,
-            cut_time: commit.cut_time(),
-            received: commit.received,
-            class: record.map_or(Class::Crash, |record| record.class),
-            label: match label {
-                Some(label) => Some(label).filter(|label| !label.is_empty()),
-                None => record.and_then(|record| record.label.clone()),
-            },
-            pinned,
-            bytes: meters.frame_bytes + u64::from(commit.frame_len) + self.part_bytes(commit),
-            meters,
-            volumes: record.map(|record| PointVolume::of(record, &commit.volumes)).unwrap_or_default(),
-            generation: commit.generation,
-            first_epoch: record.map_or(epoch, |record| record.first_epoch),
-            after_rollback_to: record.and_then(|record| record.after_rollback_to),
-            damaged: damaged.or_else(|| record.is_none().then(lost)),
         }
     }
 }

@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock};
 
 use cdp_protocol::message::TargetMessage;
-use cdp_protocol::recall::{Answer, Asked, QUESTIONS_MAX, reason};
+use cdp_protocol::recall::{Answer, Asked, QUESTIONS_MAX, Question, reason};
 use cdp_protocol::units::{GroupId, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
@@ -104,6 +104,9 @@ impl Reading {
             Err(why) => return drop(self.answers.blocking_send(refused(&why))),
         }
         while let Some(Asked { request, volume, question }) = questions.blocking_recv() {
+            if question == Question::Key {
+                info!(office, %group, "the office asks for the group's key");
+            }
             let answers = &self.answers;
             let mut tell = |answer: Answer| answers.blocking_send(TargetMessage::Answer { request, answer }).is_ok();
             let end = match self.reader.answer(volume, &question, &mut tell) {

@@ -129,6 +129,12 @@ impl Recalled {
             Question::Changes { since } => changes(newest, *since, slot, tell),
             Question::Holdings { .. } => self.holdings(slot, &extents, tell),
             Question::Content { .. } => self.content(slot, &extents, tell),
+            Question::Key => {
+                if let Some(keyed) = &self.keyed {
+                    tell(Answer::Key { key: keyed.keys.present().into() });
+                }
+                Ok(())
+            }
         }
     }
 

@@ -268,6 +268,7 @@ fn end(frames: &mut Vec<Vec<u8>>, sealer: &Sealer, epoch: u8, predecessor: Optio
         meters: Meters { cut_rounds: 2, cut_us: 1500, ..Meters::default() },
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     frames.push(sealer.record(Kind::Commit, Sequence(frames.len() as u64), commit.encode()));
 }

@@ -245,6 +245,7 @@ impl Source {
                 },
                 label: None,
                 volumes: vec![],
+                layouts: Vec::new(),
             };
             sealer.record(Kind::Commit, sequence, commit.encode())
         };

@@ -224,6 +224,7 @@ impl Group {
                 meters: Meters { frame_bytes: frames.concat().len() as u64, ..Meters::default() },
                 label: None,
                 volumes: vec![],
+                layouts: Vec::new(),
             };
             (Kind::Commit, commit.encode())
         };

@@ -50,9 +50,9 @@ impl VolumeMeters {
     }
 }
 
-/// Appends the volumes, which come by rising slot.
-pub(super) fn put(out: &mut Vec<u8>, volumes: &[(VolumeSlot, VolumeMeters)]) {
-    if volumes.is_empty() {
+/// Appends the volumes, which come by rising slot; that there are none is told where something follows.
+pub(super) fn put(out: &mut Vec<u8>, volumes: &[(VolumeSlot, VolumeMeters)], is_followed: bool) {
+    if volumes.is_empty() && !is_followed {
         return;
     }
     assert!(volumes.len() <= VOLUMES_MAX, "a group has no more volumes");
@@ -82,7 +82,7 @@ pub(super) fn take(input: &mut Input<'_>) -> Result<Vec<(VolumeSlot, VolumeMeter
         return Ok(Vec::new());
     }
     let count = usize::from(input.u16()?);
-    if !(1..=VOLUMES_MAX).contains(&count) {
+    if count > VOLUMES_MAX || count == 0 && input.is_at_end() {
         return Err(RecordError::Field("volume meters' count"));
     }
     let mut volumes: Vec<(VolumeSlot, VolumeMeters)> = Vec::with_capacity(count);
@@ -142,7 +142,7 @@ mod tests {
     fn volumes_decode_to_what_was_encoded_and_no_other_length_is_taken() {
         let volumes = [(VolumeSlot(2), meters(0x0102, Some(1))), (VolumeSlot(7), meters(u64::MAX - 9, None))].to_vec();
         let mut bytes = Vec::new();
-        put(&mut bytes, &volumes);
+        put(&mut bytes, &volumes, false);
         assert_eq!(bytes.len(), 2 + 2 * 75, "as docs/format/records.md says");
         assert_eq!(bytes[..15], [2, 0, 2, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 4, 1]);
         assert_eq!(taken(&bytes), Ok(volumes));
@@ -156,20 +156,23 @@ mod tests {
     #[test]
     fn a_commit_of_before_has_none_and_gets_none() {
         let mut bytes = Vec::new();
-        put(&mut bytes, &[]);
+        put(&mut bytes, &[], false);
         assert_eq!((bytes.as_slice(), taken(&[])), (&[][..], Ok(Vec::new())));
+        put(&mut bytes, &[], true);
+        assert_eq!(bytes, [0, 0], "something follows");
+        assert_eq!(taken(&bytes), Err(RecordError::Field("volume meters' count")), "nothing does");
     }
 
     #[test]
     fn what_no_program_of_ours_writes_is_refused() {
         let mut one = Vec::new();
-        put(&mut one, &[(VolumeSlot(2), meters(0, None))]);
+        put(&mut one, &[(VolumeSlot(2), meters(0, None))], false);
         let with = |at: usize, byte: u8| {
             let mut bytes = one.clone();
             bytes[at] = byte;
             taken(&bytes)
         };
-        assert_eq!(with(0, 0), Err(RecordError::Field("volume meters' count")));
+        assert_eq!(with(0, 0), Err(RecordError::Length), "what follows is none of it");
         assert_eq!(with(0, 65), Err(RecordError::Field("volume meters' count")));
         assert_eq!(with(4, 2), Err(RecordError::Field("flag")));
         assert_eq!(with(5, 1), Err(RecordError::Field("written bytes")), "it is not counted");

@@ -18,6 +18,7 @@ use crate::escrow::Envelope;
 use crate::frame::{self, Kind};
 use crate::holding::Holding;
 use crate::message::{GroupOpened, Instance, OpenGroup, RefusalReason, TargetMessage, Verdict};
+use crate::record::layouts::Layouts;
 use crate::record::volume_meters::VolumeMeters;
 use crate::record::{Commit, FrameList, Meters, PartChain, PartEnd, Predecessor, Volume};
 use crate::units::{
@@ -83,6 +84,8 @@ pub struct CommitDraft {
     pub label: Option<String>,
     /// What became of each volume, by rising slot.
     pub volumes: Vec<(VolumeSlot, VolumeMeters)>,
+    /// How disks are laid out, where that is not as it was told last.
+    pub layouts: Layouts,
 }
 
 /// What the owner of the group has to know.
@@ -555,6 +558,7 @@ impl CommitDraft {
             meters: self.meters,
             label: self.label.clone(),
             volumes: self.volumes.clone(),
+            layouts: self.layouts.clone(),
         }
     }
 }

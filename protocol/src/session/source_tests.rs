@@ -38,6 +38,7 @@ fn outgoing(epoch: u64, attempt: u8, generation: u64, commit: bool) -> Outgoing 
         after_rollback_to: None,
         label: None,
         volumes: vec![],
+        layouts: Vec::new(),
     };
     let bytes = frames.iter().map(|bytes| bytes.len() as u64).sum();
     let end = if commit { End::Commit(draft) } else { End::Part };

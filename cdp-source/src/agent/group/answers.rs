@@ -3,7 +3,7 @@
 //! Invariant: the memo names a commit before the commit leaves, and a new generation only once all it voids is in
 //! `unacked`.
 
-use super::{Group, Open, RETAIN_EVERY};
+use super::{DiskLayouts, Group, Open, RETAIN_EVERY};
 use crate::agent::status::rfc3339;
 use crate::control::{PointReply, Reply};
 use cdp_protocol::message::{RefusalReason, Verdict};
@@ -96,6 +96,7 @@ impl Group {
             self.ledger.carry_everything();
             self.setup.digests.void();
             self.setup.spool.void(&self.memo);
+            self.setup.layouts.iter_mut().for_each(DiskLayouts::tell_again);
             self.rescan = match verdict {
                 Verdict::New => None,
                 Verdict::Continue => Some("a new generation".into()),

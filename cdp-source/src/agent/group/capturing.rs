@@ -13,6 +13,7 @@ use crate::cut::{self, Cut, CutError, Part};
 use crate::exclusion::Skipping;
 use crate::freeze::Frozen;
 use cdp_protocol::codec::Sealer;
+use cdp_protocol::record::layouts::Layouts;
 use cdp_protocol::session::source::{CommitDraft, End};
 use cdp_protocol::units::{AttemptId, Class, Epoch, Timestamp};
 use cdp_seams::random;
@@ -256,6 +257,7 @@ impl Group {
             after_rollback_to: open.after_rollback_to.filter(|_| first),
             label: label.clone(),
             volumes: self.metering.take(),
+            layouts: self.take_layouts(&capture),
         };
         let point = PointReply { epoch: open.next_epoch, time: capture.cut_time, label, acked: false, class, warning };
         self.captured_epoch = Some(open.next_epoch);
@@ -269,6 +271,15 @@ impl Group {
                 let _ = request.reply.send(Reply::Point(point));
             }
         }
+    }
+
+    /// What is told of the disks of this capture.
+    fn take_layouts(&mut self, capture: &Capture) -> Layouts {
+        let (Some(layouts), Some(devices)) = (&mut self.setup.layouts, &mut self.devices) else {
+            return Layouts::new();
+        };
+        layouts.captured(capture);
+        layouts.take(&mut *devices.reader)
     }
 
     /// Nothing has changed since the last capture. A point that was asked for is made all the same, so that its name has
@@ -303,6 +314,9 @@ impl Group {
     /// Seals a capture under a fresh attempt and hands it to the encoder.
     pub(super) fn send(&mut self, capture: Capture, end: End) {
         let Some(open) = self.open else { return };
+        if let Some(layouts) = self.setup.layouts.as_mut().filter(|_| end == End::Part) {
+            layouts.captured(&capture);
+        }
         let attempt = AttemptId(random::array(&*self.setup.random));
         let group = self.setup.facts.group;
         let sealer = Sealer::new(group, open.next_epoch, open.generation, attempt, &self.setup.data_key);

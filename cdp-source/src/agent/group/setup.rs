@@ -1,5 +1,6 @@
 //! What a group is made of, what happens to it, and what it needs of the world: the seams between its thread and the rest.
 
+use super::DiskLayouts;
 use crate::agent::encoding::Encoded;
 use crate::agent::status::GroupStatus;
 use crate::config::HooksConfig;
@@ -11,6 +12,7 @@ use crate::exclusion::Exclusion;
 use crate::freeze::Freezer;
 use crate::hooks::HookEvent;
 use crate::reader::BlockReader;
+use crate::restore::learn::LearnError;
 use crate::saved::proofs::Proofs;
 use crate::saved::saving::Saver;
 use crate::spool::Spool;
@@ -98,6 +100,10 @@ pub type Connect = Box<dyn FnOnce(Memo) -> Box<dyn Link> + Send>;
 /// Tells in a line which volume of the group is being restored, if one is: it is neither old nor new, and no point is made of it.
 pub type IsRestoring = Box<dyn Fn() -> Option<String> + Send>;
 
+/// Asks the target what its newest point holds of every block, and gives digests that are of it. Is told how many blocks of how many are
+/// done, and answers whether to go on.
+pub type Learner = Box<dyn FnMut(&mut dyn FnMut(u64, u64) -> bool) -> Result<Digests, LearnError> + Send>;
+
 /// The memo beside the tracker's own, for when that is gone with a reboot: told on a new generation and at a clean end, never
 /// for an epoch. Without it a source that lost its tracking would not even know that it had points.
 pub trait KeptMemo: Send {
@@ -147,6 +153,10 @@ pub struct GroupSetup {
     pub encoder: Arc<Encoder>,
     /// What the target holds.
     pub digests: Digests,
+    /// Has digests that are lost come back from the target; none where nothing is sent to one.
+    pub learner: Option<Learner>,
+    /// How its disks are laid out; none where that is told nobody.
+    pub layouts: Option<DiskLayouts>,
     /// What the line has not taken.
     pub spool: Spool,
     /// Time.

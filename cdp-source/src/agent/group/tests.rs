@@ -332,6 +332,8 @@ impl Bench {
             kept_memo: Box::new(NothingKept),
             saver: None,
             proofs: None,
+            learner: None,
+            layouts: None,
             restoring: Box::new(|| None),
             opened: None,
             encoder: Arc::new(Encoder::new(2)),

@@ -21,6 +21,7 @@ const POINT_WAIT_MS: u64 = 120_000;
 /// What is done around a restore.
 pub(super) struct Keeping<'a> {
     args: &'a RestoreArgs,
+    volume: &'a str,
     /// Held where no agent runs, so that none is started.
     agent: Option<Lock>,
     begun: Option<Restoring>,
@@ -29,21 +30,31 @@ pub(super) struct Keeping<'a> {
 }
 
 impl<'a> Keeping<'a> {
-    pub(super) fn new(state: &StateFolder, args: &'a RestoreArgs, begun: Option<Restoring>) -> Result<Self> {
+    pub(super) fn new(
+        state: &StateFolder,
+        args: &'a RestoreArgs,
+        volume: &'a str,
+        begun: Option<Restoring>,
+    ) -> Result<Self> {
         let agent = match state.lock_agent() {
             // Another device is nothing to the agent.
-            Ok(_) if args.to.is_some() => None,
+            Ok(_) if args.other_device().is_some() => None,
             Ok(lock) => Some(lock),
             Err(StateError::Locked { .. }) => None,
             Err(error) => return Err(error.into()),
         };
         let (kept, is_marked) = (begun.as_ref().and_then(|begun| begun.kept), begun.is_some());
-        Ok(Self { args, agent, begun, kept, is_marked })
+        Ok(Self { args, volume, agent, begun, kept, is_marked })
+    }
+
+    /// Whether another device has to be empty: nothing was begun with, and the operator has not said that its content may be lost.
+    pub(super) const fn overwrites_nothing(&self) -> bool {
+        self.begun.is_none() && !self.args.discard_current
     }
 
     /// Another device with something on it is not overwritten unasked, unless it is what was begun with.
     pub(super) fn refuse_content(&self, probe: &Probe) -> Result<()> {
-        let Some(content) = probe.content.filter(|_| self.begun.is_none() && !self.args.discard_current) else {
+        let Some(content) = probe.content.filter(|_| self.overwrites_nothing()) else {
             return Ok(());
         };
         let error = UserError::new(format!("{} holds {content}", probe.device.display()));
@@ -60,9 +71,10 @@ impl<'a> Keeping<'a> {
     }
 
     pub(super) fn marker(&self, slot: VolumeSlot, epoch: Epoch, now_ms: i64) -> Restoring {
-        let RestoreArgs { volume, to, at, .. } = self.args;
+        let to = self.args.other_device();
         let begun = self.begun.as_ref().map_or(Timestamp(now_ms), |begun| begun.begun);
-        let mut marker = Restoring::new(volume, slot, to.as_deref(), (epoch, at), begun);
+        let mut marker = Restoring::new(self.volume, slot, to, (epoch, &self.args.at), begun);
+        marker.is_disk = self.args.disk.is_some();
         marker.kept = self.kept;
         marker
     }

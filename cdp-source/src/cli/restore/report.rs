@@ -1,9 +1,11 @@
 //! What a restore tells: how far it is, what it did, or would do.
 
+use super::machine::Machine;
 use crate::agent::status::rfc3339;
 use crate::cli::RestoreArgs;
 use crate::cli::show::{class_name, print as say, print_json};
 use crate::restore::{Lost, Plan, Progress};
+use crate::state::StateFolder;
 use anyhow::Result;
 use cdp_protocol::recall::OpenedPoint;
 use cdp_protocol::units::{BLOCK_BYTES, Epoch};
@@ -19,10 +21,14 @@ const LOST_LISTED: usize = 10;
 
 /// What it came to.
 pub(super) struct Outcome {
+    /// The volume's name.
+    pub(super) volume: String,
     pub(super) plan: Plan,
     pub(super) device: PathBuf,
     /// Bytes that came over the line.
     pub(super) line_bytes: u64,
+    /// What is said of a whole disk.
+    pub(super) machine: Option<Machine>,
     pub(super) done: Done,
 }
 
@@ -92,11 +98,20 @@ fn bytes(blocks: u64) -> u64 {
 }
 
 /// Prints it; 1 where blocks of the point could not be had.
-pub(super) fn print(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Result<ExitCode> {
+pub(super) fn print(
+    state: &StateFolder,
+    args: &RestoreArgs,
+    point: &OpenedPoint,
+    outcome: &Outcome,
+) -> Result<ExitCode> {
     if args.json {
         print_json(&document(args, point, outcome))?;
     } else {
         say(&text(args, point, outcome))?;
+        if let Some(machine) = &outcome.machine {
+            say(&machine.text())?;
+            machine.hints(state.root(), &outcome.device);
+        }
     }
     let Plan { lost, .. } = &outcome.plan;
     if lost.is_empty() {
@@ -115,10 +130,10 @@ pub(super) fn print(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) 
 }
 
 fn text(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> String {
-    let Outcome { plan, device, line_bytes, done } = outcome;
+    let Outcome { volume: name, plan, device, line_bytes, done, .. } = outcome;
     let label = point.label.as_ref().map_or_else(String::new, |label| format!(" {label:?}"));
     let of = format!("point {}{label} of {}", point.head.epoch, rfc3339(point.cut_time));
-    let (name, device, differing) = (&args.volume, device.display(), bytes(plan.differing_blocks()));
+    let (device, differing) = (device.display(), bytes(plan.differing_blocks()));
     let zeros = bytes(plan.zero.len());
     let copied = if args.to.is_some() {
         format!(", {} of them on the old volume", bytes(plan.copied_blocks))
@@ -155,11 +170,11 @@ fn duration(seconds: f64) -> String {
 }
 
 fn document(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Value {
-    let Outcome { plan, device, line_bytes, done } = outcome;
+    let Outcome { volume, plan, device, line_bytes, machine, done } = outcome;
     let lost = |lost: &Lost| json!({ "start": lost.extent.start, "count": lost.extent.count, "reason": lost.reason });
     let mut document = json!({
         "group": args.group,
-        "volume": args.volume,
+        "volume": volume,
         "device": device,
         "point": {
             "epoch": point.head.epoch,
@@ -176,6 +191,9 @@ fn document(args: &RestoreArgs, point: &OpenedPoint, outcome: &Outcome) -> Value
         "line_bytes": line_bytes,
         "lost": plan.lost.iter().map(lost).collect::<Vec<_>>(),
     });
+    if let Some(machine) = machine {
+        document["disk"] = machine.document();
+    }
     match done {
         Done::Looked(estimate) => {
             document["estimate"] = json!({

@@ -32,6 +32,7 @@ fn merged_of(bytes: &[(usize, u64)]) -> Option<Epoch> {
             after_rollback_to: None,
             label: None,
             volumes: Vec::new(),
+            layouts: Vec::new(),
         });
         spool.push(outgoing, blocks);
     }

@@ -312,6 +312,8 @@ impl Office {
             kept_memo: Box::new(KeptBefore(self.kept.clone())),
             saver: None,
             proofs: None,
+            learner: None,
+            layouts: None,
             restoring: Box::new(move || restoring.lock().expect("no panic").clone()),
             opened: None,
             encoder: Arc::new(Encoder::inline()),
