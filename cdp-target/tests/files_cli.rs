@@ -6,7 +6,7 @@ mod cli_support;
 mod files_support;
 
 use cli_support::{GROUP, Store, program};
-use files_support::{Image, has, pattern, text};
+use files_support::{Image, assert_clean, can_mount, command, has, pattern, text};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ fn files<'a>(more: &[&'a str]) -> Vec<&'a str> {
 
 #[test]
 fn files_are_listed_printed_and_copied() {
-    if !has("mkfs.ext4") {
+    if !(has("mkfs.ext4") && can_mount()) {
         return;
     }
     let store = Store::new();
@@ -130,7 +130,7 @@ fn disk(store: &Store, table: &str, partitions: &[(usize, &[u8])]) -> Vec<u8> {
 
 #[test]
 fn partitions_are_seen_through_and_told_where_one_has_to_be_named() {
-    if !(has("mkfs.ext4") && has("sfdisk") && has("mkfs.vfat") && has("mkfs.ntfs")) {
+    if !(can_mount() && ["mkfs.ext4", "sfdisk", "mkfs.vfat", "mkfs.ntfs"].into_iter().all(has)) {
         return;
     }
     let store = Store::new();
@@ -160,19 +160,14 @@ fn partitions_are_seen_through_and_told_where_one_has_to_be_named() {
     assert_eq!(lines[0], ["PARTITION", "SIZE", "FILE_SYSTEM", "LABEL"]);
     assert_eq!(
         lines[1..],
-        [
-            ["1", "4.0", "MiB", "fat", "BOOT"],
-            ["2", "16.0", "MiB", "ext4", "office"],
-            ["3", "8.0", "MiB", "ntfs", "Daten"]
-        ]
+        [["1", "4.0", "MiB", "fat", "BOOT"], ["2", "16.0", "MiB", "ext4", "office"], ["3", "8.0", "MiB", "ntfs", "-"]]
     );
     let document = store.json(&["files", "paris/main/gpt", "--at", "1", "ls", "--json"]);
     assert_eq!(
         (&document["partitions"][1]["label"], &document["partitions"][1]["offset"]),
         (&"office".into(), &(12_288 * 512).into())
     );
-    let which =
-        &["several partitions have files", "1 (fat `BOOT`), 2 (ext4 `office`), 3 (ntfs `Daten`)", "--partition"];
+    let which = &["several partitions have files", "1 (fat `BOOT`), 2 (ext4 `office`), 3 (ntfs)", "--partition"];
     store.refused(&["files", "paris/main/gpt", "--at", "1", "ls", "/srv"], which);
     store.refused(&["files", "paris/main/gpt", "--at", "1", "cat", "srv/notes"], which);
     assert_eq!(
@@ -189,23 +184,37 @@ fn partitions_are_seen_through_and_told_where_one_has_to_be_named() {
     store.refused(&["files", "paris/main/mbr", "--at", "1", "--partition", "1", "ls"], &["partition 1 is blank"]);
 }
 
-/// Names and links that would lead out of the destination.
+/// Names and links that would lead out of the mount, or of the destination.
 #[test]
-fn nothing_is_written_outside_of_the_destination() {
-    if !has("mkfs.ext4") {
+fn nothing_is_read_outside_of_the_mount_or_written_outside_of_the_destination() {
+    if !(has("mkfs.ext4") && can_mount()) {
         return;
     }
     let store = Store::new();
-    let outside = store.path("outside");
+    let (outside, secret) = (store.path("outside"), store.path("secret"));
     std::fs::create_dir(&outside).expect("made");
+    std::fs::write(&secret, b"of this machine").expect("written");
     let mut image = ext4(&store, 16, |at| {
-        for name in ["..Xescape", "slaXsh", "nulX", "plain"] {
-            std::fs::write(at.join(name), name).expect("written");
+        for (folder, name) in [("dots", "..Xescape"), ("slash", "slaXsh"), ("nul", "nulX"), ("good", "plain")] {
+            std::fs::create_dir(at.join(folder)).expect("made");
+            std::fs::write(at.join(folder).join(name), name).expect("written");
         }
         // A link, and a folder that will have its name.
-        std::os::unix::fs::symlink(&outside, at.join("twin1")).expect("made");
-        std::fs::create_dir(at.join("twin2")).expect("made");
-        std::fs::write(at.join("twin2/evil"), b"evil").expect("written");
+        std::fs::create_dir(at.join("twins")).expect("made");
+        std::os::unix::fs::symlink(&outside, at.join("twins/twin1")).expect("made");
+        std::fs::create_dir(at.join("twins/twin2")).expect("made");
+        std::fs::write(at.join("twins/twin2/evil"), b"evil").expect("written");
+        std::fs::write(at.join("hostname"), b"of the office").expect("written");
+        let up = "../".repeat(40);
+        for (link, target) in [
+            ("good/absolute", text(&secret).to_owned()),
+            ("good/up", format!("{up}{}", text(&secret))),
+            ("good/magic", format!("/proc/self/root{}", text(&secret))),
+            ("good/within", format!("{up}hostname")),
+            ("good/ring", "ring".to_owned()),
+        ] {
+            std::os::unix::fs::symlink(target, at.join(link)).expect("made");
+        }
     });
     for (from, to) in
         [(&b"..Xescape"[..], &b"../escape"[..]), (b"slaXsh", b"sla/sh"), (b"nulX", b"nul\0"), (b"twin2", b"twin1")]
@@ -218,29 +227,27 @@ fn nothing_is_written_outside_of_the_destination() {
         image[places[0]..places[0] + to.len()].copy_from_slice(to);
     }
     store.fill_with_volumes(&[vec![("root", &image)]]);
+    for path in ["good/absolute", "good/up", "good/magic"] {
+        store.refused(&files(&["cat", path]), &["there is no such file or folder"]);
+    }
+    store.refused(&files(&["cat", "good/ring"]), &["there are too many symbolic links on its way"]);
+    store.refused(&files(&["cat", text(&secret)]), &["there is no such file or folder"]);
+    assert_eq!(store.done(&files(&["cat", "good/within", "../../hostname"])), "of the officeof the office");
     let copied = store.path("copied");
     for force in [&[][..], &["--force"]] {
-        let arguments = files(&[&["cp", "-r", "/", text(&copied)], force].concat());
-        let output = store.run(&arguments);
+        let output = store.run(&files(&[&["cp", "-r", "/", text(&copied)], force].concat()));
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
-        for word in [
-            "`../escape` is no name",
-            "`sla/sh` is no name",
-            "`nul\\x00` is no name",
-            "`twin1` exists",
-            "4 files or folders could not be copied",
-        ] {
+        // The kernel gives no name with a slash, and of one with a zero what is in front of it.
+        for word in ["copy /dots: ", "copy /slash: ", "copy /nul/nul: ", "`twin1` exists", "could not be copied"] {
             assert!(said.contains(word), "{word:?} is not in: {said}");
         }
-        assert_eq!(std::fs::read(copied.join("plain")).expect("the rest is copied"), b"plain");
+        assert_eq!(std::fs::read(copied.join("good/plain")).expect("the rest is copied"), b"plain");
+        assert_eq!(std::fs::read_link(copied.join("good/absolute")).expect("as it is"), secret);
         assert_eq!(std::fs::read_dir(&outside).expect("listed").count(), 0);
-        assert!(!store.path("escape").exists());
-        let _ = std::fs::remove_file(copied.join("twin1"));
+        assert!(!store.path("escape").exists() && !copied.join("escape").exists());
         std::fs::remove_dir_all(&copied).expect("removed");
     }
-    let listed = store.done(&files(&["ls"]));
-    assert!(listed.contains("nul\\x00"), "{listed}");
 }
 
 /// The segment of the group, and the frames in it.
@@ -254,7 +261,7 @@ fn frames(store: &Store) -> (PathBuf, Vec<Value>) {
 
 #[test]
 fn lost_blocks_are_named_and_the_rest_is_given() {
-    if !has("mkfs.ext4") {
+    if !(has("mkfs.ext4") && can_mount()) {
         return;
     }
     let store = Store::new();
@@ -271,14 +278,18 @@ fn lost_blocks_are_named_and_the_rest_is_given() {
     bytes[(frame["offset"].as_u64().expect("a number") + frame["bytes"].as_u64().expect("a number") / 2) as usize] ^= 1;
     std::fs::write(&segment, bytes).expect("written");
 
-    let output = store.run(&files(&["cat", "srv/large"]));
+    let scratch = store.path("scratch");
+    let output = command(&store, &scratch, &["cat", "srv/large"]).output().expect("started");
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(
-        said.contains("read srv/large of paris/main/root") && said.contains("of the volume cannot be read"),
-        "{said}"
-    );
-    assert!(said.contains("hint: `cdp-target verify`"), "{said}");
+    for word in [
+        "read srv/large of paris/main/root",
+        "of it cannot be read: input/output error",
+        "offset=",
+        "hint: `cdp-target verify`",
+    ] {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
     let whole = pattern(12 * MIB, 1);
     assert!(
         !output.stdout.is_empty() && whole.starts_with(&output.stdout),
@@ -292,11 +303,12 @@ fn lost_blocks_are_named_and_the_rest_is_given() {
     let names: Vec<_> =
         std::fs::read_dir(&copied).expect("listed").map(|entry| entry.expect("an entry").file_name()).collect();
     assert_eq!(names, ["small"], "nothing is left of what is not whole");
+    assert_clean(&scratch);
 }
 
 #[test]
 fn an_interrupted_copy_leaves_no_half_file() {
-    if !has("mkfs.ext4") {
+    if !(has("mkfs.ext4") && can_mount()) {
         return;
     }
     let store = Store::new();
@@ -304,16 +316,12 @@ fn an_interrupted_copy_leaves_no_half_file() {
     store.fill_with_volumes(&[vec![("root", &image)]]);
     let folder = store.path("folder");
     std::fs::create_dir(&folder).expect("made");
-    let child = program()
-        .args(files(&["cp", "large", text(&folder)]))
-        .env("CDP_TARGET_DATA", store.data())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("started");
+    let scratch = store.path("scratch");
+    let mut command = command(&store, &scratch, &["cp", "large", text(&folder)]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started");
     let (pid, start) = (Pid::from_child(&child), Instant::now());
     while std::fs::read_dir(&folder).expect("listed").count() == 0 {
-        assert!(start.elapsed() < Duration::from_secs(60), "a file is waited for in vain");
+        assert!(start.elapsed() < Duration::from_secs(120), "a file is waited for in vain");
         std::thread::yield_now();
     }
     // Stopped while it is told: it has no time to be ready before.
@@ -324,6 +332,8 @@ fn an_interrupted_copy_leaves_no_half_file() {
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert!(String::from_utf8_lossy(&ended.stderr).contains("interrupted"), "{ended:?}");
     assert_eq!(std::fs::read_dir(&folder).expect("listed").count(), 0);
+    assert_clean(&scratch);
+    assert_eq!(std::fs::read_dir(&scratch).expect("listed").count(), 0);
 }
 
 #[test]
@@ -332,14 +342,11 @@ fn what_has_no_files_says_what_it_is() {
     let (mut swap, mut luks) = (vec![0; MIB], vec![0; MIB]);
     swap[4086..4096].copy_from_slice(b"SWAPSPACE2");
     luks[..6].copy_from_slice(b"LUKS\xba\xbe");
-    let mut short = vec![0; 4096];
-    short[1080..1082].copy_from_slice(&[0x53, 0xef]);
-    store.fill_with_volumes(&[vec![("swap", &swap), ("luks", &luks), ("short", &short), ("blank", &vec![0; MIB])]]);
+    store.fill_with_volumes(&[vec![("swap", &swap), ("luks", &luks), ("blank", &vec![0; MIB])]]);
     for (volume, words) in [
         ("swap", "volume swap is a swap area"),
         ("luks", "volume luks is encrypted (LUKS)"),
         ("blank", "volume blank is blank"),
-        ("short", "the file system is damaged: its superblock"),
     ] {
         store.refused(&["files", &format!("paris/main/{volume}"), "--at", "latest", "cat", "x"], &[words]);
     }

@@ -10,8 +10,7 @@ use crate::control::ControlError;
 use crate::drill::DrillError;
 use crate::enroll::EnrollError;
 use crate::files::copy::CopyError;
-use crate::files::kernel::KernelError;
-use crate::files::tree::TreeError;
+use crate::files::error::{KernelError, TreeError};
 use crate::journal::JournalError;
 use crate::maintenance::ClockError;
 use crate::nbd::overlay::OverlayError;
@@ -349,14 +348,14 @@ fn tree(error: &TreeError) -> (Fault, Option<&'static str>) {
         }
         TreeError::IsAFolder => (Fault::User, Some("`ls` lists it, `cp -r` copies it")),
         TreeError::Special(_) | TreeError::Encrypted | TreeError::Interrupted => (Fault::User, None),
-        TreeError::Unsupported(_) => {
-            (Fault::User, Some("`cdp-target nbd` serves the point as a disk, to any program that knows it"))
-        }
+        TreeError::TooDeep(_) => (Fault::User, Some("name a folder further down")),
         TreeError::Damaged(_) => {
             (Fault::User, Some("`cdp-target drill` has the file system checked; take an older point"))
         }
-        TreeError::Lost { .. } => (Fault::User, Some("`cdp-target verify` names the damaged points; take another one")),
-        TreeError::System(_) => (Fault::Ours, None),
+        TreeError::Lost { .. } | TreeError::Unreadable(_) => {
+            (Fault::User, Some("`cdp-target verify` names the damaged points; take another one"))
+        }
+        TreeError::System { .. } => (Fault::Ours, None),
     }
 }
 
@@ -381,10 +380,16 @@ fn kernel(error: &KernelError) -> (Fault, Option<&'static str>) {
         KernelError::NotRoot => {
             (Fault::User, Some("run it as root; or serve the point as a disk: `cdp-target nbd --help`"))
         }
-        KernelError::NoProgram { program: "nbdfuse", .. } => {
+        KernelError::NoProgram { program: "nbdfuse" } => {
             (Fault::User, Some("install it: `apt install libnbd-bin`, or `nbdfuse` where that is a package of its own"))
         }
+        KernelError::NoProgram { program: "ntfs-3g" } => {
+            (Fault::User, Some("install it, or take a kernel with ntfs3: `apt install ntfs-3g`"))
+        }
         KernelError::NoProgram { .. } => (Fault::User, Some("install it: `apt install util-linux mount`")),
+        KernelError::NoDriver { .. } => {
+            (Fault::User, Some("serve the point as a disk to a machine whose kernel has it: `cdp-target nbd --help`"))
+        }
         KernelError::Mount(_) => {
             (Fault::User, Some("`cdp-target drill` has the file system checked; take an older point"))
         }

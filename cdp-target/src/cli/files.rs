@@ -23,9 +23,6 @@ pub(super) struct Arguments {
     /// The partition, by its number. Not needed where one only has files.
     #[arg(long, value_name = "NUMBER", global = true)]
     partition: Option<u32>,
-    /// Lets the kernel read the file system, through a read-only mount, although there is a reader here. Only root may.
-    #[arg(long, global = true)]
-    kernel: bool,
     #[command(flatten)]
     data: DataFolder,
     #[command(subcommand)]
@@ -88,7 +85,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         What::Cp(cp) => ("copy", Some(cp.path.clone())),
     };
     let path =
-        path.map_or_else(String::new, |path| format!("{} of ", crate::files::tree::shown(path.as_encoded_bytes())));
+        path.map_or_else(String::new, |path| format!("{} of ", crate::files::name::shown(path.as_encoded_bytes())));
     let context = format!("{verb} {path}{} at {}", arguments.volume, arguments.at);
     files(arguments).map_err(|failure| failure.context(context))
 }

@@ -7,7 +7,9 @@
 mod dress;
 mod place;
 
-use super::tree::{Entry, Id, Kind, Node, Piece, Tree, TreeError, Way, is_safe_name, shown};
+use super::error::TreeError;
+use super::name::{is_safe_name, shown};
+use super::tree::{DEPTH_MAX, Entry, Item, Kind, Node, Piece};
 use dress::{Dress, attributes, times};
 use place::Partial;
 pub(crate) use place::Place;
@@ -92,8 +94,6 @@ pub(crate) struct Copied {
 
 /// A copy under way.
 pub(crate) struct Copying<'a> {
-    /// What is read.
-    pub(crate) tree: &'a dyn Tree,
     /// Whether what is there may be replaced.
     pub(crate) force: bool,
     /// Whether folders are copied with what is in them.
@@ -108,25 +108,25 @@ pub(crate) struct Copying<'a> {
     pub(crate) failed: &'a dyn Fn(&[u8], &CopyError),
     /// What was done.
     pub(crate) copied: Copied,
-    /// The folders that it is in.
-    pub(crate) way: Way,
+    /// How many folders it is in.
+    pub(crate) depth: usize,
 }
 
 impl Copying<'_> {
-    /// Copies what `id` names to a place. What of a folder cannot be copied is told, and the rest is.
+    /// Copies an item to a place. What of a folder cannot be copied is told, and the rest is.
     ///
     /// # Errors
     /// Where it cannot be copied, or nothing more can.
-    pub(crate) fn copy(&mut self, id: Id, path: &[u8], place: &Place<'_>) -> Result<(), CopyError> {
+    pub(crate) fn copy(&mut self, item: &Item, path: &[u8], place: &Place<'_>) -> Result<(), CopyError> {
         if self.stop.load(Ordering::Relaxed) {
             return Err(TreeError::Interrupted.into());
         }
-        let node = self.tree.node(id)?;
+        let node = item.node()?;
         match node.kind {
-            Kind::File => self.file(id, &node, place),
+            Kind::File => self.file(item, &node, place),
             Kind::Folder if !self.recursive => Err(CopyError::Folder),
-            Kind::Folder => self.folder(id, path, &node, place),
-            Kind::Link => self.link(id, &node, place),
+            Kind::Folder => self.folder(item, path, &node, place),
+            Kind::Link => self.link(item, &node, place),
             Kind::Special(_) => {
                 self.copied.special += 1;
                 Ok(())
@@ -134,21 +134,23 @@ impl Copying<'_> {
         }
     }
 
-    fn folder(&mut self, id: Id, path: &[u8], node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
-        self.way.enter(id)?;
-        let copied = self.folder_within(id, path, node, place);
-        self.way.leave();
+    fn folder(&mut self, item: &Item, path: &[u8], node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
+        if self.depth >= DEPTH_MAX {
+            return Err(TreeError::TooDeep(DEPTH_MAX).into());
+        }
+        self.depth += 1;
+        let copied = self.folder_within(item, path, node, place);
+        self.depth -= 1;
         copied
     }
 
-    fn folder_within(&mut self, id: Id, path: &[u8], node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
-        let mut entries = self.tree.list(id)?;
-        entries.sort_by(|left, right| left.name.cmp(&right.name));
+    fn folder_within(&mut self, item: &Item, path: &[u8], node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
+        let entries = item.list()?;
         let folder = place.make_folder(self.force, Dress::of(node, self.is_root).making())?;
-        for Entry { name, id, .. } in entries {
+        for Entry { name, item } in entries {
             let below = [path, b"/", &name].concat();
             let copied = if is_safe_name(&name) {
-                self.copy(id, &below, &Place { folder: &folder, name: &name })
+                self.copy(&item, &below, &Place { folder: &folder, name: &name })
             } else {
                 Err(CopyError::Name(name))
             };
@@ -161,13 +163,13 @@ impl Copying<'_> {
                 Ok(()) => {}
             }
         }
-        self.dress(id, node, &folder, place.name)?;
+        self.dress(item, node, &folder, place.name)?;
         self.copied.folders += 1;
         Ok(())
     }
 
-    fn file(&mut self, id: Id, node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
-        let mut content = self.tree.open(id)?;
+    fn file(&mut self, item: &Item, node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
+        let mut content = item.content()?;
         let partial = Partial::make(place, Dress::of(node, self.is_root).making())?;
         let (mut buffer, mut at) = (vec![0; BUFFER_BYTES], 0);
         let failed = || CopyError::write(place.name);
@@ -187,15 +189,15 @@ impl Copying<'_> {
             at += len;
         }
         rustix::fs::ftruncate(partial.file(), at).map_err(failed())?;
-        self.dress(id, node, partial.file(), place.name)?;
+        self.dress(item, node, partial.file(), place.name)?;
         partial.publish(self.force)?;
         self.copied.files += 1;
         self.copied.bytes += at;
         Ok(())
     }
 
-    fn link(&mut self, id: Id, node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
-        let target = self.tree.link(id)?;
+    fn link(&mut self, item: &Item, node: &Node, place: &Place<'_>) -> Result<(), CopyError> {
+        let target = item.link()?;
         if target.is_empty() || target.contains(&0) {
             return Err(TreeError::Damaged("the link leads to no name".into()).into());
         }
@@ -214,17 +216,15 @@ impl Copying<'_> {
     }
 
     /// Gives a file or folder its owner, its mode, its attributes and its times.
-    fn dress(&mut self, id: Id, node: &Node, file: &OwnedFd, name: &[u8]) -> Result<(), CopyError> {
+    fn dress(&mut self, item: &Item, node: &Node, file: &OwnedFd, name: &[u8]) -> Result<(), CopyError> {
         let dress = Dress::of(node, self.is_root);
         if let Some((user, group)) = dress.owner() {
             rustix::fs::fchown(file, Some(user), Some(group)).map_err(CopyError::write(name))?;
-        } else if node.owner.is_some() {
+        } else {
             self.copied.without_owner += 1;
         }
-        if let Some(mode) = dress.mode() {
-            rustix::fs::fchmod(file, mode).map_err(CopyError::write(name))?;
-        }
-        if !attributes(self.tree, id, file)? {
+        rustix::fs::fchmod(file, dress.mode()).map_err(CopyError::write(name))?;
+        if !attributes(item, file)? {
             self.copied.without_attributes += 1;
         }
         rustix::fs::futimens(file, &times(node)).map_err(CopyError::write(name))

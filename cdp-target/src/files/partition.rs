@@ -2,14 +2,11 @@
 //!
 //! What partitions there are, and what begins in them, is found by the drill's own look at a volume (`drill::probe`).
 
-use super::ntfs::Ntfs;
-use super::tree::TreeError;
-use super::volume::{Window, le, read_disk};
+use super::error::TreeError;
 use crate::drill::probe::{Kind, Layout, Place, probe};
 use crate::nbd::Disk;
+use crate::nbd::disk::Run;
 use std::io;
-use std::rc::Rc;
-use std::sync::Arc;
 
 /// A partition, or the whole volume where it has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,27 +23,39 @@ pub(crate) struct Partition {
 ///
 /// # Errors
 /// Where it cannot be read.
-pub(crate) fn partitions(disk: &Arc<Disk>) -> Result<(Vec<Partition>, Vec<String>), TreeError> {
+pub(crate) fn partitions(disk: &Disk) -> Result<(Vec<Partition>, Vec<String>), TreeError> {
     let read = |offset: u64, buffer: &mut [u8]| read_disk(disk, offset, buffer).map_err(io::Error::other);
     let Layout { places, broken, .. } = probe(&read, disk.size_bytes()).map_err(lost)?;
     let look = |place: Place| {
         let mut start = vec![0; place.bytes.min(68 << 10) as usize];
         // A label is worth no failure: whoever reads the file system hears of it.
         let _ = read_disk(disk, place.offset, &mut start);
-        let label = match place.kind {
-            Kind::Ntfs => ntfs_label(disk, &place),
-            kind => label(kind, &start),
-        };
-        Partition { place, file_system: file_system(place.kind, &start), label }
+        Partition { place, file_system: file_system(place.kind, &start), label: label(place.kind, &start) }
     };
     Ok((places.into_iter().map(look).collect(), broken))
+}
+
+/// Reads bytes of a disk.
+fn read_disk(disk: &Disk, offset: u64, buffer: &mut [u8]) -> Result<(), TreeError> {
+    let mut at = 0;
+    let read = disk.read(offset, buffer.len() as u64, &mut |run| match run {
+        Run::Bytes(bytes) => {
+            buffer[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        }
+        Run::Zeros(len) => {
+            buffer[at..at + len as usize].fill(0);
+            at += len as usize;
+        }
+    });
+    read.map_err(|error| TreeError::Lost { offset: error.offset, reason: error.reason })
 }
 
 /// The error of the disk that a look at it gave.
 fn lost(error: io::Error) -> TreeError {
     match error.downcast::<TreeError>() {
         Ok(error) => error,
-        Err(error) => TreeError::System(error),
+        Err(error) => TreeError::System { what: "look at the volume".into(), source: error },
     }
 }
 
@@ -57,9 +66,14 @@ impl Partition {
     }
 }
 
+fn bit(start: &[u8], at: usize, mask: u8) -> bool {
+    start.get(at).is_some_and(|byte| byte & mask != 0)
+}
+
 fn file_system(kind: Kind, start: &[u8]) -> &'static str {
     match kind {
-        Kind::Ext => match (le::<4>(start, 1024 + 0x60) & 0x40 != 0, le::<4>(start, 1024 + 0x5c) & 4 != 0) {
+        // Of the superblock's features: extents, and a journal.
+        Kind::Ext => match (bit(start, 1024 + 0x60, 0x40), bit(start, 1024 + 0x5c, 4)) {
             (true, _) => "ext4",
             (false, true) => "ext3",
             (false, false) => "ext2",
@@ -77,11 +91,7 @@ fn file_system(kind: Kind, start: &[u8]) -> &'static str {
     }
 }
 
-/// The label of NTFS, which is a file's.
-fn ntfs_label(disk: &Arc<Disk>, place: &Place) -> Option<String> {
-    Ntfs::open(Rc::new(Window::new(Arc::clone(disk), place.offset, place.bytes))).ok()?.label()
-}
-
+/// The label, where it stands at the beginning: that of NTFS is in a file.
 fn label(kind: Kind, start: &[u8]) -> Option<String> {
     let text = |at: usize, len: usize| start.get(at..at + len);
     let bytes = match kind {
@@ -93,6 +103,6 @@ fn label(kind: Kind, start: &[u8]) -> Option<String> {
         _ => None,
     }?;
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    let label = super::tree::shown(bytes[..end].trim_ascii_end());
+    let label = super::name::shown(bytes[..end].trim_ascii_end());
     Some(label).filter(|label| !label.is_empty() && label != "NO NAME")
 }

@@ -26,13 +26,13 @@ struct Part {
 }
 
 /// The threads that read ahead; they end when it is dropped.
-pub(crate) struct Ahead {
+pub(super) struct Ahead {
     queue: SyncSender<Part>,
 }
 
 impl Ahead {
     /// Starts them; those that cannot be started are done without.
-    pub(crate) fn start() -> Self {
+    pub(super) fn start() -> Self {
         let (queue, parts) = sync_channel(QUEUE_MAX);
         let parts = Arc::new(Mutex::new(parts));
         for _ in 0..THREADS {
@@ -46,7 +46,7 @@ impl Ahead {
     }
 
     /// Has some bytes of a disk read, as far as there is room in the queue.
-    pub(crate) fn read(&self, disk: &Arc<Disk>, offset: u64, len: u64) {
+    pub(super) fn read(&self, disk: &Arc<Disk>, offset: u64, len: u64) {
         let end = (offset + len).min(disk.size_bytes());
         let mut at = offset;
         while at < end {
@@ -71,7 +71,7 @@ fn work(parts: &Mutex<Receiver<Part>>) {
 
 /// Follows one connection's reads.
 #[derive(Default)]
-pub(crate) struct Sequence {
+pub(super) struct Sequence {
     /// Where the last read ended, and how many bytes were read up to there without a gap.
     end: u64,
     bytes: u64,
@@ -81,7 +81,7 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// A read; gives what to read ahead: from where on and how many bytes.
-    pub(crate) fn read(&mut self, offset: u64, len: u64) -> Option<(u64, u64)> {
+    pub(super) fn read(&mut self, offset: u64, len: u64) -> Option<(u64, u64)> {
         // Several requests may be under way, and come a little out of order.
         let is_next = offset <= self.end + SEQUENTIAL_BYTES && offset + SEQUENTIAL_BYTES >= self.end;
         if !is_next {

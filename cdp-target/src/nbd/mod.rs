@@ -8,7 +8,7 @@
 //!
 //! Blocking threads, and none of them a tokio worker. Nothing here writes to the store.
 
-pub(crate) mod ahead;
+mod ahead;
 mod channel;
 mod connection;
 pub(crate) mod disk;

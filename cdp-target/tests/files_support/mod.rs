@@ -3,10 +3,12 @@
 #![allow(dead_code, reason = "each test uses a part")]
 #![allow(clippy::disallowed_methods, reason = "a test of the whole program looks at real files")]
 
+use crate::cli_support::{Store, program};
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
@@ -16,9 +18,17 @@ pub(crate) fn has(program: &str) -> bool {
     may_skip(found, program)
 }
 
-/// Whether file systems can be mounted here.
+/// Whether file systems can be mounted here, and those of points, too.
 pub(crate) fn can_mount() -> bool {
-    may_skip(rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists(), "mounting")
+    let is_root = rustix::process::geteuid().is_root();
+    may_skip(is_root && Path::new("/dev/loop-control").exists(), "mounting") && has("nbdfuse") && has("losetup")
+}
+
+/// Whether the kernel has a file system; some are built without, and no package mends that.
+pub(crate) fn kernel_has(name: &str) -> bool {
+    let _ = Command::new("/sbin/modprobe").args(["--quiet", name]).output();
+    let list = std::fs::read_to_string("/proc/filesystems").expect("there");
+    list.lines().any(|line| line.split_whitespace().last() == Some(name))
 }
 
 fn may_skip(found: bool, what: &str) -> bool {
@@ -93,36 +103,73 @@ impl Drop for Mounted {
     }
 }
 
-/// What is at a path: its kind, mode, owner, time, attributes and content.
-type Facts = (String, BTreeMap<Vec<u8>, Vec<u8>>);
+/// What is at each path of a folder: its kind and content, its mode, owner and time, its attributes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Facts(BTreeMap<PathBuf, Fact>);
 
-/// All that is in a folder, by path.
-fn facts(at: &Path, below: &Path, compared: Compared, facts_of: &mut BTreeMap<PathBuf, Facts>) {
-    for entry in std::fs::read_dir(at.join(below)).expect("listed") {
-        let below = below.join(entry.expect("an entry").file_name());
-        let path = at.join(&below);
-        let known = std::fs::symlink_metadata(&path).expect("there");
-        let content = match known.file_type() {
-            kind if kind.is_file() => format!("file {}", blake3::hash(&std::fs::read(&path).expect("read"))),
-            kind if kind.is_dir() => "folder".to_owned(),
-            kind if kind.is_symlink() => format!("link {}", std::fs::read_link(&path).expect("read").display()),
-            // Left out.
-            _ => continue,
-        };
-        let owner = if compared == Compared::All {
-            format!("{:o} {}:{}", known.mode(), known.uid(), known.gid())
-        } else {
-            String::new()
-        };
-        let size = if known.is_file() { known.len() } else { 0 };
-        let modified = match compared {
-            Compared::All => (known.mtime(), known.mtime_nsec()),
-            Compared::Times => (known.mtime(), 0),
-            Compared::Bytes => (0, 0),
-        };
-        facts_of.insert(below.clone(), (format!("{content} {owner} {size} {modified:?}"), attributes(&path)));
-        if known.is_dir() {
-            facts(at, &below, compared, facts_of);
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fact {
+    content: String,
+    mode: u32,
+    owner: (u32, u32),
+    modified: (i64, i64),
+    attributes: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+impl Facts {
+    /// All that is below a folder, but for devices, sockets and pipes.
+    pub(crate) fn of(at: &Path) -> Self {
+        let mut facts = Self(BTreeMap::new());
+        facts.add(at, Path::new(""));
+        assert!(facts.0.len() > 5, "too little to compare: {facts:?}");
+        facts
+    }
+
+    fn add(&mut self, at: &Path, below: &Path) {
+        for entry in std::fs::read_dir(at.join(below)).expect("listed") {
+            let below = below.join(entry.expect("an entry").file_name());
+            let path = at.join(&below);
+            let known = std::fs::symlink_metadata(&path).expect("there");
+            let content = match known.file_type() {
+                kind if kind.is_file() => format!("file {}", blake3::hash(&std::fs::read(&path).expect("read"))),
+                kind if kind.is_dir() => "folder".to_owned(),
+                kind if kind.is_symlink() => format!("link {}", std::fs::read_link(&path).expect("read").display()),
+                _ => continue,
+            };
+            let fact = Fact {
+                content,
+                mode: known.mode(),
+                owner: (known.uid(), known.gid()),
+                modified: (known.mtime(), known.mtime_nsec()),
+                attributes: attributes(&path),
+            };
+            self.0.insert(below.clone(), fact);
+            if known.is_dir() {
+                self.add(at, &below);
+            }
+        }
+    }
+
+    /// Without what is at and below a path.
+    pub(crate) fn without(mut self, path: &str) -> Self {
+        self.0.retain(|at, _| !at.starts_with(path));
+        self
+    }
+
+    /// Names and content alone, as far as every file system has them.
+    pub(crate) fn of_any_file_system(mut self) -> Self {
+        for fact in self.0.values_mut() {
+            (fact.mode, fact.owner, fact.modified) = (0, (0, 0), (0, 0));
+        }
+        self
+    }
+
+    /// Holds each path against another's.
+    pub(crate) fn assert_same(&self, copy: &Self, what: &str) {
+        let names = |facts: &Self| facts.0.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(self), names(copy), "{what}");
+        for (path, fact) in &self.0 {
+            assert_eq!(fact, &copy.0[path], "{what}: {}", path.display());
         }
     }
 }
@@ -142,37 +189,32 @@ fn attributes(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
     names.map(value).collect()
 }
 
-/// Holds a copy against what it is of: each file, folder and link, with its mode, owner, time, attributes, content.
-pub(crate) fn assert_same(expected: &Path, copy: &Path, what: &str) {
-    compare(expected, copy, what, Compared::All);
+/// A command over a store's volume `root`, with a scratch folder of its own.
+pub(crate) fn command(store: &Store, scratch: &Path, arguments: &[&str]) -> Command {
+    std::fs::create_dir_all(scratch).expect("made");
+    let mut command = program();
+    command.args(["files", "paris/main/root", "--at", "latest"]).args(arguments);
+    command.env("CDP_TARGET_DATA", store.data()).env("TMPDIR", scratch);
+    command
 }
 
-/// The same without what file systems of Windows do not have.
-pub(crate) fn assert_same_content(expected: &Path, copy: &Path, what: &str) {
-    compare(expected, copy, what, Compared::Times);
-}
-
-/// The same of nothing but names and content.
-pub(crate) fn assert_same_bytes(expected: &Path, copy: &Path, what: &str) {
-    compare(expected, copy, what, Compared::Bytes);
-}
-
-/// What is compared.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Compared {
-    All,
-    Times,
-    Bytes,
-}
-
-fn compare(expected: &Path, copy: &Path, what: &str, compared: Compared) {
-    let (mut there, mut here) = (BTreeMap::new(), BTreeMap::new());
-    facts(expected, Path::new(""), compared, &mut there);
-    facts(copy, Path::new(""), compared, &mut here);
-    let names = |facts: &BTreeMap<PathBuf, Facts>| facts.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&there), names(&here), "{what}");
-    for (path, facts) in &there {
-        assert_eq!(facts, &here[path], "{what}: {}", path.display());
+/// Nothing that was started or mounted for a command with that scratch folder is left.
+pub(crate) fn assert_clean(scratch: &Path) {
+    let start = Instant::now();
+    loop {
+        let loops = tool("losetup", &["--all"]);
+        let programs = std::fs::read_dir("/proc").expect("listed").flatten().filter(|process| {
+            let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            (line.contains("nbdfuse") || line.contains("ntfs-3g")) && line.contains(text(scratch))
+        });
+        let programs = programs.count();
+        if programs == 0 && !loops.contains(text(scratch)) {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(120), "left: {programs} programs, {loops}");
+        std::thread::park_timeout(Duration::from_millis(20));
     }
-    assert!(there.len() > 5, "{what}: nothing was compared");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("there");
+    assert!(!mounts.contains(text(scratch)), "{mounts}");
 }

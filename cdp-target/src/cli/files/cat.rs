@@ -3,7 +3,8 @@
 use super::Cat;
 use super::session::Session;
 use crate::cli::failure::Failure;
-use crate::files::tree::{Piece, Tree, find, shown};
+use crate::files::name::shown;
+use crate::files::tree::{Piece, Tree};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -13,15 +14,15 @@ const BUFFER_BYTES: usize = 256 << 10;
 pub(super) fn run(session: Session<'_>, arguments: &Cat) -> Result<ExitCode, Failure> {
     let opened = session.file_system()?;
     for path in &arguments.paths {
-        print_file(opened.tree.as_ref(), path).map_err(|failure| {
+        print_file(&opened.tree, path).map_err(|failure| {
             if arguments.paths.len() > 1 { failure.context(shown(path.as_encoded_bytes())) } else { failure }
         })?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_file(tree: &dyn Tree, path: &OsString) -> Result<(), Failure> {
-    let mut content = tree.open(find(tree, path.as_encoded_bytes(), true)?)?;
+fn print_file(tree: &Tree, path: &OsString) -> Result<(), Failure> {
+    let mut content = tree.find(path.as_encoded_bytes())?.content()?;
     let mut buffer = vec![0; BUFFER_BYTES];
     let mut stdout = io::stdout().lock();
     loop {

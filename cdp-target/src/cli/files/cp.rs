@@ -6,7 +6,9 @@ use crate::cli::failure::Failure;
 use crate::cli::output::{bytes, json};
 use crate::cli::print;
 use crate::files::copy::{Copied, CopyError, Copying, Place};
-use crate::files::tree::{Id, Kind, TreeError, Way, find, parts, shown};
+use crate::files::error::TreeError;
+use crate::files::name::{parts, shown};
+use crate::files::tree::{Item, Kind};
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
@@ -35,13 +37,10 @@ struct Target {
 pub(super) fn run(session: Session<'_>, arguments: &Cp) -> Result<ExitCode, Failure> {
     let volume = session.volume.name.clone();
     let opened = session.file_system()?;
-    let (tree, path) = (opened.tree.as_ref(), arguments.path.as_encoded_bytes());
+    let path = arguments.path.as_encoded_bytes();
     // A link that is named is what it leads to, unless it leads nowhere: then it is copied as it is.
-    let id = match find(tree, path, true) {
-        Err(TreeError::NotFound | TreeError::Links) => find(tree, path, false)?,
-        found => found?,
-    };
-    let node = tree.node(id)?;
+    let item = opened.tree.find_or_link(path)?;
+    let node = item.node()?;
     if node.kind == Kind::Folder && !arguments.recursive {
         return Err(Failure::from(CopyError::Folder));
     }
@@ -57,7 +56,6 @@ pub(super) fn run(session: Session<'_>, arguments: &Cp) -> Result<ExitCode, Fail
     }
     let bar = bar((node.kind == Kind::File).then_some(node.size_bytes));
     let mut copying = Copying {
-        tree,
         force: arguments.force,
         recursive: arguments.recursive,
         is_root: rustix::process::geteuid().is_root(),
@@ -68,17 +66,17 @@ pub(super) fn run(session: Session<'_>, arguments: &Cp) -> Result<ExitCode, Fail
             bar.suspend(|| eprintln!("error: copy {}: {line}", shown(path)));
         },
         copied: Copied::default(),
-        way: Way::default(),
+        depth: 0,
     };
-    let done = copy(&mut copying, id, path, &place);
+    let done = copy(&mut copying, &item, path, &place);
     bar.finish_and_clear();
     let copied = copying.copied;
     done?;
     report(arguments, &copied)
 }
 
-fn copy(copying: &mut Copying<'_>, id: Id, path: &[u8], place: &Place<'_>) -> Result<(), Failure> {
-    copying.copy(id, path.strip_suffix(b"/").unwrap_or(path), place)?;
+fn copy(copying: &mut Copying<'_>, item: &Item, path: &[u8], place: &Place<'_>) -> Result<(), Failure> {
+    copying.copy(item, path.strip_suffix(b"/").unwrap_or(path), place)?;
     // What is said to be copied is to be there after a power cut, too.
     Ok(rustix::fs::syncfs(place.folder)?)
 }

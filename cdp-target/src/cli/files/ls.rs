@@ -5,12 +5,15 @@ use super::session::Session;
 use crate::cli::failure::Failure;
 use crate::cli::output::{Table, bytes, json};
 use crate::cli::print;
+use crate::files::error::TreeError;
+use crate::files::name::{parts, shown};
 use crate::files::partition::Partition;
-use crate::files::tree::{Entry, Id, Kind, Moment, Node, Tree, TreeError, Way, find, parts, shown};
+use crate::files::tree::{DEPTH_MAX, Entry, Item, Kind, Node, Tree};
 use crate::points::Instant;
 use crate::restore::image::one_line;
 use cdp_protocol::hex;
 use cdp_protocol::units::Epoch;
+use rustix::fs::Timespec;
 use serde::Serialize;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -63,8 +66,6 @@ struct Line {
     modified: Option<String>,
     accessed: Option<String>,
     target: Option<String>,
-    short_name: Option<String>,
-    note: Option<&'static str>,
     error: Option<String>,
 }
 
@@ -94,7 +95,7 @@ pub(super) fn run(session: Session<'_>, arguments: &Ls) -> Result<ExitCode, Fail
     let path = arguments.path.as_ref().map_or(&b"/"[..], |path| path.as_encoded_bytes());
     let mut sink: Box<dyn Sink> =
         if arguments.json { Box::new(Json::begin(&head)?) } else { Box::new(Text::new(arguments.recursive)) };
-    let mut listing = Listing { tree: opened.tree.as_ref(), sink: sink.as_mut(), way: Way::default(), failed: 0 };
+    let mut listing = Listing { tree: &opened.tree, sink: sink.as_mut(), depth: 0, failed: 0 };
     listing.named(path, arguments.recursive)?;
     let failed = listing.failed;
     sink.end()?;
@@ -138,38 +139,29 @@ fn list_partitions(session: &Session<'_>, is_json: bool) -> Result<ExitCode, Fai
 
 /// A listing under way.
 struct Listing<'a> {
-    tree: &'a dyn Tree,
+    tree: &'a Tree,
     sink: &'a mut dyn Sink,
-    way: Way,
+    depth: usize,
     failed: u64,
 }
 
 impl Listing<'_> {
     /// Lists what a path names.
     fn named(&mut self, path: &[u8], recursive: bool) -> Result<(), Failure> {
-        let id = match find(self.tree, path, true) {
-            Err(TreeError::NotFound | TreeError::Links) => find(self.tree, path, false)?,
-            found => found?,
-        };
+        let item = self.tree.find_or_link(path)?;
         let parts = parts(path);
-        if self.tree.node(id)?.kind == Kind::Folder {
-            return self.folder(id, &parts.join(&b'/'), recursive, true);
+        if item.node()?.kind == Kind::Folder {
+            return self.folder(&item, &parts.join(&b'/'), recursive, true);
         }
         let name = parts.last().cloned().unwrap_or_default();
         let above = parts[..parts.len() - 1].join(&b'/');
-        self.entry(&above, Entry { name, short: None, id })?;
+        self.entry(&above, &Entry { name, item })?;
         Ok(())
     }
 
-    fn folder(&mut self, id: Id, path: &[u8], recursive: bool, is_first: bool) -> Result<(), Failure> {
-        let listed = self.way.enter(id).and_then(|()| {
-            let listed = self.tree.list(id);
-            if listed.is_err() {
-                self.way.leave();
-            }
-            listed
-        });
-        let mut entries = match listed {
+    fn folder(&mut self, item: &Item, path: &[u8], recursive: bool, is_first: bool) -> Result<(), Failure> {
+        let listed = if self.depth < DEPTH_MAX { item.list() } else { Err(TreeError::TooDeep(DEPTH_MAX)) };
+        let entries = match listed {
             Err(error) if is_first => return Err(error.into()),
             Err(error) => {
                 self.tell(path, &error);
@@ -177,19 +169,18 @@ impl Listing<'_> {
             }
             Ok(entries) => entries,
         };
-        entries.sort_by(|left, right| left.name.cmp(&right.name));
         self.sink.folder(&format!("/{}", shown(path)))?;
         let mut folders = Vec::new();
         for entry in entries {
-            let (name, id) = (entry.name.clone(), entry.id);
-            if self.entry(path, entry)? == Some(Kind::Folder) && recursive {
-                folders.push((name, id));
+            if self.entry(path, &entry)? == Some(Kind::Folder) && recursive {
+                folders.push(entry);
             }
         }
-        for (name, id) in folders {
-            self.folder(id, &below(path, &name), recursive, false)?;
+        self.depth += 1;
+        for Entry { name, item } in folders {
+            self.folder(&item, &below(path, &name), recursive, false)?;
         }
-        self.way.leave();
+        self.depth -= 1;
         Ok(())
     }
 
@@ -199,11 +190,11 @@ impl Listing<'_> {
     }
 
     /// Adds an entry; gives what it is, where that can be read.
-    fn entry(&mut self, folder: &[u8], Entry { name, short, id }: Entry) -> Result<Option<Kind>, Failure> {
-        let path = below(folder, &name);
-        let node = self.tree.node(id);
+    fn entry(&mut self, folder: &[u8], Entry { name, item }: &Entry) -> Result<Option<Kind>, Failure> {
+        let path = below(folder, name);
+        let node = item.node();
         let target = match &node {
-            Ok(Node { kind: Kind::Link, .. }) => Some(self.tree.link(id)),
+            Ok(Node { kind: Kind::Link, .. }) => Some(item.link()),
             _ => None,
         };
         let (target, unread) = match target.transpose() {
@@ -216,21 +207,19 @@ impl Listing<'_> {
         }
         let error = error.map(|error| one_line(error));
         let known = node.as_ref().ok();
-        let utc = |moment: Option<Moment>| moment.and_then(|moment| timestamp(moment).map(|time| format!("{time:.3}")));
+        let utc = |moment: Option<Timespec>| moment.and_then(timestamp).map(|time| format!("{time:.3}"));
         self.sink.line(Line {
             path: format!("/{}", shown(&path)),
-            name: shown(&name),
-            name_hex: std::str::from_utf8(&name).is_err().then(|| hex::encode(&name)),
+            name: shown(name),
+            name_hex: std::str::from_utf8(name).is_err().then(|| hex::encode(name)),
             kind: known.map(|node| kind_name(node.kind)),
             bytes: known.map(|node| node.size_bytes),
-            mode: known.and_then(|node| node.mode).map(|mode| format!("{mode:04o}")),
-            uid: known.and_then(|node| node.owner).map(|(user, _)| user),
-            gid: known.and_then(|node| node.owner).map(|(_, group)| group),
-            modified: utc(known.and_then(|node| node.modified)),
-            accessed: utc(known.and_then(|node| node.accessed)),
+            mode: known.map(|node| format!("{:04o}", node.mode)),
+            uid: known.map(|node| node.owner.0),
+            gid: known.map(|node| node.owner.1),
+            modified: utc(known.map(|node| node.modified)),
+            accessed: utc(known.map(|node| node.accessed)),
             target: target.map(|target| shown(&target)),
-            short_name: short.map(|short| shown(&short)),
-            note: known.and_then(|node| node.note),
             error,
         })?;
         Ok(known.map(|node| node.kind))
@@ -250,8 +239,8 @@ const fn kind_name(kind: Kind) -> &'static str {
     }
 }
 
-fn timestamp(moment: Moment) -> Option<jiff::Timestamp> {
-    jiff::Timestamp::new(moment.seconds, moment.nanoseconds as i32).ok()
+fn timestamp(moment: Timespec) -> Option<jiff::Timestamp> {
+    jiff::Timestamp::new(moment.tv_sec, moment.tv_nsec as i32).ok()
 }
 
 /// One JSON document, written as its entries come.
@@ -313,7 +302,6 @@ impl Sink for Text {
             name.push('/');
         }
         name.extend(line.target.iter().flat_map(|target| [" -> ", target]));
-        name.extend(line.note.iter().flat_map(|note| [" (", note, ")"]));
         let modified = line.modified.and_then(|time| time.parse::<jiff::Timestamp>().ok());
         let local = |time: jiff::Timestamp| {
             time.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S %:z").to_string()
@@ -338,7 +326,7 @@ impl Sink for Text {
     }
 }
 
-/// As `ls` writes a mode; the kind alone where a file system has no modes.
+/// As `ls` writes a mode; the kind alone where it cannot be read.
 fn letters(kind: Option<&str>, mode: Option<&str>) -> String {
     let mut text = String::from(match kind {
         Some("folder") => "d",

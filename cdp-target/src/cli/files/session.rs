@@ -1,4 +1,4 @@
-//! A point that is open, the partition that is meant, and the reader of its file system.
+//! A point that is open, the partition that is meant, and its file system, mounted.
 //!
 //! Invariant: what is attached to the kernel for it ends with it, and where a signal ends us.
 
@@ -9,13 +9,9 @@ use crate::cli::context;
 use crate::cli::failure::Failure;
 use crate::cli::nbd::refused;
 use crate::drill::probe::Kind;
-use crate::files::ext::Ext;
-use crate::files::fat::Fat;
-use crate::files::kernel::{Attached, KernelTree, Source, remove_leftovers};
-use crate::files::ntfs::Ntfs;
+use crate::files::attach::{Attached, Source, remove_leftovers};
 use crate::files::partition::{Partition, partitions};
-use crate::files::tree::{Tree, TreeError};
-use crate::files::volume::Window;
+use crate::files::tree::Tree;
 use crate::nbd::Disk;
 use crate::nbd::points::{OpenPoint, Points};
 use crate::points::Instant;
@@ -24,7 +20,6 @@ use cdp_protocol::units::Epoch;
 use cdp_seams::clock::{Clock, SystemClock};
 use std::fmt::Write as _;
 use std::path::Path;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -34,7 +29,6 @@ pub(super) struct Session<'a> {
     points: Points,
     pub(super) point: Arc<OpenPoint>,
     pub(super) volume: Volume,
-    disk: Arc<Disk>,
     pub(super) partitions: Vec<Partition>,
     clock: Arc<dyn Clock>,
 }
@@ -42,8 +36,8 @@ pub(super) struct Session<'a> {
 /// The file system that is meant.
 pub(super) struct Opened {
     // In this order: what is attached ends when nobody reads it any more.
-    pub(super) tree: Box<dyn Tree>,
-    _attached: Option<Attached>,
+    pub(super) tree: Tree,
+    _attached: Attached,
     pub(super) partition: Partition,
     /// Turns true when the operator ends the command.
     pub(super) stop: Arc<AtomicBool>,
@@ -62,10 +56,10 @@ impl<'a> Session<'a> {
         if let Some(what) = &point.damaged {
             eprintln!("warning: point {} is damaged, and what is missing cannot be read: {what}", point.epoch());
         }
-        let disk = Arc::new(Disk::of_point(Arc::clone(&point), volume.clone()));
+        let disk = Disk::of_point(Arc::clone(&point), volume.clone());
         let (partitions, broken) = partitions(&disk)?;
         warn(&broken);
-        Ok(Self { arguments, points, point, volume, disk, partitions, clock })
+        Ok(Self { arguments, points, point, volume, partitions, clock })
     }
 
     pub(super) fn office(&self) -> &str {
@@ -116,26 +110,7 @@ impl<'a> Session<'a> {
             let hint = "serve the point as a disk and look at it with the tools it needs: `cdp-target nbd --help`";
             return Err(Failure::mistake(format!("{} is {what}", self.place_name(&partition))).hint(hint));
         }
-        let bytes = || Rc::new(Window::new(Arc::clone(&self.disk), place.offset, place.bytes));
-        let opened: Result<Box<dyn Tree>, TreeError> = match place.kind {
-            _ if self.arguments.kernel => return self.attached(partition),
-            Kind::Ext => Ext::open(bytes()).map(|tree| Box::new(tree) as _),
-            Kind::Ntfs => Ntfs::open(bytes()).map(|tree| Box::new(tree) as _),
-            Kind::Fat => Fat::open(bytes()).map(|tree| Box::new(tree) as _),
-            _ => return self.attached(partition),
-        };
-        let tree = opened.map_err(|error| {
-            let is_unknown = matches!(error, TreeError::Unsupported(_));
-            let failure = Failure::from(error);
-            if is_unknown { failure.hint("--kernel lets the kernel read it, as root") } else { failure }
-        })?;
-        warn(&tree.warnings());
-        let stop = match &self.arguments.what {
-            What::Cp(_) => context::stop_on_signal(Path::new("")),
-            // There is nothing to clean up.
-            _ => Arc::default(),
-        };
-        Ok(Opened { tree, _attached: None, partition, stop })
+        self.attached(partition)
     }
 
     /// Has the kernel read it.
@@ -161,9 +136,9 @@ impl<'a> Session<'a> {
             storage: storage.as_ref(),
             clock: self.clock,
         };
-        let (attached, root) = Attached::attach(source, folder)?;
+        let (attached, tree) = Attached::attach(source, folder)?;
         warn(attached.warnings());
-        Ok(Opened { tree: Box::new(KernelTree::new(root)), _attached: Some(attached), partition, stop })
+        Ok(Opened { tree, _attached: attached, partition, stop })
     }
 
     fn place_name(&self, partition: &Partition) -> String {
@@ -195,8 +170,8 @@ impl<'a> Session<'a> {
     }
 }
 
-fn warn(what: &[String]) {
-    for line in what {
+fn warn<T: std::fmt::Display>(lines: &[T]) {
+    for line in lines {
         eprintln!("warning: {line}");
     }
 }
