@@ -9,6 +9,7 @@ pub mod control;
 pub mod drill;
 pub mod enroll;
 pub(crate) mod errand;
+pub mod files;
 pub mod forecast;
 pub mod groups;
 pub mod heal;

@@ -100,10 +100,15 @@ fn look_again(clock: &SystemClock, timeout: Duration) -> bool {
 /// the signal may end us while we wait for the reader.
 pub(super) fn stop_on_signal(output: &Path) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
-    if output.as_os_str() == "-" {
-        return stop;
+    if output.as_os_str() != "-" {
+        let flag = Arc::clone(&stop);
+        on_signal(move || flag.store(true, Ordering::Relaxed));
     }
-    let flag = Arc::clone(&stop);
+    stop
+}
+
+/// Does something when the operator ends the command, in a thread of its own: from here on the signal alone does not end us.
+pub(super) fn on_signal(action: impl FnOnce() + Send + 'static) {
     let (handled, is_handled) = std::sync::mpsc::channel::<()>();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
@@ -117,11 +122,10 @@ pub(super) fn stop_on_signal(output: &Path) -> Arc<AtomicBool> {
             })
         });
         match waited {
-            Ok(()) => flag.store(true, Ordering::Relaxed),
-            Err(error) => tracing::warn!(%error, "signals are not handled: an unfinished image may be left behind"),
+            Ok(()) => action(),
+            Err(error) => tracing::warn!(%error, "signals are not handled: what is unfinished may be left behind"),
         }
     });
     // From here on a signal does not end us half-way. An error means that there is nothing more to wait for.
     let _ = is_handled.recv();
-    stop
 }

@@ -9,6 +9,8 @@ use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::drill::DrillError;
 use crate::enroll::EnrollError;
+use crate::files::copy::CopyError;
+use crate::files::error::{KernelError, TreeError};
 use crate::journal::JournalError;
 use crate::maintenance::ClockError;
 use crate::nbd::overlay::OverlayError;
@@ -167,6 +169,15 @@ fn classify(error: &anyhow::Error) -> (Fault, Option<&'static str>) {
         Some(DrillError::Export(error)) => return export(error),
         Some(DrillError::Journal(_)) => return (Fault::Ours, None),
         None => {}
+    }
+    if let Some(error) = error.downcast_ref::<TreeError>() {
+        return tree(error);
+    }
+    if let Some(error) = error.downcast_ref::<CopyError>() {
+        return copy(error);
+    }
+    if let Some(error) = error.downcast_ref::<KernelError>() {
+        return kernel(error);
     }
     match error.downcast_ref::<JournalError>() {
         Some(JournalError::NotForked) => {
@@ -327,5 +338,67 @@ fn listen(error: &ListenError) -> (Fault, Option<&'static str>) {
             }
             _ => (Fault::Ours, None),
         },
+    }
+}
+
+fn tree(error: &TreeError) -> (Fault, Option<&'static str>) {
+    match error {
+        TreeError::NotFound | TreeError::NotAFolder | TreeError::Links => {
+            (Fault::User, Some("`ls` lists what is there; the folder above is a good one to begin with"))
+        }
+        TreeError::IsAFolder => (Fault::User, Some("`ls` lists it, `cp -r` copies it")),
+        TreeError::Special(_) | TreeError::Encrypted | TreeError::Interrupted => (Fault::User, None),
+        TreeError::TooDeep(_) => (Fault::User, Some("name a folder further down")),
+        TreeError::Damaged(_) => {
+            (Fault::User, Some("`cdp-target drill` has the file system checked; take an older point"))
+        }
+        TreeError::Lost { .. } | TreeError::Unreadable(_) => {
+            (Fault::User, Some("`cdp-target verify` names the damaged points; take another one"))
+        }
+        TreeError::System { .. } => (Fault::Ours, None),
+    }
+}
+
+fn copy(error: &CopyError) -> (Fault, Option<&'static str>) {
+    match error {
+        CopyError::Tree(error) => tree(error),
+        CopyError::Exists(_) => (Fault::User, Some("give another name, or --force to replace files that are there")),
+        CopyError::Name(_) => (Fault::User, Some("give it another name with DESTINATION")),
+        CopyError::Folder => (Fault::User, Some("-r copies it with all that is in it")),
+        CopyError::Write { source, .. } => match source.kind() {
+            io::ErrorKind::PermissionDenied => (Fault::User, Some("run it as a user that may write there")),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                (Fault::User, Some("give a destination with more room"))
+            }
+            _ => (Fault::Ours, None),
+        },
+    }
+}
+
+fn kernel(error: &KernelError) -> (Fault, Option<&'static str>) {
+    match error {
+        KernelError::NotRoot => {
+            (Fault::User, Some("run it as root; or serve the point as a disk: `cdp-target nbd --help`"))
+        }
+        KernelError::NoProgram { program: "nbdfuse" } => {
+            (Fault::User, Some("install it: `apt install libnbd-bin`, or `nbdfuse` where that is a package of its own"))
+        }
+        KernelError::NoProgram { program: "ntfs-3g" } => {
+            (Fault::User, Some("install it, or take a kernel with ntfs3: `apt install ntfs-3g`"))
+        }
+        KernelError::NoProgram { .. } => (Fault::User, Some("install it: `apt install util-linux mount`")),
+        KernelError::NoDriver { .. } => {
+            (Fault::User, Some("serve the point as a disk to a machine whose kernel has it: `cdp-target nbd --help`"))
+        }
+        KernelError::Mount(_) => {
+            (Fault::User, Some("`cdp-target drill` has the file system checked; take an older point"))
+        }
+        KernelError::Program { .. } => (
+            Fault::Ours,
+            Some("mounting takes FUSE and loop devices: see that /dev/fuse and /dev/loop-control are there"),
+        ),
+        KernelError::Listen(error) => listen(error),
+        KernelError::Overlay(error) => overlay(error),
+        KernelError::System { .. } => (Fault::Ours, None),
     }
 }

@@ -9,6 +9,7 @@ mod drill;
 mod enroll;
 mod export;
 mod failure;
+mod files;
 mod init;
 mod inspect;
 mod label;
@@ -57,6 +58,8 @@ enum Command {
     Unpin(pin::Arguments),
     /// Writes a volume as of a recovery point to a file, a device or stdout, or a whole group into a folder.
     Export(export::Arguments),
+    /// Lists, prints or copies single files of a volume as of a recovery point.
+    Files(files::Arguments),
     /// Serves a group's volumes as of a recovery point, and of any other, as disks to NBD clients.
     Nbd(nbd::Arguments),
     /// Makes a full image of a recovery point now.
@@ -109,6 +112,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Pin(arguments) => pin::run(&arguments, true),
         Command::Unpin(arguments) => pin::run(&arguments, false),
         Command::Export(arguments) => export::run(&arguments),
+        Command::Files(arguments) => files::run(&arguments),
         Command::Nbd(arguments) => nbd::run(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Prune(arguments) => prune::run(&arguments),

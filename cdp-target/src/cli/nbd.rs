@@ -10,7 +10,7 @@ use crate::nbd::overlay::Overlay;
 use crate::nbd::overlay::format::Base;
 use crate::nbd::points::{OpenPoint, Points};
 use crate::nbd::server::Server;
-use crate::nbd::socket::{Address, Listener};
+use crate::nbd::socket::{Address, Listener, escaped};
 use crate::nbd::tls::Tls;
 use crate::points::{Instant, PointName};
 use crate::store::Store;
@@ -154,7 +154,7 @@ fn keep(store: &Store, arguments: &Arguments, point: &OpenPoint, overlay: &Path)
 }
 
 /// The error of what is behind it, for which there are hints.
-fn refused(error: ExportError) -> Failure {
+pub(super) fn refused(error: ExportError) -> Failure {
     match error {
         ExportError::Catalog(error) => error.into(),
         ExportError::PointName(error) => error.into(),
@@ -204,17 +204,4 @@ fn uri(arguments: &Arguments, address: &Address, name: &str) -> String {
             format!("nbds://{address}/{name}{}", certificates.unwrap_or_default())
         }
     }
-}
-
-/// A path as a part of a URI.
-fn escaped(path: &Path) -> String {
-    let mut text = String::new();
-    for byte in path.as_os_str().as_encoded_bytes() {
-        if byte.is_ascii_alphanumeric() || b"/._-~".contains(byte) {
-            text.push(char::from(*byte));
-        } else {
-            let _ = write!(text, "%{byte:02X}");
-        }
-    }
-    text
 }

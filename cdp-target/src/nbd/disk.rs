@@ -23,20 +23,20 @@ const NOTED_MAX: usize = 1000;
 
 /// What a run of bytes holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Run<'a> {
+pub(crate) enum Run<'a> {
     Bytes(&'a [u8]),
     Zeros(u64),
 }
 
 /// Why something cannot be had, or kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct DiskError {
+pub(crate) struct DiskError {
     /// What the client is told.
     pub(super) errno: Errno,
     /// Where.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// Why, in a line.
-    pub(super) reason: String,
+    pub(crate) reason: String,
 }
 
 /// An export.
@@ -58,7 +58,12 @@ impl Disk {
         Self { point, volume, overlay, description, noted: Mutex::new(BTreeSet::new()) }
     }
 
-    pub(super) const fn size_bytes(&self) -> u64 {
+    /// A volume of a point, for whoever reads it without a client.
+    pub(crate) const fn of_point(point: Arc<OpenPoint>, volume: Volume) -> Self {
+        Self::new(point, volume, None, String::new())
+    }
+
+    pub(crate) const fn size_bytes(&self) -> u64 {
         self.volume.size_bytes
     }
 
@@ -83,7 +88,7 @@ impl Disk {
     }
 
     /// Gives `len` bytes from `offset` on to `out`, in order; where that fails, what was given counts for nothing.
-    pub(super) fn read(&self, offset: u64, len: u64, out: &mut dyn FnMut(Run<'_>)) -> Result<(), DiskError> {
+    pub(crate) fn read(&self, offset: u64, len: u64, out: &mut dyn FnMut(Run<'_>)) -> Result<(), DiskError> {
         let Some(extent) = self.blocks(offset, len) else { return Ok(()) };
         let end = offset + len;
         // Of the first and the last block a part may be asked for.

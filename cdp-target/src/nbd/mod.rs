@@ -11,7 +11,7 @@
 mod ahead;
 mod channel;
 mod connection;
-mod disk;
+pub(crate) mod disk;
 pub mod exports;
 mod handshake;
 pub mod option;

@@ -3,7 +3,7 @@
 //! Invariant: a unix socket's file is made for its owner alone, what a dead server left in its place is replaced, what is
 //! anything else is not; and the file goes with the server.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -267,6 +267,19 @@ impl Socket {
             Self::Tcp(stream) => Write::write_all(&mut &*stream, bytes),
         }
     }
+}
+
+/// A path as a part of a URI.
+pub(crate) fn escaped(path: &Path) -> String {
+    let mut text = String::new();
+    for byte in path.as_os_str().as_encoded_bytes() {
+        if byte.is_ascii_alphanumeric() || b"/._-~".contains(byte) {
+            text.push(char::from(*byte));
+        } else {
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text
 }
 
 #[cfg(test)]
