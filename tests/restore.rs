@@ -353,7 +353,7 @@ fn another_device_takes_from_the_old_volume_what_that_has() -> Result<()> {
     let (at, to) = (scene.old.to_string(), text(other.node())?);
     let small = LoopDevice::new(&scene.folder.path().join("small.img"), 255 * MIB)?;
     let refused = scene.refused(&["--at", &at, "--to", &text(small.node())?])?;
-    ensure!(refused.contains("has 267386880 bytes, the volume has 268435456"), "{refused}");
+    ensure!(refused.contains("has 267386880 bytes, 268435456 are needed"), "{refused}");
     let refused = scene.refused(&["--at", &at, "--to", &text(scene.device.node())?])?;
     ensure!(refused.contains("is protected as main/data") && refused.contains("hint: without --to"), "{refused}");
     let done = scene.restore(&["--at", &at, "--to", &to])?;
