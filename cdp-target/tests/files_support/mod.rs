@@ -42,7 +42,7 @@ fn may_skip(found: bool, what: &str) -> bool {
 /// Runs a program that has to succeed; gives what it says.
 pub(crate) fn tool(program: &str, arguments: &[&str]) -> String {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(program).args(arguments).env("PATH", path).output();
+    let output = Command::new(program).args(arguments).env("PATH", path).env("LC_ALL", "C.UTF-8").output();
     let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments:?}: {said}");
