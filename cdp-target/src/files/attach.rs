@@ -2,7 +2,8 @@
 //!
 //! The mount is read-only; the device is not: it has an overlay in a scratch folder, so that the kernel can replay the log that a file system in
 //! use leaves. Invariant: nothing is written to the store, and all of it ends with us. It is ended in order where we end in order; where we
-//! are killed, the programs are told so by the kernel, and the mount namespace that only they and we are in goes with what is mounted in it.
+//! are killed by SIGKILL, the programs are told so by the kernel, and the mount namespace that only they and we are in goes with them; on some
+//! kernels a mount was seen to stay.
 
 use super::error::KernelError;
 use super::mount::{Log, Mount};
