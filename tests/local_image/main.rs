@@ -81,9 +81,17 @@ fn an_idle_group_has_an_image_too_and_is_restored_in_place_without_a_target() ->
         return Ok(());
     }
     let mut office = Office::new(1 << 30, 0)?;
+    let metrics = cdp_tests::metrics::serve(&office.site.state.join("source.toml"))?;
+    office.site.stop_source()?;
+    office.start_agent()?;
     office.init()?;
     let made = epoch(&office.image_now()?)?;
     office.assert_is_the_targets(made)?;
+    cdp_tests::process::wait_for("the metrics", cdp_tests::site::PATIENCE, || {
+        let page = cdp_tests::metrics::scrape(&metrics)?;
+        let is_told = |what: &&str| page.contains(&format!("\ncdp_source_local_image_{what}{{group=\"main\"}} "));
+        Ok(["timestamp_seconds", "bytes", "overdue", "failed"].iter().all(is_told).then_some(()))
+    })?;
     let (wanted, _) = office.export(made)?;
     write_noise(office.raw.node(), 20 * MIB, 7, 6 * MIB)?;
     office.site.point_now()?;

@@ -14,6 +14,8 @@ use std::rc::Rc;
 
 /// Folders that lie in one another, at most: each is kept open.
 pub(crate) const DEPTH_MAX: usize = 200;
+/// How often an opening is tried that something else came in between.
+const OPEN_TRIES: usize = 1000;
 /// Entries of a folder, at most: more are a damaged file system.
 const ENTRIES_MAX: usize = 8 << 20;
 /// Bytes of all names of a node's attributes, or of one value, at most: the kernel's own bound.
@@ -100,7 +102,14 @@ impl Item {
         let follow = if self.follows { OFlags::empty() } else { OFlags::NOFOLLOW };
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
         let flags = flags | follow | OFlags::CLOEXEC;
-        let opened = rustix::fs::openat2(&*self.above, &self.path, flags, Mode::empty(), resolve);
+        // Where anything of this machine is renamed or mounted meanwhile, the kernel cannot vouch for a `..` and wants to be asked again.
+        let mut opened = Err(Errno::AGAIN);
+        for _ in 0..OPEN_TRIES {
+            opened = rustix::fs::openat2(&*self.above, &self.path, flags, Mode::empty(), resolve);
+            if !matches!(opened, Err(Errno::AGAIN)) {
+                break;
+            }
+        }
         opened.map_err(TreeError::of("it cannot be opened"))
     }
 
