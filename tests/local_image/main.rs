@@ -87,7 +87,7 @@ fn an_idle_group_has_an_image_too_and_is_restored_in_place_without_a_target() ->
     office.init()?;
     let made = epoch(&office.image_now()?)?;
     office.assert_is_the_targets(made)?;
-    cdp_tests::process::wait_for("the metrics", cdp_tests::site::PATIENCE, || {
+    wait_for("the metrics", PATIENCE, || {
         let page = cdp_tests::metrics::scrape(&metrics)?;
         let is_told = |what: &&str| page.contains(&format!("\ncdp_source_local_image_{what}{{group=\"main\"}} "));
         Ok(["timestamp_seconds", "bytes", "overdue", "failed"].iter().all(is_told).then_some(()))
