@@ -15,6 +15,8 @@ use std::thread::{ScopedJoinHandle, park_timeout};
 use std::time::Duration;
 
 const QEMU: &str = "qemu-system-x86_64";
+/// What it says where this machine's KVM gave up, in virtual machines above all: the point's machine has done nothing wrong.
+const KVM_FAILED: &str = "KVM internal error";
 /// What starts a disk that has no boot code for a BIOS (Debian's package `ovmf`).
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
 /// Disks that a machine of this kind takes.
@@ -174,6 +176,10 @@ fn judged(boot: &Boot, is_up: bool, run: &Run) -> (Outcome, Option<String>) {
             (Outcome::NotChecked, Some(format!("{QEMU} ended with {status}: {said}")))
         }
         (Ended::Killed(signal), _) => (Outcome::NotChecked, Some(format!("{QEMU} was killed by signal {signal}"))),
+        _ if run.output.contains(KVM_FAILED) => (
+            Outcome::NotChecked,
+            Some(format!("{KVM_FAILED} on this machine: drill it where KVM works, or is not there")),
+        ),
         (_, Some(expected)) => {
             let reason = format!("{expected:?} did not stand on its serial console within {seconds} s");
             (Outcome::Failed, Some(reason))
@@ -207,5 +213,7 @@ mod tests {
             let reason = reason.unwrap_or_default();
             assert!(found == outcome && reason.contains(word), "{ended:?}: {found:?}, {reason}");
         }
+        let failed = Run { ended: Ended::Exit(0), output: format!("{KVM_FAILED}. Suberror: 1") };
+        assert_eq!(judged(&expecting, false, &failed).0, Outcome::NotChecked, "it is this machine's fault");
     }
 }

@@ -4,7 +4,7 @@
 //! * `file`: the files that never change and how they are named. `segment`, `index`: the bytes of a segment: header, frames, index,
 //!   footer. `pack`: those of what the target puts together itself. `removed`: which points nobody can restore any more.
 //! * `scan`, `walk`: reading a segment frame by frame, also over damage.
-//! * `writer`: the one writer. `recovery`: what it does before the first append.
+//! * `writer`: the one writer. `manifest_writer`: what it changes beside the history. `recovery`: what it does before the first append.
 //! * `view`: the readers; `listing`: their points; `sealed`: their indexes of sealed segments; `pieces`: which frame holds a
 //!   block at a point; `repairs`: what stands for damaged frames; `reach`: which points a damage hits; `unreadable`: which hold blocks that could
 //!   not be read; `images`: the checkpoints' packs.
@@ -16,7 +16,6 @@ pub(crate) mod bytes;
 mod caches;
 pub mod change;
 pub mod changes;
-mod changing;
 mod digests;
 pub mod file;
 mod images;
@@ -24,6 +23,7 @@ pub mod index;
 pub mod lease;
 pub(crate) mod listing;
 pub mod manifest;
+mod manifest_writer;
 pub mod pack;
 pub(crate) mod pieces;
 mod point;
@@ -46,10 +46,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use bytes::FieldError;
-pub use changing::short_claim;
 pub(crate) use images::extents;
 pub use listing::Overview;
 pub use manifest::{Damage, Fork, Manifest};
+pub use manifest_writer::short_claim;
 pub use point::{Point, PointLayout, PointVolume};
 pub use recovery::RecoveryReport;
 pub(crate) use sealed::is_no_file;
